@@ -1,0 +1,25 @@
+# The two commands that need nothing but Python 3.11 or newer: `make demo` and
+# `make test`. Each makes .venv, installs what it needs into it once, and runs.
+
+PYTHON ?= python3
+VENV := .venv
+
+.PHONY: demo test lint
+
+demo: $(VENV)/examples.stamp
+	$(VENV)/bin/python -m examples.llama.pretrain
+
+test: $(VENV)/test.stamp
+	$(VENV)/bin/python -m pytest -n 2
+
+lint: $(VENV)/test.stamp $(VENV)/lint.stamp
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/pyrefly check
+
+$(VENV)/%.stamp: pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install -e '.[$*]'
+	touch $@
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
