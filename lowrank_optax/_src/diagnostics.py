@@ -1,0 +1,186 @@
+"""How low-rank a matrix is, and how subspaces meet: pure functions for inside jit.
+
+Each works over the last two axes with any batch axes in front, computes in float32 at
+least, and gives one float32 number a matrix. All but ``subspace_overlap`` are
+unchanged by scaling, and all are finite for zero input.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lowrank_optax._src import linalg
+
+
+def _unit_matrix(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
+    """``x`` in float32, scaled so that neither its squares nor their sum overflow."""
+    if x.ndim < 2:
+        raise ValueError(
+            f"Cannot measure the rank of an array of shape {x.shape}: it has no rows "
+            "and columns. Pass an array of at least two axes."
+        )
+    return linalg.unit_scale(x)[0]
+
+
+def _singular_values(x: Float[Array, "*b m n"]) -> Float[Array, "*b s"]:
+    """Descending, up to the scale of ``x``. By the SVD: a Gram matrix loses the tail,
+    which the sums below are made of."""
+    return jnp.linalg.svd(_unit_matrix(x), compute_uv=False)
+
+
+def _sum_squares(x: Float[Array, "*b m n"]) -> Float[Array, "*b"]:
+    return jnp.sum(x * x, axis=(-2, -1))
+
+
+def _share(part: Array, whole: Array) -> Array:
+    """``part / whole``, and 0 of nothing."""
+    return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1.0), 0.0)
+
+
+def _check_same_rows(name: str, a: Array, other: str, b: Array) -> None:
+    if min(a.ndim, b.ndim) < 2 or a.shape[-2] != b.shape[-2]:
+        raise ValueError(
+            f"Cannot compare {name} of shape {a.shape} with {other} of shape "
+            f"{b.shape}: both must be matrices with the same number of rows."
+        )
+
+
+def singular_value_ratio(x: Float[Array, "*b m n"], k: int = 8) -> Float[Array, "*b"]:
+    """The share of the ``k`` largest singular values in the sum of all of them.
+
+    The measure of MLorc's Figures 1 and 4: 1 for a matrix of rank at most ``k``,
+    ``k / min(m, n)`` for an orthogonal one, 0 for zero.
+
+    Args:
+      x: ``(*batch, m, n)``.
+      k: how many singular values count as the top, at least 1.
+
+    Returns:
+      ``(*batch,)`` in [0, 1].
+
+    Raises:
+      ValueError: if ``x`` is no matrix or ``k < 1``.
+
+    >>> import jax.numpy as jnp
+    >>> float(singular_value_ratio(jnp.eye(16)))
+    0.5
+    """
+    if k < 1:
+        raise ValueError(f"Cannot take the top {k} singular values. Pass k >= 1.")
+    s = _singular_values(x)
+    return _share(jnp.sum(s[..., :k], axis=-1), jnp.sum(s, axis=-1))
+
+
+def effective_rank(
+    x: Float[Array, "*b m n"], *, energy: float | None = None
+) -> Float[Array, "*b"]:
+    """The effective rank: by entropy, or by a share of the energy to be kept.
+
+    By default that of Roy and Vetterli (2007), ``exp(-sum_i p_i log p_i)`` with
+    ``p_i = sigma_i / sum_j sigma_j``: a real number between 1 and the rank, equal to
+    the rank where the non-zero singular values are equal. With ``energy``, that of
+    AdaRankGrad (equation 2, whose threshold is ``1 - energy``): the smallest ``r`` with
+    ``sum_{i > r} sigma_i^2 <= (1 - energy) sum_i sigma_i^2``. Zero has rank 0.
+
+    Args:
+      x: ``(*batch, m, n)``.
+      energy: share of the squared Frobenius norm to keep, in (0, 1); None (default)
+        for the entropy.
+
+    Returns:
+      ``(*batch,)`` in [0, min(m, n)]; whole numbers where ``energy`` is given.
+
+    Raises:
+      ValueError: if ``x`` is no matrix or ``energy`` is not in (0, 1).
+
+    >>> import jax.numpy as jnp
+    >>> print(f"{effective_rank(jnp.eye(4)):.4f}")
+    4.0000
+    >>> float(effective_rank(jnp.diag(jnp.array([3.0, 2.0, 1.0])), energy=0.9))
+    2.0
+    """
+    if energy is not None and not 0 < energy < 1:
+        raise ValueError(
+            f"Cannot keep the share {energy} of the energy. Pass a number in (0, 1)."
+        )
+    s = _singular_values(x)
+    if energy is None:
+        p = _share(s, jnp.sum(s, axis=-1, keepdims=True))
+        entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0), -1)
+        return jnp.where(s[..., 0] > 0, jnp.exp(entropy), 0.0)
+    # Summed from the small end: 1 - cumsum would lose a small residual to rounding.
+    left_out = jnp.flip(jnp.cumsum(jnp.flip(s * s, -1), axis=-1), -1)
+    too_much = left_out > (1 - energy) * left_out[..., :1]
+    return jnp.sum(too_much, axis=-1).astype(s.dtype)
+
+
+def stable_rank(x: Float[Array, "*b m n"]) -> Float[Array, "*b"]:
+    """``||x||_F^2 / ||x||_2^2``: at most the rank, and little moved by noise.
+
+    Args:
+      x: ``(*batch, m, n)``.
+
+    Returns:
+      ``(*batch,)`` in [1, min(m, n)]; 0 for zero.
+
+    Raises:
+      ValueError: if ``x`` is no matrix.
+
+    >>> import jax.numpy as jnp
+    >>> float(stable_rank(jnp.diag(jnp.array([2.0, 1.0, 0.0]))))
+    1.25
+    """
+    s = _singular_values(x)
+    return _share(jnp.sum(s * s, axis=-1), s[..., 0] ** 2)
+
+
+def subspace_overlap(
+    u: Float[Array, "*b m r"], v: Float[Array, "*b m k"]
+) -> Float[Array, "*b"]:
+    """``||u^T v||_F^2 / r``, the mean squared cosine between subspaces (I3S, eq. 3).
+
+    1 where the span of ``v`` holds that of ``u``, 0 where they are orthogonal, ``k/m``
+    in expectation for random ones.
+
+    Args:
+      u: ``(*batch, m, r)`` with orthonormal columns (zero columns count as missed).
+      v: ``(*batch, m, k)`` with orthonormal columns.
+
+    Returns:
+      ``(*batch,)`` in [0, 1].
+
+    Raises:
+      ValueError: if ``u`` and ``v`` differ in their rows.
+
+    >>> import jax.numpy as jnp
+    >>> float(subspace_overlap(jnp.eye(6)[:, :4], jnp.eye(6)[:, 2:]))
+    0.5
+    """
+    _check_same_rows("u", u, "v", v)
+    u, v = linalg.at_least_float32(u), linalg.at_least_float32(v)
+    return _sum_squares(linalg.matmul(u.mT, v)) / u.shape[-1]
+
+
+def captured_energy(
+    x: Float[Array, "*b m n"], basis: Float[Array, "*b m r"]
+) -> Float[Array, "*b"]:
+    """``||basis^T x||_F^2 / ||x||_F^2``: what a projection keeps of a matrix.
+
+    Args:
+      x: ``(*batch, m, n)``.
+      basis: ``(*batch, m, r)`` with orthonormal columns.
+
+    Returns:
+      ``(*batch,)`` in [0, 1]; 0 for zero ``x``.
+
+    Raises:
+      ValueError: if ``x`` and ``basis`` differ in their rows.
+
+    >>> import jax.numpy as jnp
+    >>> float(captured_energy(jnp.ones((4, 3)), jnp.eye(4)[:, :1]))
+    0.25
+    """
+    _check_same_rows("x", x, "basis", basis)
+    x, basis = _unit_matrix(x), linalg.at_least_float32(basis)
+    kept = _sum_squares(linalg.matmul(basis.mT, x))
+    # Rounding can carry a full basis a few units above 1.
+    return jnp.minimum(_share(kept, _sum_squares(x)), 1.0)
