@@ -1,0 +1,1 @@
+"""Runnable examples: training language models with `lowrank_optax`."""

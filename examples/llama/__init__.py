@@ -1,0 +1,1 @@
+"""LLaMA in Flax NNX: the model, its weights and its training commands."""

@@ -1,0 +1,203 @@
+"""Shape and numerics of a LLaMA model, read from and written to Hugging Face's JSON."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+# Fields of a Hugging Face config that change the function this model computes, each
+# with the one value it can represent. A missing field has this value there too.
+_FIXED_FIELDS = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Shape and numerics of a LLaMA model, in Hugging Face's field names.
+
+    Attributes:
+      vocab_size: number of tokens V.
+      hidden_size: model width D.
+      intermediate_size: width of the SwiGLU feed-forward layer.
+      num_hidden_layers: number of decoder layers.
+      num_attention_heads: query heads N.
+      num_key_value_heads: key and value heads K, a divisor of N; None means N.
+      head_dim: width H of a head, even; None means `hidden_size / N`.
+      rms_norm_eps: added to the mean square in every norm.
+      rope_theta: base of the rotary frequencies.
+      max_position_embeddings: longest sequence the model accepts.
+      tie_word_embeddings: whether the head is the transposed embedding.
+      initializer_range: standard deviation of every initial matrix.
+      bos_token_id: first token of a text; only kept for the saved config.
+      eos_token_id: last token(s) of a text; only kept for the saved config.
+      scan_layers: hold the layers as one, each parameter with a leading layer axis,
+        and scan over it: compile time no longer grows with depth.
+      remat: recompute each layer in the backward pass instead of keeping its
+        activations.
+      dtype: what matrix products and activations are computed in.
+      param_dtype: what parameters are stored in.
+
+    Raises:
+      ValueError: a field has no meaning, or two fields do not fit together.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 2
+    scan_layers: bool = False
+    remat: bool = False
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "kv_heads",
+            "max_position_embeddings",
+        ):
+            value = getattr(self, name)
+            field = "num_key_value_heads" if name == "kv_heads" else name
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(
+                    f"{field} must be a whole number of at least 1, got {value!r}."
+                )
+        for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a positive number, got {value!r}.")
+        for name in ("dtype", "param_dtype"):
+            if getattr(self, name) not in _DTYPES:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(_DTYPES)}, "
+                    f"got {getattr(self, name)!r}."
+                )
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} does not divide "
+                f"hidden_size={self.hidden_size}. Choose a divisor, or set head_dim."
+            )
+        if self.num_attention_heads % self.kv_heads:
+            raise ValueError(
+                f"num_key_value_heads={self.num_key_value_heads} does not divide "
+                f"num_attention_heads={self.num_attention_heads}. Choose a divisor."
+            )
+        width = self.head_width
+        if not isinstance(width, int) or width < 2 or width % 2:
+            raise ValueError(
+                f"head_dim must be even and positive for rotary embeddings, got "
+                f"{width!r}. Change num_attention_heads, or set head_dim."
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads K, with the default filled in."""
+        if self.num_key_value_heads is None:
+            return self.num_attention_heads
+        return self.num_key_value_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width H of a head, with the default filled in."""
+        if self.head_dim is None:
+            return self.hidden_size // self.num_attention_heads
+        return self.head_dim
+
+    @classmethod
+    def from_json(cls, path: str | Path, **overrides: Any) -> "LlamaConfig":
+        """Reads a Hugging Face `config.json`.
+
+        Fields without a counterpart here (`use_cache`, ...) are ignored; so is the
+        stored `dtype`: what the model computes in and keeps is chosen by the caller.
+
+        Args:
+          path: the JSON file.
+          **overrides: `LlamaConfig` fields that replace the file's.
+
+        Raises:
+          FileNotFoundError: there is no such file.
+          ValueError: the file is no JSON object, lacks a field, or describes a model
+            that differs from this one (biases, rope scaling, another activation).
+        """
+        path = Path(path)
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**(_config_fields(raw) | overrides))
+        except ValueError as error:
+            raise ValueError(f"Cannot use the model config {path}: {error}") from error
+
+    def to_json(self, path: str | Path) -> None:
+        """Writes the config in the format that `from_json` and transformers read."""
+        raw: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], **_FIXED_FIELDS}
+        raw |= {name: getattr(self, name) for name in _HF_FIELDS}
+        raw |= {"num_key_value_heads": self.kv_heads, "head_dim": self.head_width}
+        # transformers 4 reads `rope_theta` and `torch_dtype`, transformers 5
+        # `rope_parameters` and `dtype`.
+        raw["rope_parameters"] = {"rope_type": "default", "rope_theta": self.rope_theta}
+        raw["torch_dtype"] = raw["dtype"] = self.param_dtype
+        text = json.dumps(raw, indent=2, sort_keys=True) + "\n"
+        Path(path).write_text(text, encoding="utf-8")
+
+
+# How this model is laid out and computed is no property of the checkpoint.
+_HF_FIELDS = [
+    field.name
+    for field in dataclasses.fields(LlamaConfig)
+    if field.name not in ("scan_layers", "remat", "dtype", "param_dtype")
+]
+_REQUIRED_FIELDS = [
+    field.name
+    for field in dataclasses.fields(LlamaConfig)
+    if field.default is dataclasses.MISSING
+]
+
+
+def _config_fields(raw: Any) -> dict[str, Any]:
+    """`LlamaConfig` fields of a parsed Hugging Face config, or ValueError."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"it holds {type(raw).__name__}, not a JSON object.")
+    missing = [name for name in _REQUIRED_FIELDS if name not in raw]
+    if missing:
+        raise ValueError(f"it lacks {', '.join(missing)}.")
+    for name, only in _FIXED_FIELDS.items():
+        if raw.get(name, only) != only:
+            raise ValueError(
+                f"{name}={raw[name]!r} is not supported, only {only!r} is."
+            )
+    fields = {name: raw[name] for name in _HF_FIELDS if name in raw}
+    if isinstance(fields.get("eos_token_id"), list):
+        # The config is a static part of the model, so it must be hashable.
+        fields["eos_token_id"] = tuple(fields["eos_token_id"])
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    scaling = rope.get("rope_type", rope.get("type", "default"))
+    if scaling != "default":
+        raise ValueError(
+            f"rope scaling {scaling!r} is not supported, only 'default' is."
+        )
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("partial_rotary_factor other than 1 is not supported.")
+    if "rope_theta" in rope:
+        fields["rope_theta"] = rope["rope_theta"]
+    return fields
