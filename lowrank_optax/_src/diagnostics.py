@@ -6,7 +6,7 @@ unchanged by scaling, and all are finite for zero input.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lowrank_optax._src import linalg
 
@@ -29,6 +29,29 @@ def _singular_values(x: Float[Array, "*b m n"]) -> Float[Array, "*b s"]:
 
 def _sum_squares(x: Float[Array, "*b m n"]) -> Float[Array, "*b"]:
     return jnp.sum(x * x, axis=(-2, -1))
+
+
+def check_energy(energy: float) -> None:
+    """Raises ValueError unless ``energy`` is a share that truncation can keep."""
+    if not 0 < energy < 1:
+        raise ValueError(
+            f"Cannot keep the share {energy} of the energy. Pass a number in (0, 1)."
+        )
+
+
+def tail_energy(s: Float[Array, "*b s"]) -> Float[Array, "*b s"]:
+    """``sum_{i >= r} s_i^2`` for every r: what a truncation to rank r leaves out.
+
+    Summed from the small end; a total minus a cumulative sum would lose a small
+    residual to rounding.
+    """
+    return jnp.flip(jnp.cumsum(jnp.flip(s * s, -1), axis=-1), -1)
+
+
+def rank_keeping(s: Float[Array, "*b s"], energy: float) -> Int[Array, "*b"]:
+    """The smallest rank whose truncation keeps the share ``energy`` of ``sum s^2``."""
+    tail = tail_energy(s)
+    return jnp.sum(tail > (1 - energy) * tail[..., :1], axis=-1)
 
 
 def _share(part: Array, whole: Array) -> Array:
@@ -98,19 +121,14 @@ def effective_rank(
     >>> float(effective_rank(jnp.diag(jnp.array([3.0, 2.0, 1.0])), energy=0.9))
     2.0
     """
-    if energy is not None and not 0 < energy < 1:
-        raise ValueError(
-            f"Cannot keep the share {energy} of the energy. Pass a number in (0, 1)."
-        )
+    if energy is not None:
+        check_energy(energy)
     s = _singular_values(x)
     if energy is None:
         p = _share(s, jnp.sum(s, axis=-1, keepdims=True))
         entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0), -1)
         return jnp.where(s[..., 0] > 0, jnp.exp(entropy), 0.0)
-    # Summed from the small end: 1 - cumsum would lose a small residual to rounding.
-    left_out = jnp.flip(jnp.cumsum(jnp.flip(s * s, -1), axis=-1), -1)
-    too_much = left_out > (1 - energy) * left_out[..., :1]
-    return jnp.sum(too_much, axis=-1).astype(s.dtype)
+    return rank_keeping(s, energy).astype(s.dtype)
 
 
 def stable_rank(x: Float[Array, "*b m n"]) -> Float[Array, "*b"]:
