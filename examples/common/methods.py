@@ -1,0 +1,95 @@
+"""The optimizers an example can be asked for by name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+
+import lowrank_optax as lro
+
+
+@dataclass(frozen=True)
+class Method:
+    """How to build one optimizer, with defaults that suit a model of a few million.
+
+    Attributes:
+      build: called with a learning rate (float or schedule), a rank, the steps
+        between two choices of the subspace and a weight decay; the ones a method has
+        no use for it ignores.
+      learning_rate: the peak rate where none is given.
+      rank: the rank where none is given; None for methods that have no rank.
+    """
+
+    build: Callable[..., optax.GradientTransformation]
+    learning_rate: float
+    rank: int | None = None
+
+
+METHODS = {
+    "adamw": Method(
+        lambda lr, rank, every, decay: optax.adamw(lr, weight_decay=decay), 3e-3
+    ),
+    "galore_adamw": Method(
+        lambda lr, rank, every, decay: lro.galore_adamw(
+            lr, rank=rank, update_every=every, weight_decay=decay
+        ),
+        1e-2,
+        rank=32,
+    ),
+    "galore_adafactor": Method(
+        lambda lr, rank, every, decay: lro.galore_adafactor(
+            lr, rank=rank, update_every=every, weight_decay=decay
+        ),
+        1e-2,
+        rank=32,
+    ),
+    "mlorc_adamw": Method(
+        lambda lr, rank, every, decay: lro.mlorc_adamw(
+            lr, rank=rank, weight_decay=decay
+        ),
+        3e-3,
+        rank=4,
+    ),
+    "mlorc_lion": Method(
+        lambda lr, rank, every, decay: lro.mlorc_lion(
+            lr, rank=rank, weight_decay=decay
+        ),
+        3e-4,
+        rank=4,
+    ),
+}
+
+
+def check_methods(names: tuple[str, ...], rank: int | None) -> None:
+    """Refuses what cannot be built, before anything is.
+
+    Raises:
+      ValueError: no name, an unknown or repeated one, a rank below 1.
+    """
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        raise ValueError(
+            f"Unknown method {', '.join(map(repr, unknown))}: choose from"
+            f" {', '.join(METHODS)}."
+        )
+    if not names or len(set(names)) < len(names):
+        raise ValueError("Name at least one method, and each at most once.")
+    if rank is not None and rank < 1:
+        raise ValueError(f"Cannot train at rank {rank}: the rank must be at least 1.")
+
+
+def matrix_state_bytes(tx: optax.GradientTransformation, params: Any) -> int:
+    """The part of the optimizer's state that belongs to the matrices.
+
+    Args:
+      tx: the optimizer.
+      params: the parameters, or their shapes.
+    """
+
+    def keep(leaf: Any, view: Any) -> Any:
+        return None if view is None else leaf
+
+    matrices = lro.default_matrices(params)
+    return lro.state_bytes(tx, jax.tree.map(keep, params, matrices))

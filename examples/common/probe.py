@@ -1,0 +1,80 @@
+"""What the gradient and the moments look like along a run, measured by SVD."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import lowrank_optax as lro
+
+_LEADING = 8  # singular values counted as the top, as in MLorc's Figure 1
+_MATRICES = 8  # a full SVD of every matrix of a large model would take hours
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Measures a few matrices of a model, evenly spread over its layers.
+
+    Attributes:
+      paths: key paths of the measured leaves.
+      rank: columns of the compared subspaces.
+    """
+
+    paths: tuple[jax.tree_util.KeyPath, ...]
+    rank: int
+
+    @classmethod
+    def of(cls, params: Any, rank: int) -> "Probe":
+        """A probe of the leaves that the library calls matrices by default."""
+        views = jax.tree_util.tree_leaves_with_path(lro.default_matrices(params))
+        paths = [path for path, view in views if view is not None]
+        return cls(tuple(paths[:: -(-len(paths) // _MATRICES)]), rank)
+
+    def start(self, params: Any) -> list[jax.Array]:
+        """Zero bases, which stand for no measurement yet."""
+        return [
+            jnp.zeros((*leaf.shape[:-1], min(self.rank, *leaf.shape[-2:])))
+            for leaf in self._pick(params)
+        ]
+
+    @partial(jax.jit, static_argnums=0)
+    def measure(
+        self, grads: Any, opt_state: Any, bases: list[jax.Array]
+    ) -> tuple[dict[str, jax.Array], list[jax.Array]]:
+        """Means over the measured matrices, and the bases to compare with next time.
+
+        Returns:
+          `overlap` of the leading left singular subspaces of the gradient with those
+          of the measurement before, `gradient`, the share of the top 8 singular values
+          in the sum of all, and the same share of `first_moment` and `second_moment`
+          where `opt_state` holds full ones. Zero where there is nothing to measure
+          yet: no basis before, a moment before the first step.
+        """
+        picked = self._pick(grads)
+        new = [jnp.linalg.svd(g, full_matrices=False)[0] for g in picked]
+        new = [u[..., : b.shape[-1]] for u, b in zip(new, bases, strict=True)]
+        overlap = lro.diagnostics.subspace_overlap
+        record = {
+            "overlap": _mean([overlap(u, b) for u, b in zip(new, bases, strict=True)]),
+            "gradient": _mean([_top_share(g) for g in picked]),
+        }
+        for name, field in (("first_moment", "mu"), ("second_moment", "nu")):
+            for _, moment in optax.tree.get_all_with_path(opt_state, field):
+                if jax.tree.map(jnp.shape, moment) == jax.tree.map(jnp.shape, grads):
+                    record[name] = _mean([_top_share(x) for x in self._pick(moment)])
+        return record, new
+
+    def _pick(self, tree: Any) -> list[jax.Array]:
+        leaves = dict(jax.tree_util.tree_leaves_with_path(tree))
+        return [leaves[path] for path in self.paths]
+
+
+def _top_share(x: jax.Array) -> jax.Array:
+    return lro.diagnostics.singular_value_ratio(x, _LEADING)
+
+
+def _mean(values: list[jax.Array]) -> jax.Array:
+    return jnp.mean(jnp.stack([jnp.mean(value) for value in values]))

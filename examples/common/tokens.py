@@ -1,0 +1,153 @@
+"""Byte-level BPE and packing: text to rows of token ids of one length."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from examples.common.data import Corpus
+
+END_OF_TEXT = "<|endoftext|>"
+
+_TOKENIZER_BYTES = 50_000_000  # more text changes the merges little
+_CHUNK = 1000  # documents encoded at once, to bound the memory of the encodings
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A stream of token ids, cut into rows of `length + 1`.
+
+    Neighbouring rows share one token, so a model that reads `row[:-1]` and predicts
+    `row[1:]` predicts every token of the stream but the first exactly once.
+    """
+
+    ids: np.ndarray
+    length: int
+
+    @property
+    def rows(self) -> int:
+        """How many whole rows there are."""
+        return (len(self.ids) - 1) // self.length
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """The rows of the given numbers, (len(rows), length + 1) int32."""
+        positions = rows[:, None] * self.length + np.arange(self.length + 1)
+        return self.ids[positions].astype(np.int32)
+
+    def batch(self, seed: int, step: int, batch_size: int) -> np.ndarray:
+        """The batch of step `step`, (batch_size, length + 1) int32.
+
+        A pure function of its arguments: nothing has to be saved to resume, and two
+        runs of one seed see the same rows in the same order. An epoch visits every
+        row at most once, in an order of its own; rows that fill no batch are left
+        out of it.
+
+        Raises:
+          ValueError: fewer rows than `batch_size`.
+        """
+        if self.rows < batch_size:
+            raise ValueError(
+                f"Cannot fill a batch of {batch_size} rows of {self.length} tokens:"
+                f" the text has {self.rows} rows. Use more text or smaller batches."
+            )
+        epoch, index = divmod(step, self.rows // batch_size)
+        order = _permutation(seed, epoch, self.rows)
+        return self.take(order[index * batch_size : (index + 1) * batch_size])
+
+    def fixed_batches(self, count: int, batch_size: int) -> list[np.ndarray]:
+        """At most `count` batches of rows spread evenly over the stream.
+
+        Raises:
+          ValueError: fewer rows than `batch_size`.
+        """
+        count = min(count, self.rows // batch_size)
+        if count == 0:
+            raise ValueError(
+                f"Cannot fill a batch of {batch_size} rows of {self.length} tokens:"
+                f" the held-out text has {self.rows} rows. Use more text or smaller"
+                " batches."
+            )
+        rows = np.linspace(0, self.rows - 1, count * batch_size).astype(np.int64)
+        return [self.take(part) for part in np.split(rows, count)]
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, rows: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(rows)
+
+
+@dataclass(frozen=True)
+class TokenizedCorpus:
+    """A tokenizer and the token ids of both splits, each document ended by one mark."""
+
+    tokenizer: Tokenizer
+    train: np.ndarray
+    validation: np.ndarray
+
+    def save(self, directory: Path) -> None:
+        """Writes tokenizer.json, train.npy and validation.npy."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save(str(directory / "tokenizer.json"))
+        np.save(directory / "train.npy", self.train)
+        np.save(directory / "validation.npy", self.validation)
+
+    @classmethod
+    def load(cls, directory: Path) -> "TokenizedCorpus":
+        """Reads what `save` wrote; the ids stay on disk until they are used."""
+        return cls(
+            Tokenizer.from_file(str(directory / "tokenizer.json")),
+            np.load(directory / "train.npy", mmap_mode="r"),
+            np.load(directory / "validation.npy", mmap_mode="r"),
+        )
+
+
+def tokenize(corpus: Corpus, vocab_size: int) -> TokenizedCorpus:
+    """Trains a byte-level BPE on the training split and encodes both splits with it.
+
+    Args:
+      corpus: the text; its validation split is not looked at for the vocabulary.
+      vocab_size: entries of the vocabulary, the 256 bytes and the end mark included.
+        Short text yields fewer.
+
+    Raises:
+      ValueError: `vocab_size` below 257.
+    """
+    if vocab_size < 257:
+        raise ValueError(
+            f"Cannot train a byte-level vocabulary of {vocab_size} entries: the bytes"
+            " and the end mark alone take 257. Raise vocab_size."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_head(corpus.train), trainer)
+    return TokenizedCorpus(
+        tokenizer,
+        _encode(tokenizer, corpus.train),
+        _encode(tokenizer, corpus.validation),
+    )
+
+
+def _head(texts: Sequence[str]) -> list[str]:
+    ends = np.cumsum([len(text) for text in texts])
+    return list(texts[: int(np.searchsorted(ends, _TOKENIZER_BYTES)) + 1])
+
+
+def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
+    end = [tokenizer.token_to_id(END_OF_TEXT)]
+    dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.int32
+    parts = []
+    for start in range(0, len(texts), _CHUNK):
+        chunk = texts[start : start + _CHUNK]
+        for encoding in tokenizer.encode_batch_fast(chunk, add_special_tokens=False):
+            parts.append(np.array(encoding.ids + end, dtype))
+    return np.concatenate(parts)

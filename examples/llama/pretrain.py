@@ -1,0 +1,339 @@
+"""Pre-trains a LLaMA with several optimizers on the same text and compares them.
+
+    python -m examples.llama.pretrain
+    python -m examples.llama.pretrain --methods adamw mlorc_lion --data path:books/
+    python -m examples.llama.pretrain --resume
+
+The text defaults to Python's own standard library, so nothing is downloaded.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import optax
+from flax import nnx
+
+import lowrank_optax as lro
+from examples.common.data import load_corpus
+from examples.common.interrupt import Interrupted
+from examples.common.loop import METRICS_FILE, Task, Timetable, train
+from examples.common.methods import METHODS, check_methods, matrix_state_bytes
+from examples.common.metrics import read_metrics
+from examples.common.probe import Probe
+from examples.common.report import Run, table, write_report
+from examples.common.schedule import warmup_cosine
+from examples.common.settings import RECORD, parse_settings, settings_record
+from examples.common.tokens import Packed, TokenizedCorpus, tokenize
+from examples.llama.config import LlamaConfig
+from examples.llama.model import Llama
+
+CONFIGS = Path(__file__).parent / "configs"
+RESULT = "result.json"
+
+_VALIDATION_BATCHES = 4
+_PROBE_RANK = 8
+# More than a token takes on average, so that what is read of a hub dataset lasts for
+# the whole run.
+_BYTES_PER_TOKEN = 6
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Pre-train a LLaMA with several optimizers on the same text; compare them.
+
+    Writes one directory: metrics and checkpoints of each method, result.json,
+    report.md and its plots. Ctrl-C saves a checkpoint and says how to go on.
+    """
+
+    model: str = "tiny"
+    """Name of a file in examples/llama/configs, or path of a Hugging Face
+    config.json."""
+    methods: tuple[str, ...] = ("adamw", "galore_adamw", "mlorc_adamw")
+    """Optimizers to compare, by the names in examples/common/methods.py."""
+    data: str = "stdlib"
+    """Text: stdlib (Python's own sources), path:FILE_OR_DIR, hf:OWNER/NAME (streamed
+    from the Hugging Face hub), or auto (C4 if the hub answers, else stdlib)."""
+    out: Path | None = None
+    """Directory of the run, new or empty but with --resume. Default: runs/ and the
+    date; with --resume, the latest there."""
+    resume: bool = False
+    """Continue the run in --out with the settings it was started with."""
+    steps: int = 300
+    """Optimizer steps of each method."""
+    batch_size: int = 16
+    """Sequences in a batch."""
+    seq_len: int = 128
+    """Tokens in a sequence."""
+    learning_rate: float | None = None
+    """Peak learning rate of every method. Default: each method's own."""
+    rank: int | None = None
+    """Rank of every low-rank method. Default: each method's own."""
+    update_every: int = 50
+    """Steps between two choices of the subspace, in methods that project gradients."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    seed: int = 0
+    """Seed of the initial weights and of the order of the batches."""
+    log_every: int = 1
+    """Steps between two lines of metrics.jsonl."""
+    eval_every: int = 25
+    """Steps between two validations."""
+    checkpoint_every: int = 100
+    """Steps between two checkpoints."""
+    smoke: bool = False
+    """Smaller defaults: all of it in less than a minute, to see that it works."""
+
+    def check(self) -> None:
+        """Raises ValueError for a value that means nothing, by name."""
+        check_methods(self.methods, self.rank)
+        for name in (
+            "steps",
+            "batch_size",
+            "seq_len",
+            "update_every",
+            "log_every",
+            "eval_every",
+            "checkpoint_every",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 1, not {getattr(self, name)}"
+                )
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be above 0, not {self.learning_rate}")
+
+
+SMOKE = Pretrain(
+    model="smoke",
+    steps=20,
+    batch_size=4,
+    seq_len=32,
+    update_every=5,
+    eval_every=5,
+    checkpoint_every=10,
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Checked settings with all that training needs.
+
+    Attributes:
+      settings: what was asked for.
+      out: the directory of the run.
+      config: the model.
+      tokens: the text.
+      facts: what a reader of the result must know: settings, model, text, versions.
+    """
+
+    settings: Pretrain
+    out: Path
+    config: LlamaConfig
+    tokens: TokenizedCorpus
+    facts: dict[str, Any]
+
+    @cached_property
+    def task(self) -> Task:
+        """The model's loss on the text, in the batch order of the seed."""
+        s = self.settings
+        train = Packed(self.tokens.train, s.seq_len)
+        validation = Packed(self.tokens.validation, s.seq_len)
+
+        def model() -> Llama:
+            return Llama(self.config, rngs=nnx.Rngs(s.seed))
+
+        graph = nnx.graphdef(nnx.eval_shape(model))
+
+        @jax.jit
+        def init() -> Any:
+            return nnx.to_pure_dict(nnx.state(model(), nnx.Param))
+
+        def loss(params: Any, rows: jax.Array) -> jax.Array:
+            logits = nnx.merge(graph, params)(rows[:, :-1])
+            return optax.softmax_cross_entropy_with_integer_labels(
+                logits, rows[:, 1:]
+            ).mean()
+
+        return Task(
+            init=init,
+            loss=loss,
+            batch=lambda step: train.batch(s.seed, step, s.batch_size),
+            validation=validation.fixed_batches(_VALIDATION_BATCHES, s.batch_size),
+            tokens_per_step=s.batch_size * s.seq_len,
+        )
+
+    @cached_property
+    def params(self) -> Any:
+        """Shapes and types of the parameters."""
+        return jax.eval_shape(self.task.init)
+
+    def hyperparameters(self, method: str) -> tuple[float, int | None]:
+        """Peak learning rate and rank, the method's own where none was asked for."""
+        s, own = self.settings, METHODS[method]
+        lr = own.learning_rate if s.learning_rate is None else s.learning_rate
+        rank = own.rank if s.rank is None or own.rank is None else s.rank
+        return lr, rank
+
+    def optimizer(self, method: str) -> optax.GradientTransformation:
+        """The method under its schedule, behind a clip of the gradient's norm at 1."""
+        s = self.settings
+        lr, rank = self.hyperparameters(method)
+        schedule = warmup_cosine(lr, s.steps)
+        tx = METHODS[method].build(schedule, rank, s.update_every, s.weight_decay)
+        return optax.chain(optax.clip_by_global_norm(1.0), tx)
+
+    def check(self) -> None:
+        """Raises ValueError for what would fail later: too little text, a method
+        that does not fit the model."""
+        self.task.batch(0)
+        for method in self.settings.methods:
+            jax.eval_shape(self.optimizer(method).init, self.params)
+
+    def run(self, method: str) -> Run:
+        """Trains with one method, or goes on with it, and sums it up."""
+        s = self.settings
+        directory = self.out / method
+        tx = self.optimizer(method)
+        timetable = Timetable(s.steps, s.log_every, s.eval_every, s.checkpoint_every)
+        probe = Probe.of(self.params, _PROBE_RANK)
+        train(self.task, tx, timetable, probe, directory, method)
+
+        lr, rank = self.hyperparameters(method)
+        return Run(
+            method=method,
+            rank=rank,
+            learning_rate=lr,
+            state_bytes=lro.state_bytes(tx, self.params),
+            matrix_state_bytes=matrix_state_bytes(tx, self.params),
+            tokens_per_step=self.task.tokens_per_step,
+            records=read_metrics(directory / METRICS_FILE),
+        )
+
+
+def prepare(settings: Pretrain, out: Path) -> Job:
+    """Checks everything that can be checked, then makes or reads the directory.
+
+    Raises:
+      ValueError, OSError: settings, model, text or directory that cannot be used;
+        nothing has been written then.
+    """
+    settings.check()
+    if settings.resume:
+        facts = json.loads((out / RECORD).read_text())
+        config = LlamaConfig(**facts["model"])
+        return Job(settings, out, config, TokenizedCorpus.load(out / "data"), facts)
+
+    config = read_config(settings)
+    tokens_needed = settings.steps * settings.batch_size * settings.seq_len
+    corpus = load_corpus(settings.data, hub_bytes=_BYTES_PER_TOKEN * tokens_needed)
+    tokens = tokenize(corpus, config.vocab_size)
+    facts = {
+        **settings_record(settings),
+        "model": dataclasses.asdict(config),
+        "data": {
+            "source": corpus.source,
+            "sha256": corpus.sha256,
+            "python": platform.python_version(),
+            "train_documents": len(corpus.train),
+            "train_tokens": len(tokens.train),
+            "validation_documents": len(corpus.validation),
+            "validation_tokens": len(tokens.validation),
+        },
+        "versions": {
+            module.__name__: module.__version__ for module in (lro, jax, optax, flax)
+        },
+        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
+    }
+    job = Job(settings, out, config, tokens, facts)
+    job.check()
+    tokens.save(out / "data")
+    (out / RECORD).write_text(json.dumps(facts, indent=2) + "\n")
+    return job
+
+
+def read_config(settings: Pretrain) -> LlamaConfig:
+    """The model that `--model` names, checked against the sequence length."""
+    named = CONFIGS / f"{settings.model}.json"
+    path = named if named.is_file() else Path(settings.model)
+    if not path.is_file():
+        names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.json")))
+        raise ValueError(
+            f"Unknown model {settings.model!r}: choose from {names}, or give the path"
+            " of a config.json."
+        )
+    config = LlamaConfig.from_json(path)
+    if settings.seq_len > config.max_position_embeddings:
+        raise ValueError(
+            f"Cannot train on sequences of {settings.seq_len} tokens: the model takes"
+            f" {config.max_position_embeddings}. Lower --seq-len."
+        )
+    return config
+
+
+def finish(job: Job, runs: list[Run]) -> list[Path]:
+    """Writes result.json, report.md and the plots; returns their paths."""
+    out, s, data = job.out, job.settings, job.facts["data"]
+    model = f"{s.model}, {parameter_count(job.params):,} parameters, from scratch"
+    facts = {
+        "model": model,
+        "text": f"{data['source']} (Python {data['python']}, SHA-256"
+        f" {data['sha256'][:16]}), {data['train_tokens']:,} tokens to train on,"
+        f" {data['validation_tokens']:,} held out by document",
+        "training": f"{s.steps} steps of {s.batch_size} x {s.seq_len} tokens, seed"
+        f" {s.seed}, equal batches for every method",
+        "machine": job.facts["device"],
+        "versions": ", ".join(f"{k} {v}" for k, v in job.facts["versions"].items()),
+    }
+    paths = write_report(out, "LLaMA pre-training", facts, runs)
+    result = {**job.facts, "runs": {run.method: run.summary() for run in runs}}
+    # Moved into place whole: that it exists says that the run is complete.
+    draft = out / f"{RESULT}.tmp"
+    draft.write_text(json.dumps(result, indent=2) + "\n")
+    return [draft.replace(out / RESULT), *paths]
+
+
+def parameter_count(params: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the job; returns the exit status: 0, 2 for bad settings, 130 if stopped."""
+    began = time.perf_counter()
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        job = prepare(*parse_settings(argv, "pretrain", Pretrain(), SMOKE))
+    except (ValueError, OSError) as error:
+        print("pretrain:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("pretrain: stopped before the first step", file=sys.stderr)
+        return 130
+    out = job.out
+    print(f"{parameter_count(job.params):,} parameters, run in {out}")
+    try:
+        runs = [job.run(method) for method in job.settings.methods]
+    except Interrupted as stopped:
+        resume = f"python -m examples.llama.pretrain --resume --out {out}"
+        print(f"{stopped}; go on with: {resume}", file=sys.stderr)
+        return 130
+    paths = finish(job, runs)
+    print(table(runs))
+    print(f"{time.perf_counter() - began:.0f} seconds in all; written:")
+    for path in paths:
+        print(f"  {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
