@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lowrank_optax._src import diagnostics, linalg
-from lowrank_optax._src.matrix import path_parts
+from lowrank_optax._src.trees import path_parts
 
 
 class LoraAdapter(NamedTuple):

@@ -1,0 +1,88 @@
+"""Low-rank, memory-efficient optimization for JAX and Optax.
+
+Engines (`project_gradients`, `compress_state`, `leafwise`), the parts that they take,
+methods without a learning rate, and whole optimizers. Please do not use names from
+`lowrank_optax._src`.
+"""
+
+from lowrank_optax import diagnostics as diagnostics
+from lowrank_optax import linalg as linalg
+from lowrank_optax._src.aliases import galore_adafactor as galore_adafactor
+from lowrank_optax._src.aliases import galore_adamw as galore_adamw
+from lowrank_optax._src.aliases import mlorc_adamw as mlorc_adamw
+from lowrank_optax._src.aliases import mlorc_lion as mlorc_lion
+from lowrank_optax._src.codec import Cast as Cast
+from lowrank_optax._src.codec import LowRank as LowRank
+from lowrank_optax._src.compress import CompressState as CompressState
+from lowrank_optax._src.compress import compress_state as compress_state
+from lowrank_optax._src.hyperparams import inject_hyperparams as inject_hyperparams
+from lowrank_optax._src.leafwise import leafwise as leafwise
+from lowrank_optax._src.matrix import MatrixAxes as MatrixAxes
+from lowrank_optax._src.matrix import MatrixView as MatrixView
+from lowrank_optax._src.memory import describe as describe
+from lowrank_optax._src.memory import memory_report as memory_report
+from lowrank_optax._src.memory import state_bytes as state_bytes
+from lowrank_optax._src.methods.galore import galore_project as galore_project
+from lowrank_optax._src.methods.mlorc import mlorc_compress as mlorc_compress
+from lowrank_optax._src.methods.mlorc import mlorc_scale_by_adam as mlorc_scale_by_adam
+from lowrank_optax._src.methods.mlorc import mlorc_scale_by_lion as mlorc_scale_by_lion
+from lowrank_optax._src.project import ProjectState as ProjectState
+from lowrank_optax._src.project import project_gradients as project_gradients
+from lowrank_optax._src.recovery import Drop as Drop
+from lowrank_optax._src.refresh import Every as Every
+from lowrank_optax._src.refresh import Staggered as Staggered
+from lowrank_optax._src.sharding import state_shardings as state_shardings
+from lowrank_optax._src.subspace import TopSingular as TopSingular
+from lowrank_optax._src.transfer import Keep as Keep
+from lowrank_optax._src.transfer import Reset as Reset
+from lowrank_optax._src.transfer import Rotate as Rotate
+from lowrank_optax._src.trees import default_matrices as default_matrices
+from lowrank_optax._src.typing import Codec as Codec
+from lowrank_optax._src.typing import Recovery as Recovery
+from lowrank_optax._src.typing import Refresh as Refresh
+from lowrank_optax._src.typing import Rule as Rule
+from lowrank_optax._src.typing import Subspace as Subspace
+from lowrank_optax._src.typing import Transfer as Transfer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Cast",
+    "Codec",
+    "CompressState",
+    "Drop",
+    "Every",
+    "Keep",
+    "LowRank",
+    "MatrixAxes",
+    "MatrixView",
+    "ProjectState",
+    "Recovery",
+    "Refresh",
+    "Reset",
+    "Rotate",
+    "Rule",
+    "Staggered",
+    "Subspace",
+    "TopSingular",
+    "Transfer",
+    "compress_state",
+    "default_matrices",
+    "describe",
+    "diagnostics",
+    "galore_adafactor",
+    "galore_adamw",
+    "galore_project",
+    "inject_hyperparams",
+    "leafwise",
+    "linalg",
+    "memory_report",
+    "mlorc_adamw",
+    "mlorc_compress",
+    "mlorc_lion",
+    "mlorc_scale_by_adam",
+    "mlorc_scale_by_lion",
+    "project_gradients",
+    "state_bytes",
+    "state_shardings",
+]

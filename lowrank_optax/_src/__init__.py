@@ -1,0 +1,1 @@
+"""Implementation; the public names are in `lowrank_optax`."""

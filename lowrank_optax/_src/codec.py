@@ -1,0 +1,167 @@
+"""How a matrix of optimizer state is stored between steps."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lowrank_optax._src import linalg
+from lowrank_optax._src.engine import check_rank
+from lowrank_optax._src.linalg import matmul
+
+
+class LowRankCode(NamedTuple):
+    """A matrix as ``left @ right``.
+
+    Attributes:
+      left: (*batch, m, r), carries the scale; zero columns are unused.
+      right: (*batch, r, n), unit rows, orthonormal where used; the next warm start.
+    """
+
+    left: Float[Array, "*b m r"]
+    right: Float[Array, "*b r n"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """A randomized rank-r approximation, renewed at every step: MLorc's compression.
+
+    ``A ~ Q Q^T A``, ``Q = range(A Omega)``, where Omega is the previous right factor
+    with `oversample` Gaussian columns beside it, so that one product with A serves as
+    well as a power iteration: moments turn slowly. Truncated to rank r by the
+    eigenvectors of the small ``(Q^T A)(Q^T A)^T``.
+
+    Args:
+      rank: r; effectively ``min(r, m, n)``.
+      nonnegative: decode to ``max(A, 0) + zeta [A < 0]`` with zeta the mean magnitude
+        of the negative entries, as a second moment must (MLorc equation 2).
+      oversample: Gaussian columns beside the warm start (or beside r Gaussian ones).
+      power_iters: q; each costs two more products with A.
+      warm_start: reuse the previous right factor; False draws all columns anew, which
+        is the paper's Algorithm 3.
+    """
+
+    rank: int
+    nonnegative: bool = False
+    oversample: int = 4
+    power_iters: int = 0
+    warm_start: bool = True
+
+    def __post_init__(self):
+        check_rank(self.rank)
+        for name in ("oversample", "power_iters"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"`{name}` must not be negative, got {getattr(self, name)}."
+                )
+
+    def init(self, view):
+        r = view.rank(self.rank)
+        return LowRankCode(left=view.zeros("m", r), right=view.full(_sign_rows, r, "n"))
+
+    def encode(self, key, x, old):
+        return self.encode_products(
+            key, lambda w: matmul(x, w), lambda q: matmul(q.mT, x), old
+        )
+
+    def encode_products(
+        self,
+        key: Array,
+        times: Callable[[Array], Array],
+        transpose_times: Callable[[Array], Array],
+        old: LowRankCode,
+    ) -> LowRankCode:
+        """`encode` of a matrix A known by ``w -> A w`` and ``q -> q^T A`` alone."""
+        *batch, r, n = old.right.shape
+        m = old.left.shape[-2]
+        size = min(r + self.oversample, m, n)
+        fresh = size - r if self.warm_start else size
+        omega = jax.random.normal(key, (*batch, n, fresh), old.right.dtype)
+        if self.warm_start:
+            # Unit columns, as the rows of the right factor are.
+            omega = jnp.concatenate([old.right.mT, omega * n**-0.5], axis=-1)
+        y = times(omega)
+        for _ in range(self.power_iters):
+            y = times(linalg.range_basis(transpose_times(linalg.range_basis(y)).mT))
+        q = linalg.range_basis(y)
+        return _truncate(q, transpose_times(q), old)
+
+    def decode(self, code):
+        x = matmul(code.left, code.right)
+        return clamp_negative(x) if self.nonnegative else x
+
+
+def _truncate(q: Array, b: Array, old: LowRankCode) -> LowRankCode:
+    """The best rank-r code of ``q @ b``, right rows of norm one."""
+    r = old.right.shape[-2]
+    unit, scale = linalg.unit_scale(b)
+    vectors = jnp.linalg.eigh(matmul(unit, unit.mT))[1]
+    vectors = jnp.flip(vectors, -1)[..., :r]
+    right = matmul(vectors.mT, unit)
+    norm = jnp.linalg.norm(right, axis=-1, keepdims=True)
+    # What is below the rounding error of the largest direction is not a direction;
+    # its old row stays, or the next sketch would have lost a column for good.
+    used = norm > 1e-7 * jnp.max(norm, axis=-2, keepdims=True)
+    right = jnp.where(used, right / jnp.where(used, norm, 1.0), old.right)
+    left = matmul(q, vectors * jnp.where(used, norm, 0.0).mT) * scale
+    return LowRankCode(left, right)
+
+
+def _sign_rows(shape: tuple[int, ...], dtype: Any) -> Array:
+    """Unit rows in general position, the first sketch."""
+    rows = linalg.filler(shape[-1], shape[-2]).T.astype(dtype) * shape[-1] ** -0.5
+    return jnp.broadcast_to(rows, shape)
+
+
+def clamp_negative(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
+    """``max(x, 0) + zeta [x < 0]``, zeta the mean of ``|x|`` over x < 0 (ML-6).
+
+    Exact zeros stay zero, and a matrix without negative entries is unchanged.
+    """
+    negative = x < 0
+    total = -jnp.sum(jnp.where(negative, x, 0.0), axis=(-2, -1), keepdims=True)
+    count = jnp.sum(negative, axis=(-2, -1), keepdims=True)
+    return jnp.where(negative, total / jnp.maximum(count, 1), x)
+
+
+class CastCode(NamedTuple):
+    """A matrix in another dtype.
+
+    Attributes:
+      value: (*batch, m, n).
+    """
+
+    value: Float[Array, "*b m n"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cast:
+    """Storage in a narrower float dtype; arithmetic stays in float32.
+
+    bfloat16 is rounded stochastically: to nearest, a moment that decays by 0.999 would
+    never change, as the product rounds back to where it was.
+
+    Args:
+      dtype: such as ``jnp.bfloat16`` (other dtypes round to nearest).
+    """
+
+    dtype: Any
+    elementwise: ClassVar[bool] = True
+
+    def init(self, view):
+        return CastCode(view.zeros("m", "n", dtype=self.dtype))
+
+    def encode(self, key, x, old):
+        if self.dtype == jnp.bfloat16:
+            bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+            noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+            down = (bits + noise) & jnp.uint32(0xFFFF0000)
+            rounded = jax.lax.bitcast_convert_type(down, jnp.float32)
+            x = jnp.where(jnp.isfinite(rounded), rounded, x)
+        return CastCode(x.astype(self.dtype))
+
+    def decode(self, code):
+        return linalg.at_least_float32(code.value)

@@ -1,0 +1,309 @@
+"""Randomized and Gram-based factorizations over the last two axes, any batch axes.
+
+Everything tall is a matmul: the only factorizations are those of small (r, r)
+matrices, so rows may stay sharded (a Gram matrix costs one small all-reduce) and
+nothing here needs Householder QR, which is slow on accelerators. Arithmetic is in
+float32 at least, at the highest matmul precision.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+_EPS = 1.1920929e-07  # float32; the laws below are promised at this precision
+
+
+def matmul(a: Array, b: Array) -> Array:
+    """``a @ b`` at the highest precision of the device."""
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def at_least_float32(x: Array) -> Array:
+    """``x`` in float32, or in its own dtype where that is wider."""
+    return jnp.asarray(x).astype(jnp.promote_types(jnp.float32, x.dtype))
+
+
+def unit_scale(a: Array) -> tuple[Array, Array]:
+    """``(a / s, s)`` with ``s`` the largest magnitude of each matrix, 1 where zero.
+
+    Squares of entries near the ends of the float32 range under- and overflow; those
+    of a matrix whose largest entry is 1 do not.
+    """
+    a = at_least_float32(a)
+    largest = jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True)
+    scale = jnp.where(largest > 0, largest, 1.0)
+    return a / scale, scale
+
+
+def unit_columns(y: Array) -> Array:
+    """Columns of norm one; zero columns stay zero."""
+    norm = jnp.linalg.norm(y, axis=-2, keepdims=True)
+    return y / jnp.where(norm > 0, norm, 1.0)
+
+
+def filler(rows: int, cols: int) -> Array:
+    """A fixed (rows, cols) matrix of +-1 in general position, from an integer hash.
+
+    Costs a few integer operations an entry and no random key, so the directions that
+    complete a rank-deficient basis are the same on every host and at every restart.
+    """
+    i = jax.lax.broadcasted_iota(jnp.uint32, (rows, cols), 0)
+    j = jax.lax.broadcasted_iota(jnp.uint32, (rows, cols), 1)
+    h = i * jnp.uint32(0x9E3779B9) + j * jnp.uint32(0x85EBCA6B) + jnp.uint32(1)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        h = (h ^ (h >> shift)) * jnp.uint32(factor)
+    return jnp.where((h >> 31) == 0, 1.0, -1.0)
+
+
+def _gram(y: Array) -> Array:
+    return matmul(y.mT, y)
+
+
+def _polish(y: Array) -> Array:
+    """One Newton-Schulz step: squares a small orthonormality error, keeps zeros."""
+    return y @ (1.5 * jnp.eye(y.shape[-1], dtype=y.dtype) - 0.5 * _gram(y))
+
+
+def _cholesky_pass(y: Array) -> Array:
+    """``y R^-1`` with ``R^T R = y^T y + shift``: same span, far better conditioned."""
+    r = y.shape[-1]
+    gram = _gram(y)
+    # The absolute floor is for the zero matrix, which must come out zero.
+    shift = 2 * r * _EPS * jnp.max(jnp.diagonal(gram, axis1=-2, axis2=-1), -1) + 1e-30
+    eye = jnp.eye(r, dtype=y.dtype)
+    lower = jnp.linalg.cholesky(gram + shift[..., None, None] * eye)
+    inverse = jax.lax.linalg.triangular_solve(
+        lower, jnp.broadcast_to(eye, lower.shape), left_side=True, lower=True
+    )
+    return matmul(y, inverse.mT)
+
+
+def orthonormalize(a: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
+    """An orthonormal basis whose span contains that of ``a``, column by column.
+
+    Columns are orthonormal to 1e-5 for every finite input: linearly dependent,
+    badly scaled or zero columns are replaced by directions of a fixed matrix in
+    general position. Shifted Cholesky-QR, repeated; a relative shift alone leaves the
+    columns of a rank-deficient matrix dependent, hence the filler of relative size
+    1e-6. For full-rank input, the first ``k`` columns span those of ``a``.
+
+    Args:
+      a: ``(*batch, m, r)`` with ``r <= m``.
+
+    Returns:
+      ``(*batch, m, r)`` in float32 (float64 for float64 input).
+
+    Raises:
+      ValueError: if ``r > m``.
+
+    >>> import jax.numpy as jnp, lowrank_optax as lro
+    >>> q = lro.linalg.orthonormalize(jnp.ones((6, 3)))
+    >>> bool(jnp.allclose(q.T @ q, jnp.eye(3), atol=1e-5))
+    True
+    """
+    m, r = a.shape[-2:]
+    if r > m:
+        raise ValueError(
+            f"Cannot orthonormalize a matrix of shape {a.shape}: {r} columns cannot be "
+            f"orthonormal in {m} dimensions. Pass at most {m} columns."
+        )
+    y, _ = unit_scale(a)
+    # A column's own scale carries no information about the span, and costs accuracy.
+    largest = jnp.max(jnp.abs(y), axis=-2, keepdims=True)
+    y = unit_columns(y / jnp.where(largest > 0, largest, 1.0))
+    y = y + 1e-6 * m**-0.5 * filler(m, r).astype(y.dtype)
+    for _ in range(6):  # each lifts a small singular value at least a hundredfold
+        y = _cholesky_pass(y)
+    return _polish(_polish(y))
+
+
+def _whiten(y: Array) -> tuple[Array, Array]:
+    """``(y T, y U)`` with ``T`` the pseudo-inverse root of ``y^T y = U L U^T``.
+
+    Ascending order. Directions below the noise of the Gram matrix are exactly zero in
+    the first and left over, at their own small scale, in the second.
+    """
+    values, vectors = jnp.linalg.eigh(_gram(y))
+    keep = values > 4 * y.shape[-1] * _EPS * values[..., -1:]
+    root = jnp.where(keep, jax.lax.rsqrt(jnp.where(keep, values, 1.0)), 0.0)
+    rotated = matmul(y, vectors)
+    return rotated * root[..., None, :], jnp.where(keep[..., None, :], 0.0, rotated)
+
+
+def range_basis(a: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
+    """Orthonormal columns that span exactly the range of ``a``; the rest are zero.
+
+    ``Q Q^T a = a`` to 1e-5 of ``a``'s norm, and every column of ``Q`` has norm one or
+    is exactly zero: nothing is invented for a rank-deficient ``a``. That is what a
+    codec wants, whose unused columns must decode to nothing. Each round takes the
+    eigendecomposition of an (r, r) Gram matrix and leaves to the next what was lost
+    in the noise of the squared condition number.
+
+    Args:
+      a: ``(*batch, m, r)``, any ``r``.
+
+    Returns:
+      ``(*batch, m, r)`` in float32 (float64 for float64 input).
+    """
+    left_over, _ = unit_scale(a)
+    floor = 8 * _EPS * jnp.linalg.norm(left_over, axis=(-2, -1), keepdims=True)
+    basis = jnp.zeros_like(left_over)
+    for _ in range(3):
+        # Below the floor, a left-over is the rounding error of the rounds before.
+        norm = jnp.linalg.norm(left_over, axis=-2, keepdims=True)
+        left_over, scale = unit_scale(jnp.where(norm > floor, left_over, 0.0))
+        floor = floor / scale
+        new, left_over = _whiten(left_over)
+        # New columns stand last, as the old ones do: move them in front of those.
+        used = jnp.sum(jnp.any(basis != 0, axis=-2), axis=-1)[..., None, None]
+        place = (jnp.arange(a.shape[-1]) + used) % a.shape[-1]
+        new = new - matmul(basis, matmul(basis.mT, new))
+        basis = _polish(_polish(basis + jnp.take_along_axis(new, place, axis=-1)))
+        for _ in range(2):  # once is not enough in floating point, twice is
+            left_over = left_over - matmul(basis, matmul(basis.mT, left_over))
+    return basis
+
+
+def gram_eigh(
+    a: Float[Array, "*b m n"], rank: int | None = None
+) -> tuple[Float[Array, "*b m r"], Float[Array, "*b r"]]:
+    """Leading left singular vectors and values, by the smaller Gram matrix.
+
+    An eigendecomposition of an (s, s) matrix, s = min(m, n), several times cheaper
+    than the SVD. Values below 3e-4 of the largest are noise, as squaring the matrix
+    costs half of the digits; the vectors are orthonormal all the same.
+
+    Args:
+      a: ``(*batch, m, n)``.
+      rank: how many to return, ``min(m, n)`` (default: all of these).
+
+    Returns:
+      ``(u, s)`` of shapes ``(*batch, m, rank)`` and ``(*batch, rank)``, descending.
+    """
+    a, scale = unit_scale(a)
+    m, n = a.shape[-2:]
+    rank = min(m, n) if rank is None else min(rank, m, n)
+    values, vectors = jnp.linalg.eigh(_gram(a.mT) if m <= n else _gram(a))
+    vectors = jnp.flip(vectors, -1)[..., :rank]
+    values = jnp.flip(values, -1)[..., :rank]
+    if m > n:
+        vectors = orthonormalize(matmul(a, vectors))
+    return vectors, jnp.sqrt(jnp.maximum(values, 0.0)) * scale[..., 0]
+
+
+def range_finder(
+    key: Key[Array, ""],
+    a: Float[Array, "*b m n"],
+    size: int,
+    power_iters: int = 0,
+    start: Float[Array, "*b n k"] | None = None,
+) -> Float[Array, "*b m l"]:
+    """An orthonormal basis of the approximate range of ``a`` (Halko et al. 2011, 4.4).
+
+    ``Q = orth((A A^T)^q A Omega)`` with a Gaussian ``Omega``; between the products the
+    sketch is re-conditioned, so that small singular values survive the powers.
+
+    Args:
+      key: for ``Omega``.
+      a: ``(*batch, m, n)``.
+      size: columns wanted; at most ``min(m, n)`` are returned.
+      power_iters: q; each costs two more passes over ``a``.
+      start: columns to use as the first ones of ``Omega`` (a warm start).
+
+    Returns:
+      ``(*batch, m, min(size, m, n))`` with orthonormal columns.
+    """
+    a, _ = unit_scale(a)
+    m, n = a.shape[-2:]
+    size = min(size, m, n)
+    known = 0 if start is None else min(start.shape[-1], size)
+    omega = jax.random.normal(key, (*a.shape[:-2], n, size - known), a.dtype)
+    if start is not None:
+        # Unit columns: a warm start on the scale of the Gaussian ones.
+        start = unit_columns(start[..., :known].astype(a.dtype)) * n**0.5
+        omega = jnp.concatenate([start, omega], axis=-1)
+    y = matmul(a, omega)
+    for _ in range(power_iters):
+        y = _cholesky_pass(unit_scale(y)[0])
+        y = _cholesky_pass(unit_scale(matmul(a.mT, y))[0])
+        y = matmul(a, y)
+    return orthonormalize(y)
+
+
+def rotate_to_singular(
+    basis: Float[Array, "*b m l"], a: Float[Array, "*b m n"], rank: int
+) -> Float[Array, "*b m r"]:
+    """The ``rank`` leading singular directions of ``a`` within a basis' span.
+
+    ``basis @ U`` with ``U`` the leading eigenvectors of ``B B^T``, ``B = basis^T a``.
+    """
+    b, _ = unit_scale(matmul(basis.mT, at_least_float32(a)))
+    _, vectors = jnp.linalg.eigh(_gram(b.mT))
+    return matmul(basis, jnp.flip(vectors, -1)[..., :rank])
+
+
+def subspace_iteration(
+    key: Key[Array, ""],
+    a: Float[Array, "*b m n"],
+    rank: int,
+    iters: int = 2,
+    oversample: int = 8,
+    start: Float[Array, "*b m k"] | None = None,
+) -> Float[Array, "*b m r"]:
+    """Leading left singular vectors by randomized subspace iteration (Halko 4.4).
+
+    Args:
+      key: for the Gaussian start.
+      a: ``(*batch, m, n)``.
+      rank: columns returned, at most ``min(m, n)``.
+      iters: products with ``A A^T``.
+      oversample: extra columns carried along and dropped at the end.
+      start: an older basis ``(*batch, m, k)`` to begin from.
+
+    Returns:
+      ``(*batch, m, min(rank, m, n))``, orthonormal, in descending order.
+    """
+    warm = None if start is None else matmul(unit_scale(a)[0].mT, start)
+    basis = range_finder(key, a, rank + oversample, iters, warm)
+    return rotate_to_singular(basis, a, min(rank, *a.shape[-2:]))
+
+
+def randomized_svd(
+    key: Key[Array, ""],
+    a: Float[Array, "*b m n"],
+    rank: int,
+    oversample: int = 8,
+    power_iters: int = 1,
+) -> tuple[Float[Array, "*b m r"], Float[Array, "*b r"], Float[Array, "*b r n"]]:
+    """A rank-``rank`` SVD by a Gaussian sketch (Halko et al. 2011; MLorc Algorithm 3).
+
+    ``Q = range_finder(A, rank + oversample)``, then the exact SVD of ``Q^T A``,
+    truncated to ``rank`` (which MLorc's Algorithm 3 leaves out). For oversample
+    p >= 2 and no power iteration, the expected squared error is at most
+    ``(1 + rank / (p - 1))`` times that of the best rank-``rank`` approximation before
+    the truncation. Costs ``2 (power_iters + 1)`` products with ``A``.
+
+    Args:
+      key: for the sketch.
+      a: ``(*batch, m, n)``.
+      rank: at most ``min(m, n)`` are returned.
+      oversample: p.
+      power_iters: q.
+
+    Returns:
+      ``(u, s, vt)`` of shapes ``(*batch, m, r)``, ``(*batch, r)``, ``(*batch, r, n)``.
+
+    >>> import jax, jax.numpy as jnp, lowrank_optax as lro
+    >>> a = jnp.outer(jnp.arange(1.0, 6.0), jnp.arange(1.0, 8.0))
+    >>> u, s, vt = lro.linalg.randomized_svd(jax.random.key(0), a, rank=1)
+    >>> bool(jnp.allclose(u * s @ vt, a, rtol=1e-4))
+    True
+    """
+    rank = min(rank, *a.shape[-2:])
+    a, scale = unit_scale(a)
+    q = range_finder(key, a, rank + oversample, power_iters)
+    b = matmul(q.mT, a)
+    rows = orthonormalize(b.mT).mT
+    u, s, vt = jnp.linalg.svd(matmul(b, rows.mT), full_matrices=False)
+    u, s, vt = u[..., :rank], s[..., :rank], vt[..., :rank, :]
+    return matmul(q, u), s * scale[..., 0], matmul(vt, rows)

@@ -1,0 +1,218 @@
+"""Which leaves of a parameter tree are matrices, and how each is seen as one.
+
+A `MatrixView` holds the static facts of one leaf: it turns the leaf into
+``(*batch, m, n)`` with the basis side on the left, and back. Views are recomputed from
+paths and shapes wherever they are needed, and never stored in a state.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+Side = Literal["short", "long", "left", "right"]
+SIDES = ("short", "long", "left", "right")
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixAxes:
+    """Which axes of a leaf are its rows and columns; all others are batch axes.
+
+    Args:
+      rows: axis or axes of the rows, in order, merged into one.
+      cols: axis or axes of the columns.
+
+    >>> import lowrank_optax as lro
+    >>> lro.MatrixAxes()  # a matrix, or a stack of them: (*batch, rows, cols)
+    MatrixAxes(rows=-2, cols=-1)
+    >>> lro.MatrixAxes(rows=0, cols=(1, 2))  # a query kernel (embed, heads, head_dim)
+    MatrixAxes(rows=0, cols=(1, 2))
+    """
+
+    rows: int | tuple[int, ...] = -2
+    cols: int | tuple[int, ...] = -1
+
+
+Matrices = MatrixAxes | Callable[[Any], Any] | Any | None
+
+
+def is_variable(x: Any) -> bool:
+    """Whether ``x`` is a boxed array, as a Flax NNX variable is (no flax import)."""
+    return hasattr(x, "get_value") and hasattr(x, "get_metadata")
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixView:
+    """One leaf seen as ``(*batch, m, n)``, its basis side on the left.
+
+    Attributes:
+      path: the leaf's path, parts joined by ``/``.
+      shape, dtype: of the leaf.
+      left, right: the leaf's axes that make up m and n.
+      batch: the remaining axes, in their order.
+      source: the leaf itself where state is to be created beside it, else None.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    left: tuple[int, ...]
+    right: tuple[int, ...]
+    batch: tuple[int, ...]
+    source: Any = dataclasses.field(default=None, compare=False, repr=False)
+
+    @property
+    def m(self) -> int:
+        return math.prod(self.shape[a] for a in self.left)
+
+    @property
+    def n(self) -> int:
+        return math.prod(self.shape[a] for a in self.right)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return tuple(self.shape[a] for a in self.batch)
+
+    @property
+    def compute_dtype(self) -> Any:
+        """What arithmetic and state are in: float32, or the leaf's if wider."""
+        return jnp.promote_types(jnp.float32, self.dtype)
+
+    def rank(self, rank: int) -> int:
+        """The effective rank, ``min(rank, m, n)``."""
+        return min(rank, self.m, self.n)
+
+    def matrix(self, leaf: jax.Array) -> jax.Array:
+        """The leaf as ``(*batch, m, n)`` in the compute dtype."""
+        x = jnp.transpose(leaf, (*self.batch, *self.left, *self.right))
+        x = x.reshape(*self.batch_shape, self.m, self.n)
+        return x.astype(self.compute_dtype)
+
+    def leaf(self, matrix: jax.Array, dtype: Any = None) -> jax.Array:
+        """The inverse of `matrix`, in the leaf's dtype unless another is given."""
+        order = (*self.batch, *self.left, *self.right)
+        x = matrix.reshape(tuple(self.shape[a] for a in order))
+        return jnp.transpose(x, tuple(np.argsort(order))).astype(dtype or self.dtype)
+
+    def zeros(self, *dims: int | str, dtype: Any = None) -> Any:
+        """Zeros of shape ``(*batch, *dims)`` that live where the leaf lives.
+
+        A dimension is a number, or ``"m"`` or ``"n"`` for that of the matrix, which
+        then is sharded as the leaf's own axis is. The only constructor of leaf-sized
+        state: dtype, batch axes, NNX box and sharding are set here and nowhere else.
+        """
+        return self.full(jnp.zeros, *dims, dtype=dtype)
+
+    def full(
+        self, fill: Callable[..., Any], *dims: int | str, dtype: Any = None
+    ) -> Any:
+        """`zeros` for another initial value: ``fill(shape, dtype)``."""
+        known: dict[int | str, int] = {"m": self.m, "n": self.n}
+        shape = (*self.batch_shape, *(int(known.get(d, d)) for d in dims))
+        value = fill(shape, dtype or self.compute_dtype)
+        spec, mesh = leaf_spec(self.source)
+        if spec is None:
+            return value if not is_variable(self.source) else self.source.replace(value)
+        names: dict[int | str, Any] = {
+            "m": _merged(spec, self.left),
+            "n": _merged(spec, self.right),
+        }
+        own = tuple(spec[a] for a in self.batch) + tuple(names.get(d) for d in dims)
+        if is_variable(self.source):
+            return self.source.replace(value, out_sharding=own)
+        sharding = NamedSharding(mesh, PartitionSpec(*own))
+        if isinstance(value, jax.core.Tracer):
+            return jax.sharding.reshard(value, sharding)
+        return jax.device_put(value, sharding)
+
+
+def _merged(spec: tuple[Any, ...], axes: tuple[int, ...]) -> Any:
+    """The mesh axes of several leaf axes merged into one, where that has any."""
+    return spec[axes[0]] if axes and not any(spec[a] for a in axes[1:]) else None
+
+
+def leaf_spec(leaf: Any) -> tuple[tuple[Any, ...] | None, Any]:
+    """A leaf's partition spec, one entry an axis, and its mesh; None where it has none.
+
+    Known for an annotated variable, for a concrete array with a `NamedSharding`, and
+    for a traced one on a mesh of explicit axes.
+    """
+    if leaf is None:
+        return None, None
+    if is_variable(leaf):
+        spec = leaf.get_metadata().get("out_sharding")
+        if spec is None:
+            return None, None
+        ndim = leaf.get_value().ndim
+        # nnx.vmap stacks layers in front without telling the annotation.
+        return (None,) * (ndim - len(spec)) + tuple(spec), None
+    sharding = getattr(leaf, "sharding", None)
+    if isinstance(leaf, jax.core.Tracer):
+        sharding = jax.typeof(leaf).sharding
+        if not explicit_axes(sharding.mesh):
+            return None, None
+    if not isinstance(sharding, NamedSharding):
+        return None, None
+    spec = tuple(sharding.spec)
+    return spec + (None,) * (leaf.ndim - len(spec)), sharding.mesh
+
+
+def explicit_axes(mesh: Any) -> bool:
+    """Whether a mesh has axes whose shardings are part of the types."""
+    kinds = getattr(mesh, "axis_types", ())
+    return any(kind == jax.sharding.AxisType.Explicit for kind in kinds)
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseLeaf:
+    """A leaf that is not seen as a matrix, and why."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    why: str
+    source: Any = dataclasses.field(default=None, compare=False, repr=False)
+
+
+def value_of(leaf: Any) -> Any:
+    return leaf.get_value() if is_variable(leaf) else leaf
+
+
+def view_by(path, shape, dtype, axes: MatrixAxes, side: Side, source) -> MatrixView:
+    ndim = len(shape)
+    given = [(a,) if isinstance(a, int) else tuple(a) for a in (axes.rows, axes.cols)]
+    rows, cols = ([a + ndim if a < 0 else a for a in group] for group in given)
+    both = [*rows, *cols]
+    in_range = all(0 <= a < ndim for a in both)
+    if not rows or not cols or not in_range or len(set(both)) != len(both):
+        raise ValueError(
+            f"Cannot view parameter '{path}' of shape {shape} as a matrix by {axes}: "
+            f"rows and columns must be distinct axes among its {ndim}."
+        )
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"Cannot view parameter '{path}' of dtype {dtype} as a matrix: only "
+            "floating-point parameters are. Give None for it in `matrices`."
+        )
+    m, n = (math.prod(shape[a] for a in group) for group in (rows, cols))
+    # A square matrix goes to the right as "short" (GaLore), to the left as "long".
+    right = {"left": False, "right": True, "short": m >= n, "long": m < n}[side]
+    left, other = (cols, rows) if right else (rows, cols)
+    batch = tuple(a for a in range(ndim) if a not in both)
+    return MatrixView(path, shape, dtype, tuple(left), tuple(other), batch, source)
+
+
+def last_axes_view(path: str, leaf: Any) -> MatrixView:
+    """Any array seen by its own last two axes; a vector as one row."""
+    x = value_of(leaf)
+    axes = tuple(range(x.ndim))
+    return MatrixView(path, x.shape, x.dtype, axes[-2:-1], axes[-1:], axes[:-2], leaf)

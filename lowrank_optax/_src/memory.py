@@ -1,0 +1,181 @@
+"""What an optimizer's state takes, leaf by leaf and in total; nothing is allocated."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+
+from lowrank_optax._src import matrix, trees
+from lowrank_optax._src.box import boxed_state, is_box
+from lowrank_optax._src.matrix import DenseLeaf, MatrixView
+from lowrank_optax._src.sharding import state_shardings
+
+
+def _bytes(x: Any) -> int:
+    return math.prod(x.shape) * x.dtype.itemsize
+
+
+def state_bytes(tx: Any, params: Any) -> int:
+    """Exact size of ``tx.init(params)`` in bytes, from shapes alone.
+
+    >>> import jax.numpy as jnp, lowrank_optax as lro
+    >>> params = {"w": jnp.ones((64, 32))}
+    >>> tx = lro.mlorc_scale_by_adam(rank=4)
+    >>> lro.state_bytes(tx, params)  # 2 r (m + n) floats and two counters
+    3080
+    """
+    return sum(_bytes(x) for x in jax.tree.leaves(boxed_state(tx, params)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One parameter in `describe`'s table.
+
+    Attributes:
+      path, shape, dtype: of the parameter.
+      view: (*batch, m, n) with the basis side first, or None if it is dense.
+      side: "left" (rows), "right" (columns), or "".
+      rank: of the state kept for it, or None.
+      state_bytes: of all state that belongs to it.
+      why: why it is dense, or "".
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    view: tuple[int, ...] | None
+    side: str
+    rank: int | None
+    state_bytes: int
+    why: str
+
+
+class Table(tuple):
+    """Rows with a readable ``str``; `describe` and `memory_report` return it."""
+
+    def __str__(self):
+        if not self:
+            return "(no parameters)"
+        names = [f.name for f in dataclasses.fields(self[0])]
+        cells = [names] + [
+            ["" if (x := getattr(row, n)) is None else str(x) for n in names]
+            for row in self
+        ]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
+        lines = [
+            "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in cells
+        ]
+        return "\n".join(line.rstrip() for line in lines)
+
+    __repr__ = __str__
+
+
+def describe(tx: Any, params: Any) -> Table:
+    """What a transformation makes of each parameter: a table of `Row`.
+
+    Print it before a long run: it shows which leaves are seen as matrices, at which
+    rank, what each costs, and why the others are not.
+
+    Args:
+      tx: any Optax transformation, chains and wrappers included.
+      params: arrays or abstract ones.
+
+    >>> import jax.numpy as jnp, lowrank_optax as lro
+    >>> params = {"w": jnp.ones((64, 32)), "b": jnp.ones(32)}
+    >>> print(lro.describe(lro.galore_adamw(1e-2, rank=4), params))
+    path  shape     dtype    view      side   rank  state_bytes  why
+    b     (32,)     float32                         256          it has 1 axes
+    w     (64, 32)  float32  (32, 64)  right  4     2560
+    """
+    with trees.record_views() as seen:
+        state = boxed_state(tx, params)
+    boxes = [x for x in jax.tree.leaves(state, is_leaf=is_box) if is_box(x)]
+    views = {v.path: v for v in seen if isinstance(v, MatrixView)}
+    why = {v.path: v.why for v in seen if isinstance(v, DenseLeaf)}
+    rows = []
+    for parts, leaf in zip(*trees.flatten(params)[:2], strict=True):
+        path = "/".join(parts)
+        x = matrix.value_of(leaf)
+        own = [box.value for box in boxes if box.path == path]
+        view = views.get(path)
+        rows.append(
+            Row(
+                path=path,
+                shape=tuple(x.shape),
+                dtype=str(x.dtype),
+                view=(*view.batch_shape, view.m, view.n) if view else None,
+                side=_side(view),
+                rank=_rank(view, own),
+                state_bytes=sum(_bytes(s) for s in own),
+                why="" if view else why.get(path, "no low-rank method sees it"),
+            )
+        )
+    return Table(rows)
+
+
+def _side(view: MatrixView | None) -> str:
+    if view is None:
+        return ""
+    return "left" if view.left < view.right else "right"
+
+
+def _rank(view: MatrixView | None, own: list[Any]) -> int | None:
+    """The rank of a leaf's state: the side that its (m, r) and (r, n) arrays share."""
+    if view is None:
+        return None
+    bases = [x.shape[-1] for x in own if x.shape[:-1] == (*view.batch_shape, view.m)]
+    return min(bases, default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryRow:
+    """One line of `memory_report`: bytes in total, and on the fullest device."""
+
+    what: str
+    bytes: int
+    bytes_per_device: int
+
+
+def memory_report(tx: Any, params: Any, mesh: jax.sharding.Mesh | None = None) -> Table:
+    """Bytes of weights, gradients and optimizer state.
+
+    Activations and the update's temporaries are not in it: for these, compile the step
+    and ask ``memory_analysis()``.
+
+    Args:
+      tx: any Optax transformation.
+      params: arrays or abstract ones; their shardings count.
+      mesh: where the state is sharded as `state_shardings` says; None for one device.
+
+    >>> import jax.numpy as jnp, lowrank_optax as lro
+    >>> params = {"w": jnp.ones((64, 32))}
+    >>> print(lro.memory_report(lro.mlorc_adamw(1e-3, rank=4), params))
+    what             bytes  bytes_per_device
+    weights          8192   8192
+    gradients        8192   8192
+    optimizer state  3080   3080
+    """
+    leaves = [matrix.value_of(x) for x in trees.flatten(params)[1]]
+    weights = sum(_bytes(x) for x in leaves)
+    local = sum(_local_bytes(x, getattr(x, "sharding", None)) for x in leaves)
+    state = jax.tree.leaves(boxed_state(tx, params))
+    shardings = [None] * len(state)
+    if mesh is not None:
+        shardings = jax.tree.leaves(state_shardings(tx, params, mesh))
+    total = sum(_bytes(x) for x in state)
+    mine = sum(_local_bytes(x, s) for x, s in zip(state, shardings, strict=True))
+    return Table(
+        [
+            MemoryRow("weights", weights, local),
+            MemoryRow("gradients", weights, local),
+            MemoryRow("optimizer state", total, mine),
+        ]
+    )
+
+
+def _local_bytes(x: Any, sharding: Any) -> int:
+    if not isinstance(sharding, NamedSharding):
+        return _bytes(x)
+    return math.prod(sharding.shard_shape(tuple(x.shape))) * x.dtype.itemsize

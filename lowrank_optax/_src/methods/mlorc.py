@@ -1,0 +1,256 @@
+"""MLorc (Shen et al. 2025): optimizers whose momentum is stored at low rank."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax._src import engine
+from lowrank_optax._src.codec import LowRank, LowRankCode
+from lowrank_optax._src.compress import compress_state
+from lowrank_optax._src.leafwise import leafwise
+from lowrank_optax._src.linalg import matmul
+from lowrank_optax._src.matrix import Matrices
+from lowrank_optax._src.transfer import FIRST_MOMENTS, SECOND_MOMENTS
+
+
+def mlorc_compress(
+    inner: optax.GradientTransformation,
+    *,
+    rank: int = 4,
+    fields: tuple[str, ...] | None = None,
+    oversample: int = 4,
+    power_iters: int = 0,
+    warm_start: bool = True,
+    matrices: Matrices = None,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """MLorc around any optimizer that has momentum.
+
+    Its moments are stored as rank-r factors, reconstructed for the update, and
+    compressed again afterwards; the update itself uses the exact new moments.
+
+    Args:
+      inner: such as ``optax.trace(0.9)``, ``optax.scale_by_lion()``.
+      rank: r.
+      fields: names of the state fields to compress; by default all those known as
+        first (``mu``, ``trace``, ...) or second moments (``nu``, ...), the latter
+        non-negative.
+      oversample, power_iters, warm_start: the sketch, see `LowRank`.
+      matrices, key: see `project_gradients`.
+
+    Returns:
+      A transformation without a learning rate, if ``inner`` is one.
+
+    Raises:
+      ValueError: if the inner optimizer has no momentum field.
+
+    >>> import jax.numpy as jnp, optax, lowrank_optax as lro
+    >>> tx = lro.mlorc_compress(optax.trace(decay=0.9), rank=2)
+    >>> state = tx.init({"w": jnp.ones((8, 6))})
+    >>> state.inner_state.trace["w"].right.shape
+    (2, 8)
+    """
+    names = engine.ParamFields(inner).names
+    if fields is None:
+        known = FIRST_MOMENTS | SECOND_MOMENTS
+        fields = tuple(name for name in names if engine.last(name) in known)
+    if not fields:
+        raise ValueError(
+            "Cannot compress the momentum of an optimizer without any: its state has "
+            f"the fields {names or '(none)'}. Name those to compress in `fields`."
+        )
+
+    def codec(name):
+        second = engine.last(name) in SECOND_MOMENTS
+        return LowRank(rank, second, oversample, power_iters, warm_start)
+
+    codecs = {name: codec(name) for name in fields}
+    return compress_state(inner, codecs, matrices=matrices, key=key)
+
+
+def mlorc_scale_by_adam(
+    rank: int = 4,
+    b1: Any = 0.8,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    *,
+    oversample: int = 4,
+    power_iters: int = 0,
+    warm_start: bool = True,
+    compress: tuple[str, ...] = ("mu", "nu"),
+    matrices: Matrices = None,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam with both moments at low rank: MLorc-AdamW, Algorithm 1.
+
+    .. math::
+      M &= \beta_1 \tilde M + (1 - \beta_1) G, \quad
+      V = \beta_2 \left(\tilde V_+ + \zeta\,[\tilde V < 0]\right)
+          + (1 - \beta_2)\, G \circ G \\
+      \Delta &= \hat M / (\sqrt{\hat V} + \epsilon), \quad
+      (\tilde M, \tilde V) \leftarrow (\mathrm{lowrank}_r(M), \mathrm{lowrank}_r(V))
+
+    with zeta the mean magnitude of the negative entries (equation 2). The update uses
+    the exact M and V of the step. State: ``2 r (m + n)`` numbers a matrix. The sketch
+    of M is made from its factors and G; neither M nor its predecessor is formed for it.
+    Leaves that are not matrices get Adam.
+
+    Args:
+      rank: r.
+      b1: decay of the first moment; the paper's 0.8, where its code has 0.9 (ML-7).
+      b2: decay of the second moment.
+      eps: added outside of the root, after the bias correction (ML-2).
+      oversample, power_iters, warm_start: the sketch, see `LowRank`. The default was
+        chosen by its error on real gradients; the paper's code has 0, 1, False.
+      compress: ``("mu",)`` or ``("nu",)`` are the ablations MLorc_m and MLorc_v.
+      matrices, key: see `project_gradients`.
+
+    Returns:
+      A transformation without a learning rate.
+
+    References:
+      Shen et al., MLorc: Momentum Low-rank Compression for Memory Efficient Large
+      Language Model Adaptation, 2025.
+
+    >>> import jax.numpy as jnp, optax, lowrank_optax as lro
+    >>> tx = optax.chain(
+    ...     lro.mlorc_scale_by_adam(rank=2), optax.scale_by_learning_rate(1e-2)
+    ... )
+    >>> params = {"w": jnp.ones((4, 6)), "b": jnp.ones(6)}
+    >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+    if not compress or not set(compress) <= {"mu", "nu"}:
+        raise ValueError(
+            f"`compress` must name 'mu', 'nu' or both, got {compress!r}; with neither, "
+            "use optax.scale_by_adam."
+        )
+    if set(compress) == {"mu", "nu"}:
+        mu = LowRank(rank, False, oversample, power_iters, warm_start)
+        nu = dataclasses.replace(mu, nonnegative=True)
+        rule = MLorcAdam(b1, b2, eps, mu, nu)
+        return leafwise(rule, dense=adam, matrices=matrices, key=key)
+    return mlorc_compress(
+        adam,
+        rank=rank,
+        fields=tuple(compress),
+        oversample=oversample,
+        power_iters=power_iters,
+        warm_start=warm_start,
+        matrices=matrices,
+        key=key,
+    )
+
+
+def mlorc_scale_by_lion(
+    rank: int = 4,
+    b1: Any = 0.9,
+    b2: Any = 0.99,
+    *,
+    oversample: int = 4,
+    power_iters: int = 0,
+    warm_start: bool = True,
+    matrices: Matrices = None,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Lion with its momentum at low rank: MLorc-Lion, Algorithm 2.
+
+    .. math::
+      \Delta = \mathrm{sign}(\beta_1 \tilde M + (1 - \beta_1) G), \quad
+      \tilde M \leftarrow \mathrm{lowrank}_r(\beta_2 \tilde M + (1 - \beta_2) G)
+
+    State: ``r (m + n)`` numbers a matrix; no momentum is ever formed at full size.
+    Leaves that are not matrices get Lion.
+
+    Args:
+      rank: r.
+      b1, b2: the two decays.
+      oversample, power_iters, warm_start: the sketch, see `LowRank`. The paper's code
+        has 0, 0, False here.
+      matrices, key: see `project_gradients`.
+
+    Returns:
+      A transformation without a learning rate.
+
+    >>> import jax.numpy as jnp, optax, lowrank_optax as lro
+    >>> tx = lro.mlorc_scale_by_lion(rank=2)
+    >>> params = {"w": jnp.ones((4, 6))}
+    >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    mu = LowRank(rank, False, oversample, power_iters, warm_start)
+    lion = optax.scale_by_lion(b1=b1, b2=b2)
+    return leafwise(MLorcLion(b1, b2, mu), dense=lion, matrices=matrices, key=key)
+
+
+class MLorcAdamState(NamedTuple):
+    """Both moments of one matrix, as `optax.ScaleByAdamState` names them."""
+
+    mu: LowRankCode
+    nu: LowRankCode
+
+
+class MLorcLionState(NamedTuple):
+    """The momentum of one matrix, as `optax.ScaleByLionState` names it."""
+
+    mu: LowRankCode
+
+
+@dataclasses.dataclass(frozen=True)
+class MLorcAdam:
+    """Algorithm 1 on one matrix."""
+
+    b1: Any
+    b2: Any
+    eps: Any
+    mu: LowRank
+    nu: LowRank
+
+    def init(self, view):
+        return MLorcAdamState(self.mu.init(view), self.nu.init(view))
+
+    def update(self, key, step, grad, state):
+        b1, b2 = self.b1, self.b2
+        m = b1 * self.mu.decode(state.mu) + (1 - b1) * grad
+        v = b2 * self.nu.decode(state.nu) + (1 - b2) * grad**2
+        t = step + 1
+        m_hat, v_hat = m / (1 - b1**t), v / (1 - b2**t)
+        key_mu, key_nu = jax.random.split(key)
+        new = MLorcAdamState(
+            mu=encode_average(self.mu, key_mu, b1, state.mu, grad),
+            nu=self.nu.encode(key_nu, v, state.nu),
+        )
+        return m_hat / (jnp.sqrt(v_hat) + self.eps), new
+
+
+@dataclasses.dataclass(frozen=True)
+class MLorcLion:
+    """Algorithm 2 on one matrix."""
+
+    b1: Any
+    b2: Any
+    mu: LowRank
+
+    def init(self, view):
+        return MLorcLionState(self.mu.init(view))
+
+    def update(self, key, step, grad, state):
+        c = self.b1 * self.mu.decode(state.mu) + (1 - self.b1) * grad
+        mu = encode_average(self.mu, key, self.b2, state.mu, grad)
+        return jnp.sign(c), MLorcLionState(mu)
+
+
+def encode_average(codec: LowRank, key, decay, old: LowRankCode, grad) -> LowRankCode:
+    """The code of ``decay L R + (1 - decay) G`` from its products, never formed."""
+
+    def times(w):
+        kept = matmul(old.left, matmul(old.right, w))
+        return decay * kept + (1 - decay) * matmul(grad, w)
+
+    def transpose_times(q):
+        kept = matmul(matmul(q.mT, old.left), old.right)
+        return decay * kept + (1 - decay) * matmul(q.mT, grad)
+
+    return codec.encode_products(key, times, transpose_times, old)

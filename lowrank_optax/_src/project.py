@@ -1,0 +1,232 @@
+"""The gradient-space engine: an optimizer that runs inside a low-rank subspace."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lowrank_optax._src import engine, linalg, matrix, trees
+from lowrank_optax._src.linalg import matmul
+from lowrank_optax._src.matrix import MatrixView
+from lowrank_optax._src.recovery import Drop
+from lowrank_optax._src.refresh import Every
+from lowrank_optax._src.subspace import TopSingular
+from lowrank_optax._src.transfer import Keep
+from lowrank_optax._src.typing import Recovery, Refresh, Subspace, Transfer
+
+
+class ProjectState(NamedTuple):
+    """State of `project_gradients`; trees mirror the parameters'.
+
+    Attributes:
+      step: updates made so far, int32.
+      basis: (*batch, m, r) at matrices, ``MaskedNode()`` elsewhere; set at a refresh.
+      refresh: scalars of the refresh rule at matrices.
+      recovery: state of the recovery at matrices.
+      inner_state: of the inner optimizer, on (*batch, r, n) at matrices and on the
+        parameter's own shape elsewhere.
+    """
+
+    step: jax.Array
+    basis: Any
+    refresh: Any
+    recovery: Any
+    inner_state: Any
+
+
+def project_gradients(
+    inner: optax.GradientTransformation,
+    *,
+    rank: int,
+    subspace: Subspace = TopSingular(),
+    refresh: Refresh = Every(200),
+    transfer: Transfer = Keep(),
+    recovery: Recovery = Drop(),
+    scale: Any = 1.0,
+    side: matrix.Side = "short",
+    matrices: matrix.Matrices = None,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Run an optimizer on gradients projected to a low-rank subspace.
+
+    For each matrix leaf with gradient G (m, n), basis P (m, r) and inner optimizer rho:
+
+    .. math::
+      P \leftarrow \mathrm{select}(G) \text{ when due},\quad R = P^\top G,\quad
+      N = \rho(R),\quad \Delta = \mathrm{recover}(G, R, N, P) = s\,P N
+
+    Leaves that are not matrices go through the same inner optimizer at full rank. The
+    inner optimizer stands inside because it must see R: what is chained after this
+    transformation sees full-size updates and saves no memory. It is given ``P^T W`` as
+    the parameters at matrix leaves; weight decay belongs outside, in full space.
+
+    Args:
+      inner: any Optax transformation, called once on the whole tree.
+      rank: r; the effective rank of a leaf is ``min(rank, m, n)``.
+      subspace: which subspace.
+      refresh: when it is renewed; step 0 always is.
+      transfer: what becomes of the inner moments at a renewal.
+      recovery: what is done with the part of the gradient outside the subspace.
+      scale: s, multiplies ``P N``; a number or a traced scalar.
+      side: the basis spans the "short" side of a matrix (as the GaLore paper and code
+        do), the "long" one (least Adam state, as optax.contrib does), or always the
+        "left" (rows) or the "right" one.
+      matrices: which leaves are matrices, see `default_matrices`.
+      key: a seed or a key for randomized parts.
+
+    Returns:
+      A transformation from full-shape updates to full-shape updates.
+
+    Raises:
+      TypeError, ValueError: for a rank below 1 or not an int, an unknown side, or
+        ``matrices`` that do not fit the parameters.
+
+    >>> import jax.numpy as jnp, optax, lowrank_optax as lro
+    >>> tx = lro.project_gradients(optax.scale_by_adam(), rank=2)
+    >>> params = {"w": jnp.ones((6, 8))}
+    >>> state = tx.init(params)
+    >>> state.basis["w"].shape, state.inner_state.mu["w"].shape
+    ((6, 2), (2, 8))
+    >>> updates, state = tx.update(params, state, params)
+    >>> updates["w"].shape
+    (6, 8)
+    """
+    rank = engine.check_rank(rank)
+    inner = optax.with_extra_args_support(inner)
+    fields = engine.ParamFields(inner)
+
+    def init(params):
+        views = trees.views(params, matrices, side, creating=True)
+        treedef = trees.flatten(params)[2]
+
+        def tree(at_matrix, elsewhere=lambda view: optax.MaskedNode()):
+            return treedef.unflatten(
+                [
+                    at_matrix(v) if isinstance(v, MatrixView) else elsewhere(v)
+                    for v in views
+                ]
+            )
+
+        proxies = tree(
+            lambda v: v.zeros(v.rank(rank), "n"),
+            lambda v: trees.full_precision(v.source),
+        )
+        return ProjectState(
+            step=jnp.zeros([], jnp.int32),
+            basis=tree(lambda v: v.zeros("m", v.rank(rank))),
+            refresh=tree(refresh.init),
+            recovery=tree(recovery.init),
+            inner_state=inner.init(proxies),
+        )
+
+    # The bodies are compiled functions of arrays alone, so that leaves of equal shape
+    # share one trace and one lowered body, in eager use too.
+
+    @jax.jit
+    def down(leaf_key, step, phase, grad, basis, refresh_state, moments):
+        """Renew the basis if due, and project the gradient to it."""
+        size = jnp.linalg.norm(matmul(basis.mT, grad))
+        due = (step == 0) | refresh.due(refresh_state, step, phase, size)
+
+        def renew():
+            new = _safe_select(subspace, leaf_key, grad, basis, step)
+            overlap = matmul(new.mT, basis)
+            share = jnp.sum(overlap**2) / (overlap[..., 0].size)
+            return new, transfer.carry(moments, overlap), share
+
+        def keep():
+            return basis, moments, jnp.ones([], basis.dtype)
+
+        basis, moments, share = jax.lax.cond(due, renew, keep)
+        refresh_state = refresh.after(refresh_state, due, size, share)
+        return matmul(basis.mT, grad), basis, refresh_state, moments
+
+    @jax.jit
+    def project(basis, param):
+        return matmul(basis.mT, param)
+
+    prepare, recover = jax.jit(recovery.prepare), jax.jit(recovery.recover)
+
+    def update(updates, state, params=None, **extra):
+        treedef = jax.tree.structure(updates)
+        views = trees.views(updates, matrices, side)
+        at_matrix = {i: v for i, v in enumerate(views) if isinstance(v, MatrixView)}
+        phases = _phases(views)
+        grads = treedef.flatten_up_to(updates)
+        bases, refreshes, recoveries = (
+            treedef.flatten_up_to(x)
+            for x in (state.basis, state.refresh, state.recovery)
+        )
+        moments = fields.get(state.inner_state, treedef)
+        full, low = list(grads), [trees.full_precision(g) for g in grads]
+        for i, view in at_matrix.items():
+            full[i] = prepare(view.matrix(grads[i]), recoveries[i])
+            own = {k: x[i] for k, x in moments.items() if hasattr(x[i], "shape")}
+            leaf_key = trees.leaf_key(key, view.path, state.step)
+            low[i], bases[i], refreshes[i], own = down(
+                leaf_key, state.step, phases[i], full[i], bases[i], refreshes[i], own
+            )
+            for name, x in own.items():
+                moments[name][i] = x
+
+        if params is not None:
+            weights = treedef.flatten_up_to(params)
+            weights = [trees.full_precision(w) for w in weights]
+            for i, view in at_matrix.items():
+                weights[i] = project(bases[i], view.matrix(weights[i]))
+            params = treedef.unflatten(weights)
+        directions, inner_state = inner.update(
+            treedef.unflatten(low),
+            fields.set(state.inner_state, treedef, moments),
+            params,
+            **extra,
+        )
+
+        directions = treedef.flatten_up_to(directions)
+        new_moments = fields.get(inner_state, treedef)
+        out = [d.astype(g.dtype) for d, g in zip(directions, grads, strict=True)]
+        for i, view in at_matrix.items():
+            new, recovery_state = recover(
+                full[i], low[i], directions[i], bases[i], scale, recoveries[i]
+            )
+            out[i] = view.leaf(new)
+            # A non-finite gradient must not stay in the state for good.
+            finite = jnp.all(jnp.isfinite(low[i]))
+            recoveries[i] = engine.where(finite, recovery_state, recoveries[i])
+            for name, x in new_moments.items():
+                x[i] = engine.where(finite, x[i], moments[name][i])
+        new_state = ProjectState(
+            step=engine.increment(state.step),
+            basis=treedef.unflatten(bases),
+            refresh=treedef.unflatten(refreshes),
+            recovery=treedef.unflatten(recoveries),
+            inner_state=fields.set(inner_state, treedef, new_moments),
+        )
+        return treedef.unflatten(out), new_state
+
+    return engine.transformation(init, update)
+
+
+def _safe_select(subspace: Subspace, key, grad, old, step):
+    """A new basis with the signs of the old one, which an unusable gradient keeps."""
+    usable = jnp.all(jnp.isfinite(grad), axis=(-2, -1), keepdims=True)
+    usable &= jnp.any(grad != 0, axis=(-2, -1), keepdims=True)
+    new = subspace.select(
+        key, linalg.unit_scale(jnp.where(usable, grad, 0))[0], old, step
+    )
+    inner_product = jnp.sum(new * old, axis=-2, keepdims=True)
+    new = jnp.where(inner_product < 0, -new, new)
+    usable &= jnp.all(jnp.isfinite(new), axis=(-2, -1), keepdims=True)
+    # Before the first usable gradient, any orthonormal basis is as good as another.
+    started = jnp.any(old != 0, axis=(-2, -1), keepdims=True)
+    fallback = jnp.where(started, old, linalg.orthonormalize(jnp.zeros_like(old)))
+    return jnp.where(usable, new, fallback)
+
+
+def _phases(views) -> list[np.float32]:
+    """Where in a period each leaf is renewed: midpoints of its share of all cost."""
+    cost = np.array([v.size if isinstance(v, MatrixView) else 0.0 for v in views])
+    total = max(cost.sum(), 1.0)
+    return list(((np.cumsum(cost) - cost / 2) / total).astype(np.float32))

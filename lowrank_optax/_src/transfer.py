@@ -1,0 +1,74 @@
+"""What becomes of the inner optimizer's moments when the basis is renewed."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from lowrank_optax._src.engine import last
+from lowrank_optax._src.linalg import matmul
+
+# Optax's names. First moments are linear in the gradient, second ones quadratic.
+FIRST_MOMENTS = frozenset({"mu", "trace", "m", "momentum", "exp_avg"})
+SECOND_MOMENTS = frozenset({"nu", "v", "nu_max", "sum_of_squares", "v_row", "v_col"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """Moments stay as they are, as in the GaLore code.
+
+    The engine gives each new basis vector the sign of the one that it replaces, which
+    undoes the arbitrary signs of singular vectors, if not their order.
+    """
+
+    def carry(self, moments, overlap):
+        return moments
+
+
+@dataclasses.dataclass(frozen=True)
+class Reset:
+    """Moments start again from zero."""
+
+    def carry(self, moments, overlap):
+        return {name: jnp.zeros_like(x) for name, x in moments.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotate:
+    """Moments are expressed in the new basis: ``C m`` and ``(C o C) v``, C = new^T old.
+
+    The second is the variance of ``C x`` under a diagonal covariance, hence never
+    negative, where ``C v`` would be in a quarter of its entries.
+
+    Args:
+      first: names of further state fields that are linear in the gradient.
+      second: names of further state fields that are quadratic in it.
+    """
+
+    first: tuple[str, ...] = ()
+    second: tuple[str, ...] = ()
+
+    def carry(self, moments, overlap):
+        r = overlap.shape[-1]
+        carried = {}
+        for name, x in moments.items():
+            rows = last(name) == "v_row" and x.shape[-1] == r
+            if last(name) in FIRST_MOMENTS.union(self.first):
+                carried[name] = matmul(overlap, x)
+            elif last(name) in SECOND_MOMENTS.union(self.second):
+                square = overlap * overlap
+                if rows:
+                    carried[name] = matmul(square, x[..., None])[..., 0]
+                elif x.ndim == overlap.ndim and x.shape[-2] == r:
+                    carried[name] = matmul(square, x)
+                else:
+                    carried[name] = x
+            elif x.ndim == overlap.ndim and x.shape[-2] == r:
+                raise ValueError(
+                    f"Cannot rotate the inner optimizer's state field '{name}' of "
+                    f"shape {x.shape}: its name does not tell whether it is a first or "
+                    "a second moment. Name it in Rotate(first=...) or "
+                    "Rotate(second=...), or use Keep() or Reset()."
+                )
+            else:
+                carried[name] = x
+        return carried

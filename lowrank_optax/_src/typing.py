@@ -1,0 +1,130 @@
+"""The protocols of the parts, and their laws. A method is a choice of parts.
+
+Every part is a frozen dataclass without arrays. An engine owns ranks, sides, scales,
+signs, keys and the safety of the state; a part owns only what is its own. Matrices
+arrive as ``(*batch, m, n)`` in float32 at least, basis side on the left; write
+``*b m n`` code with ``@``, ``.mT`` and ``...``, never ``vmap``.
+"""
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from lowrank_optax._src.matrix import MatrixView
+
+Step = Int[Array, ""]
+
+
+@runtime_checkable
+class Subspace(Protocol):
+    """Which subspace the gradient is projected to."""
+
+    def select(
+        self,
+        key: Key[Array, ""],
+        grad: Float[Array, "*b m n"],
+        old: Float[Array, "*b m r"],
+        step: Step,
+    ) -> Float[Array, "*b m r"]:
+        """A new basis for ``grad``, whose largest magnitude is 1.
+
+        Law: columns orthonormal to 1e-5 or exactly zero, finite for any finite
+        ``grad``. ``old`` is the basis to be replaced, zero at the start.
+        """
+        ...
+
+
+@runtime_checkable
+class Refresh(Protocol):
+    """When the basis is renewed: one scalar predicate a leaf; step 0 is always due."""
+
+    def init(self, view: MatrixView) -> Any:
+        """A NamedTuple of scalars, or ``optax.MaskedNode()`` for none."""
+        ...
+
+    def due(self, state: Any, step: Step, phase: float, size: Array) -> Bool[Array, ""]:
+        """Whether to renew now.
+
+        ``phase`` in [0, 1) spreads the leaves by cost; ``size`` is the Frobenius norm
+        of the gradient projected to the present basis.
+        """
+        ...
+
+    def after(self, state: Any, due: Array, size: Array, overlap: Array) -> Any:
+        """The next state; ``overlap`` is ``||new^T old||_F^2 / r``, 1 if not due."""
+        ...
+
+
+@runtime_checkable
+class Transfer(Protocol):
+    """What becomes of the inner optimizer's moments when the basis is renewed."""
+
+    def carry(
+        self, moments: dict[str, Array], overlap: Float[Array, "*b r r"]
+    ) -> dict[str, Array]:
+        """The moments in the new basis, by ``overlap = new^T old``.
+
+        ``moments`` maps state field paths to arrays of the leaf, (\\*b, r, n) or of
+        another shape. Law: second moments stay >= 0.
+        """
+        ...
+
+
+@runtime_checkable
+class Recovery(Protocol):
+    """What is done with what the projection leaves out."""
+
+    def init(self, view: MatrixView) -> Any:
+        """A NamedTuple of arrays, or ``optax.MaskedNode()`` for none."""
+        ...
+
+    def prepare(self, grad: Float[Array, "*b m n"], state: Any) -> Array:
+        """The gradient to project."""
+        ...
+
+    def recover(
+        self,
+        grad: Float[Array, "*b m n"],
+        coeff: Float[Array, "*b r n"],
+        direction: Float[Array, "*b r n"],
+        basis: Float[Array, "*b m r"],
+        scale: Any,
+        state: Any,
+    ) -> tuple[Float[Array, "*b m n"], Any]:
+        """The full update from ``coeff = basis^T grad`` and the inner's ``direction``.
+
+        ``scale`` multiplies ``basis @ direction`` only.
+        """
+        ...
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """How a state matrix is stored between steps."""
+
+    def init(self, view: MatrixView) -> NamedTuple:
+        """The code of the initial value. Law: ``decode(init)`` is zero."""
+        ...
+
+    def encode(self, key: Key[Array, ""], x: Array, old: Any) -> NamedTuple:
+        """The code of ``x``; ``old`` is the code that it replaces."""
+        ...
+
+    def decode(self, code: Any) -> Array:
+        """The matrix of a code. Law: a non-negative codec decodes to >= 0."""
+        ...
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """A whole update rule on one matrix, for `leafwise`."""
+
+    def init(self, view: MatrixView) -> NamedTuple:
+        """State by field; a field that the dense optimizer has too is kept there."""
+        ...
+
+    def update(
+        self, key: Key[Array, ""], step: Step, grad: Float[Array, "*b m n"], state: Any
+    ) -> tuple[Float[Array, "*b m n"], Any]:
+        """The update and the next state; ``step`` counts from 0."""
+        ...

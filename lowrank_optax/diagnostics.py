@@ -1,0 +1,15 @@
+"""Measures of rank and of subspaces, each usable inside `jax.jit`."""
+
+from lowrank_optax._src.diagnostics import captured_energy as captured_energy
+from lowrank_optax._src.diagnostics import effective_rank as effective_rank
+from lowrank_optax._src.diagnostics import singular_value_ratio as singular_value_ratio
+from lowrank_optax._src.diagnostics import stable_rank as stable_rank
+from lowrank_optax._src.diagnostics import subspace_overlap as subspace_overlap
+
+__all__ = [
+    "captured_energy",
+    "effective_rank",
+    "singular_value_ratio",
+    "stable_rank",
+    "subspace_overlap",
+]
