@@ -1,0 +1,13 @@
+"""What all tests share: two simulated devices and reproducible hypothesis examples."""
+
+import hypothesis
+import jax
+
+# Before any test module can initialise a backend: the number is fixed from then on.
+jax.config.update("jax_num_cpu_devices", 2)
+
+# Every example shape is compiled anew, which takes longer than any sensible deadline.
+hypothesis.settings.register_profile(
+    "few", max_examples=20, deadline=None, derandomize=True
+)
+hypothesis.settings.load_profile("few")
