@@ -46,7 +46,7 @@ def _unbox(tree: Any) -> Any:
     )
 
 
-def _with_auto_axes(run: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
+def _with_auto_axes(run: Any, *args: Any) -> Any:
     """``run(updates, state, params)``, its results sharded as the first two came in."""
     shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, args[:2])
     if any(matrix.explicit_axes(s.mesh) for s in jax.tree.leaves(shardings)):

@@ -20,7 +20,8 @@ def matmul(a: Array, b: Array) -> Array:
 
 def at_least_float32(x: Array) -> Array:
     """``x`` in float32, or in its own dtype where that is wider."""
-    return jnp.asarray(x).astype(jnp.promote_types(jnp.float32, x.dtype))
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(jnp.float32, x.dtype))
 
 
 def unit_scale(a: Array) -> tuple[Array, Array]:
