@@ -200,8 +200,8 @@ def view_by(path, shape, dtype, axes: MatrixAxes, side: Side, source) -> MatrixV
         )
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
-            f"Cannot view parameter '{path}' of dtype {dtype} as a matrix: only "
-            "floating-point parameters are. Give None for it in `matrices`."
+            f"Cannot view parameter '{path}' of shape {shape} as a matrix: its dtype "
+            f"{dtype} is not floating. Give None for it in `matrices`."
         )
     m, n = (math.prod(shape[a] for a in group) for group in (rows, cols))
     # A square matrix goes to the right as "short" (GaLore), to the left as "long".
