@@ -1,0 +1,204 @@
+"""Every public transformation, with arguments fit for matrices of a few rows.
+
+The tests of `test_common.py` run over `METHODS`; `test_public_api.py` fails where a
+public factory is not in it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from running import random_like
+
+import lowrank_optax as lro
+
+RANK = 2
+PERIOD = 3  # between refreshes, so that a few steps see more than one
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A public factory with arguments.
+
+    Attributes:
+      name: unique; the factory's public name, and what tells it from its siblings.
+      factory: the public function.
+      kwargs: all of its arguments, by name.
+      moments: names of the state fields that have an entry for each parameter.
+      dense: the optimizer that a leaf which is not a matrix must get.
+    """
+
+    name: str
+    factory: Callable[..., optax.GradientTransformation]
+    kwargs: dict[str, Any]
+    moments: tuple[str, ...]
+    dense: optax.GradientTransformation
+
+    def make(self, **changes) -> optax.GradientTransformationExtraArgs:
+        return self.factory(**self.kwargs | changes)
+
+    @functools.cached_property
+    def tx(self) -> optax.GradientTransformationExtraArgs:
+        """One instance for all tests, so that they share its compiled bodies."""
+        return self.make()
+
+    @property
+    def is_optimizer(self) -> bool:
+        """Whether it ends in a learning rate: its updates are for adding."""
+        return "learning_rate" in self.kwargs
+
+    def descend(self, updates: Any, size: float = 1.0) -> Any:
+        """Its updates as what is added to parameters."""
+        return (
+            updates if self.is_optimizer else jax.tree.map(lambda u: -size * u, updates)
+        )
+
+
+class Momentum(NamedTuple):
+    trace: jax.Array
+
+
+class SignOfMomentum:
+    """A rule that needs no more than `leafwise` promises."""
+
+    def init(self, view):
+        return Momentum(view.zeros("m", "n"))
+
+    def update(self, key, step, grad, state):
+        trace = 0.9 * state.trace + grad
+        return jnp.sign(trace), Momentum(trace)
+
+
+def _adafactor(learning_rate):
+    return optax.chain(
+        optax.scale_by_factored_rms(min_dim_size_to_factor=1),
+        optax.clip_by_block_rms(1.0),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+_ADAM = optax.scale_by_adam()
+_MLORC_ADAM = optax.scale_by_adam(b1=0.8)
+_GALORE = dict(rank=RANK, update_every=PERIOD)
+
+METHODS = [
+    Method(
+        "project_gradients",
+        lro.project_gradients,
+        dict(
+            inner=_ADAM,
+            rank=RANK,
+            subspace=lro.TopSingular("gram_eigh"),
+            refresh=lro.Staggered(PERIOD),
+            transfer=lro.Rotate(),
+            side="long",
+        ),
+        ("mu", "nu"),
+        _ADAM,
+    ),
+    Method(
+        "compress_state",
+        lro.compress_state,
+        dict(inner=_ADAM, codecs={"mu": lro.LowRank(RANK)}),
+        ("mu", "nu"),
+        _ADAM,
+    ),
+    Method(
+        "leafwise",
+        lro.leafwise,
+        dict(rule=SignOfMomentum(), dense=optax.trace(0.9)),
+        ("trace",),
+        optax.trace(0.9),
+    ),
+    Method(
+        "galore_project",
+        lro.galore_project,
+        dict(inner=_ADAM, **_GALORE),
+        ("mu", "nu"),
+        _ADAM,
+    ),
+    Method(
+        "galore_project-trace",
+        lro.galore_project,
+        dict(inner=optax.trace(0.9), transfer=lro.Reset(), **_GALORE),
+        ("trace",),
+        optax.trace(0.9),
+    ),
+    Method(
+        "mlorc_scale_by_adam",
+        lro.mlorc_scale_by_adam,
+        dict(rank=RANK),
+        ("mu", "nu"),
+        _MLORC_ADAM,
+    ),
+    Method(
+        "mlorc_scale_by_adam-mu",
+        lro.mlorc_scale_by_adam,
+        dict(rank=RANK, compress=("mu",)),
+        ("mu", "nu"),
+        _MLORC_ADAM,
+    ),
+    Method(
+        "mlorc_scale_by_adam-nu",
+        lro.mlorc_scale_by_adam,
+        dict(rank=RANK, compress=("nu",)),
+        ("mu", "nu"),
+        _MLORC_ADAM,
+    ),
+    Method(
+        "mlorc_scale_by_lion",
+        lro.mlorc_scale_by_lion,
+        dict(rank=RANK),
+        ("mu",),
+        optax.scale_by_lion(),
+    ),
+    Method(
+        "mlorc_compress",
+        lro.mlorc_compress,
+        dict(inner=optax.trace(0.9), rank=RANK),
+        ("trace",),
+        optax.trace(0.9),
+    ),
+    Method(
+        "galore_adamw",
+        lro.galore_adamw,
+        dict(learning_rate=0.02, scale=1.0, **_GALORE),
+        ("mu", "nu"),
+        optax.adam(0.02),
+    ),
+    Method(
+        "galore_adafactor",
+        lro.galore_adafactor,
+        dict(learning_rate=0.02, scale=1.0, **_GALORE),
+        ("v_row", "v_col", "v"),
+        _adafactor(0.02),
+    ),
+    Method(
+        "mlorc_adamw",
+        lro.mlorc_adamw,
+        dict(learning_rate=0.02, rank=RANK),
+        ("mu", "nu"),
+        optax.adam(0.02, b1=0.8),
+    ),
+    Method(
+        "mlorc_lion",
+        lro.mlorc_lion,
+        dict(learning_rate=0.02, rank=RANK),
+        ("mu",),
+        optax.chain(optax.scale_by_lion(), optax.scale_by_learning_rate(0.02)),
+    ),
+]
+
+
+def example_params(dtype: Any = jnp.float32) -> Any:
+    """A tall and a wide matrix, a vector and an embedding."""
+    shapes = {
+        "up": {"kernel": (4, 6), "bias": (6,)},
+        "down": {"kernel": (6, 4)},
+        "embed": {"table": (5, 4)},
+    }
+    return random_like(shapes, seed=0, dtype=dtype)

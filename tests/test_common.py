@@ -1,0 +1,491 @@
+"""What every method must do under JAX, Optax, Flax and Orbax.
+
+One list of methods (`registry.METHODS`) crossed with one test for each way of use.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from absl.testing import parameterized
+from flax import nnx
+from registry import METHODS, PERIOD, example_params
+from running import assert_close, norm, random_grads, random_like, run, run_eagerly
+
+import lowrank_optax as lro
+
+BY_NAME = {method.name: method for method in METHODS}
+
+
+# By module, so that all tests of a method run together and share what it compiles.
+@pytest.fixture(scope="module", params=BY_NAME)
+def method(request):
+    return BY_NAME[request.param]
+
+
+def assert_finite(tree):
+    chex.assert_tree_all_finite(tree)
+
+
+def descend(method, params, state, n, size=0.02):
+    """Follow the gradient of ``|p - target|^2 / 2`` where the target is zero."""
+    update = jax.jit(method.tx.update)
+    for _ in range(n):
+        updates, state = update(params, state, params)
+        params = jax.tree.map(jnp.add, params, method.descend(updates, size))
+    return params, state
+
+
+# Transformations of JAX
+
+
+class Variants(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @parameterized.named_parameters((m.name, m) for m in METHODS)
+    def test_equals_the_eager_update(self, method):
+        params = example_params()
+        grads = random_grads(params, 2)
+        expected, _ = run_eagerly(method.tx, params, grads)
+        update = self.variant(method.tx.update)
+        state = method.tx.init(params)
+        for g, want in zip(grads, expected, strict=True):
+            updates, state = update(g, state, params)
+            assert_close(updates, want)
+
+
+def test_one_trace_and_donation_over_refreshes(method):
+    params = example_params()
+    grads = random_grads(params, 2 * PERIOD + 1)
+    expected, _ = run(method.tx, params, grads)
+    chex.clear_trace_counter()
+
+    @chex.assert_max_traces(n=1)
+    def step(g, state, params):
+        return method.tx.update(g, state, params)
+
+    step = jax.jit(step, donate_argnums=(0, 1))
+    state = method.tx.init(params)
+    for g, want in zip(grads, expected, strict=True):
+        old = jax.tree.leaves(state)
+        updates, state = step(g, state, params)
+        assert_close(updates, want)
+        # A placeholder of one number passes through as it is.
+        assert all(x.is_deleted() for x in old if x.size > 1)
+
+
+def test_a_scan_of_1000_steps_learns(method):
+    start = example_params()
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = method.tx.update(params, state, params)
+        size = 0.02 * (1 - optax.tree.get(state, "step") / 1000)
+        return (jax.tree.map(jnp.add, params, method.descend(updates, size)), state), 0
+
+    @jax.jit
+    def train(params):
+        return jax.lax.scan(step, (params, method.tx.init(params)), length=1000)[0]
+
+    params, state = train(start)
+    assert_finite(state)
+    assert int(optax.tree.get(state, "step")) == 1000
+    for before, after in zip(
+        jax.tree.leaves(start), jax.tree.leaves(params), strict=True
+    ):
+        assert norm(after) < 0.2 * norm(before)
+
+
+def test_vmap_equals_a_loop(method):
+    params = [example_params(), jax.tree.map(lambda x: x + 1, example_params())]
+    grads = [random_grads(params[0], PERIOD + 1, seed) for seed in (1, 50)]
+    expected = [run(method.tx, p, g)[0] for p, g in zip(params, grads, strict=True)]
+
+    def stack(*trees):
+        return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+
+    stacked = stack(*params)
+    state = jax.vmap(method.tx.init)(stacked)
+    update = jax.jit(jax.vmap(method.tx.update))
+    for t in range(PERIOD + 1):
+        updates, state = update(stack(grads[0][t], grads[1][t]), state, stacked)
+        assert_close(updates, stack(expected[0][t], expected[1][t]), atol=1e-5)
+
+
+def test_abstract_initialisation(method):
+    params = example_params()
+    abstract = jax.eval_shape(method.tx.init, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(abstract, method.tx.init(params))
+    updates, new = jax.eval_shape(method.tx.update, params, abstract, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, abstract)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+
+
+def test_arrays_of_the_state_are_neither_empty_nor_shared(method):
+    params = example_params()
+    state = method.tx.init(params)
+    for tree in (state, method.tx.update(params, state, params)[1]):
+        leaves = jax.tree.leaves(tree)
+        assert all(x.size for x in leaves)
+        buffers = {x.unsafe_buffer_pointer() for x in leaves}
+        assert len(buffers) == len(leaves)
+
+
+# Dtypes
+
+
+def narrow(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
+
+
+NARROW = {
+    "bfloat16": narrow,
+    "mixed": lambda tree: {k: narrow(x) if k == "up" else x for k, x in tree.items()},
+}
+
+
+@pytest.mark.parametrize("kind", NARROW)
+def test_narrow_dtypes_in_and_out_float32_within(method, kind):
+    params = NARROW[kind](example_params())
+    grads = random_grads(params, 2)
+    updates, state = run_eagerly(method.tx, params, grads)
+    dtypes = {x.dtype for x in jax.tree.leaves(state)}
+    assert dtypes <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.int32)}
+
+    def wide(tree):
+        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+    expected, _ = run_eagerly(method.tx, wide(params), [wide(g) for g in grads])
+    for u, want in zip(updates, expected, strict=True):
+        chex.assert_trees_all_equal_shapes_and_dtypes(u, params)
+        # The same arithmetic, rounded to eight bits at its end, once in each part of a
+        # chain.
+        assert_close(wide(u), want, rtol=2**-7)
+
+
+@pytest.mark.parametrize("kind", NARROW)
+def test_the_state_keeps_its_types_under_cond(method, kind):
+    params = NARROW[kind](example_params())
+    state = method.tx.init(params)
+
+    def update_if(wanted, grads, state):
+        return jax.lax.cond(
+            wanted,
+            lambda: method.tx.update(grads, state, params),
+            lambda: (grads, state),
+        )
+
+    # The branches of a cond must have equal types, or tracing fails.
+    _, new = jax.eval_shape(update_if, True, params, state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+
+
+# Adversarial gradients
+
+
+BAD = {
+    "zero": lambda g: jnp.zeros_like(g),
+    "nan": lambda g: g.at[1, 2].set(jnp.nan),
+    "inf": lambda g: g.at[1, 2].set(-jnp.inf),
+    "rank 1": lambda g: jnp.outer(g[:, 0], g[1]),
+    "huge": lambda g: 1e30 * g,
+    "tiny": lambda g: 1e-30 * g,
+}
+
+
+@pytest.mark.parametrize("when", [0, PERIOD])
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_gradient_of_a_matrix_leaves_a_usable_state(method, kind, when):
+    params = example_params()
+    grads = random_grads(params, when + 1)
+    grads[when]["up"]["kernel"] = BAD[kind](grads[when]["up"]["kernel"])
+    updates, state = run(method.tx, params, grads)
+    assert_finite(state)
+    if kind not in ("nan", "inf"):
+        assert_finite(updates)
+    after, state = descend(method, params, state, 60)
+    assert_finite(state)
+    for name in ("up", "down", "embed"):
+        # A huge gradient stays in second moments for long, as it does in Adam's.
+        if kind != "huge" or name != "up":
+            assert norm(after[name]) < 0.8 * norm(params[name])
+
+
+def test_after_apply_if_finite_a_bad_step_never_was(method):
+    params = example_params()
+    grads = random_grads(params, 3)
+    bad = jax.tree.map(lambda g: jnp.full_like(g, jnp.nan), grads[0])
+    expected, last = run(method.tx, params, grads)
+    tx = optax.apply_if_finite(method.tx, max_consecutive_errors=5)
+    updates, state = run(tx, params, [bad, grads[0], bad, *grads[1:]])
+    for i in (0, 2):
+        assert_close(updates[i], jax.tree.map(jnp.zeros_like, params))
+    assert_close([updates[i] for i in (1, 3, 4)], expected)
+    assert_close(state.inner_state, last)
+
+
+# Trees and shapes
+
+
+def test_matrices_smaller_than_the_rank(method):
+    changes = {"rank": 4} if "rank" in method.kwargs else {}
+    if "codecs" in method.kwargs:
+        changes = {"codecs": {"mu": lro.LowRank(4)}}
+    tx = method.make(**changes)
+    update = jax.jit(tx.update)
+    shapes = {"row": (1, 5), "column": (5, 1), "number": (1, 1), "small": (2, 3)}
+    start = params = random_like(shapes, seed=3)
+    state = tx.init(params)
+    for _ in range(60):
+        updates, state = update(params, state, params)
+        params = jax.tree.map(jnp.add, params, method.descend(updates, 0.02))
+    assert_finite(state)
+    for name in shapes:
+        assert norm(params[name]) < 0.8 * norm(start[name])
+
+
+@pytest.mark.parametrize("empty", [{}, (), {"a": {}, "b": None}], ids=str)
+def test_an_empty_tree(method, empty):
+    state = method.tx.init(empty)
+    updates, new = method.tx.update(empty, state, empty)
+    assert updates == empty
+    chex.assert_trees_all_equal_structs(new, state)
+
+
+def test_a_tree_without_matrices_gets_the_dense_optimizer(method):
+    params = random_like({"bias": (3,), "scalar": (), "embed": {"table": (5, 4)}}, 0)
+    grads = random_grads(params, 3)
+    updates, _ = run(method.tx, params, grads)
+    expected, _ = run_eagerly(method.dense, params, grads)
+    assert_close(updates, expected)
+
+
+def test_leaves_that_are_not_matrices_get_the_dense_optimizer(method):
+    params = example_params()
+    grads = random_grads(params, 2 * PERIOD)
+    updates, _ = run(method.tx, params, grads)
+    expected, _ = run(method.dense, params, grads)
+    same = []
+    for u, want in zip(updates, expected, strict=True):
+        assert_close(u["embed"], want["embed"])
+        assert_close(u["up"]["bias"], want["up"]["bias"])
+        same.append(np.allclose(u["up"]["kernel"], want["up"]["kernel"], rtol=1e-2))
+    assert not all(same)  # and matrices get something else
+
+
+def test_placeholders_do_not_matter(method):
+    params = example_params()
+    grads = random_grads(params, 2)
+    holes = {"frozen": optax.MaskedNode(), "none": None}
+    updates, _ = run_eagerly(method.tx, params | holes, [g | holes for g in grads])
+    expected, _ = run_eagerly(method.tx, params, grads)
+    assert all(u["none"] is None for u in updates)
+    assert all(isinstance(u["frozen"], optax.MaskedNode) for u in updates)
+    assert_close([{k: u[k] for k in params} for u in updates], expected)
+
+
+# Optax's wrappers
+
+
+def test_chain(method):
+    params = example_params()
+    grads = random_grads(params, 2)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), method.tx, optax.scale(-0.1))
+    updates, _ = run_eagerly(tx, params, grads)
+    clipped = [jax.tree.map(lambda x, g=g: x / norm(g), g) for g in grads]
+    expected, _ = run_eagerly(method.tx, params, clipped)
+    assert_close(updates, jax.tree.map(lambda u: -0.1 * u, expected))
+
+
+def test_masked(method):
+    params = example_params()
+    grads = random_grads(params, PERIOD + 1)
+    mask = {"up": True, "down": False, "embed": False}
+    updates, _ = run_eagerly(optax.masked(method.tx, mask), params, grads)
+    part = {"up": params["up"]}
+    expected, _ = run_eagerly(method.tx, part, [{"up": g["up"]} for g in grads])
+    for u, g, want in zip(updates, grads, expected, strict=True):
+        assert_close(u, g | want)
+
+
+def test_partition(method):
+    params = example_params()
+    grads = random_grads(params, PERIOD + 1)
+    labels = {"up": "low", "down": "plain", "embed": "plain"}
+    tx = optax.partition({"low": method.tx, "plain": optax.sgd(0.5)}, labels)
+    updates, _ = run_eagerly(tx, params, grads)
+    part = {"up": params["up"]}
+    expected, _ = run_eagerly(method.tx, part, [{"up": g["up"]} for g in grads])
+    for u, g, want in zip(updates, grads, expected, strict=True):
+        assert_close(u, jax.tree.map(lambda x: -0.5 * x, g) | want)
+
+
+def test_inject_hyperparams_equals_the_plain_method(method):
+    params = example_params()
+    grads = random_grads(params, PERIOD + 1)
+    tx = lro.inject_hyperparams(method.factory)(**method.kwargs)
+    updates, state = run(tx, params, grads)
+    expected, _ = run(method.tx, params, grads)
+    # 1 - b2 loses half of its digits in float32, in which it now is.
+    assert_close(updates, expected, rtol=2e-4, atol=1e-5)
+    numbers = {k for k, v in method.kwargs.items() if isinstance(v, float)}
+    assert numbers | {"update_every"} & set(method.kwargs) <= set(state.hyperparams)
+    assert "rank" not in state.hyperparams
+
+
+SCALED = [m.name for m in METHODS if "update_every" in m.kwargs]
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_a_schedule_for_the_scale(name):
+    method, params = BY_NAME[name], example_params()
+    grads = random_grads(params, PERIOD + 1)
+
+    def schedule(count):
+        return 0.5 * (count + 1)
+
+    tx = lro.inject_hyperparams(method.factory)(**method.kwargs | {"scale": schedule})
+    updates, _ = run(tx, params, grads)
+    expected, _ = run(method.make(scale=1.0), params, grads)
+    for t, (u, want) in enumerate(zip(updates, expected, strict=True)):
+        for path in ("up", "down"):
+            wanted = schedule(t) * want[path]["kernel"]
+            assert_close(u[path]["kernel"], wanted, rtol=2e-4, atol=1e-5)
+        assert_close(u["embed"], want["embed"], rtol=2e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [m.name for m in METHODS if m.is_optimizer])
+@pytest.mark.parametrize("injected", [True, False])
+def test_a_schedule_for_the_learning_rate(name, injected):
+    method, params = BY_NAME[name], example_params()
+    grads = random_grads(params, PERIOD + 1)
+
+    def schedule(count):
+        return 0.02 * (count + 1)
+
+    factory = method.factory
+    if injected:
+        factory = lro.inject_hyperparams(factory)
+    tx = factory(**method.kwargs | {"learning_rate": schedule})
+    updates, _ = run(tx, params, grads)
+    expected, _ = run(method.tx, params, grads)
+    for t, (u, want) in enumerate(zip(updates, expected, strict=True)):
+        wanted = jax.tree.map(lambda x, t=t: (t + 1) * x, want)
+        assert_close(u, wanted, rtol=2e-4, atol=1e-5)
+
+
+def test_multi_steps_equals_the_whole_batch(method):
+    params = example_params()
+    whole = random_grads(params, 2)
+    halves = random_grads(params, 2, seed=70)
+    grads = []
+    for g, h in zip(whole, halves, strict=True):
+        grads += [jax.tree.map(jnp.add, g, h), jax.tree.map(jnp.subtract, g, h)]
+    tx = optax.MultiSteps(method.tx, every_k_schedule=2)
+    updates, _ = run(tx.gradient_transformation(), params, grads)
+    expected, _ = run(method.tx, params, whole)
+    assert_close(updates[1::2], expected, rtol=1e-4, atol=1e-5)
+    assert_close(updates[::2], [jax.tree.map(jnp.zeros_like, params)] * 2)
+
+
+def test_map_params_finds_each_parameter(method):
+    params = example_params()
+    state = method.tx.init(params)
+    names = jax.tree_util.tree_map_with_path(
+        lambda k, _: jax.tree_util.keystr(k), params
+    )
+
+    def is_tuple(x):
+        return isinstance(x, tuple)
+
+    labelled = optax.tree.map_params(
+        method.tx, lambda _, name: name, state, names, is_leaf=is_tuple
+    )
+    for field in method.moments:
+        assert optax.tree.get(labelled, field) == names
+    same = optax.tree.map_params(method.tx, lambda x: x, state, is_leaf=is_tuple)
+    chex.assert_trees_all_equal(same, state)
+
+
+def test_extra_arguments_are_accepted(method):
+    params = example_params()
+    state = method.tx.init(params)
+    updates, _ = method.tx.update(params, state, params, value=1.0, unknown=None)
+    assert_close(updates, method.tx.update(params, state, params)[0])
+
+
+@pytest.mark.parametrize("name", [m.name for m in METHODS if "inner" in m.kwargs])
+def test_extra_arguments_reach_the_inner_optimizer(name):
+    method, params = BY_NAME[name], example_params()
+
+    def times_value(updates, state, params=None, *, value, **_):
+        return jax.tree.map(lambda u: value * u, updates), state
+
+    def with_value(inner):
+        last = optax.GradientTransformationExtraArgs(
+            lambda _: optax.EmptyState(), times_value
+        )
+        return optax.chain(inner, last)
+
+    tx = method.make(inner=with_value(method.kwargs["inner"]))
+    updates, _ = tx.update(params, tx.init(params), params, value=3.0)
+    expected, _ = method.tx.update(params, method.tx.init(params), params)
+    assert_close(updates, jax.tree.map(lambda u: 3 * u, expected))
+
+
+# Flax NNX
+
+
+class Model(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.up = nnx.Linear(4, 6, rngs=rngs)
+        self.down = nnx.Linear(6, 4, use_bias=False, rngs=rngs)
+        self.embed = nnx.Embed(5, 4, rngs=rngs)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_nnx_optimizer(method, compiled):
+    model = Model()
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    grads = random_grads(params, 2)
+    updates, last = run(method.tx, params, grads)
+    for u in updates:
+        params = optax.apply_updates(params, u)
+
+    optimizer = nnx.Optimizer(model, method.tx, wrt=nnx.Param)
+
+    def step(model, optimizer, grads):
+        optimizer.update(model, grads)
+
+    step = nnx.jit(step) if compiled else step
+    for g in grads:
+        into = nnx.state(model, nnx.Param)
+        nnx.replace_by_pure_dict(into, g)
+        step(model, optimizer, into)
+    assert_close(
+        nnx.to_pure_dict(nnx.state(model, nnx.Param)), params, rtol=1e-4, atol=1e-5
+    )
+    kept = nnx.as_pure(optimizer.opt_state)
+    assert_close(jax.tree.leaves(kept), jax.tree.leaves(last), rtol=1e-4, atol=1e-5)
+
+
+# Orbax
+
+
+def test_a_run_resumed_from_a_checkpoint_is_the_uninterrupted_run(method, tmp_path):
+    params = example_params()
+    grads = random_grads(params, PERIOD + 3)
+    _, state = run(method.tx, params, grads[:2])
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        abstract = jax.eval_shape(method.tx.init, params)
+        restored = checkpointer.restore(tmp_path / "state", abstract)
+    chex.assert_trees_all_equal(restored, state)
+    resumed, last = run(method.tx, params, grads[2:], restored)
+    expected, uninterrupted = run(method.tx, params, grads)
+    chex.assert_trees_all_equal(resumed, expected[2:])
+    chex.assert_trees_all_equal(last, uninterrupted)

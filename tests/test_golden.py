@@ -1,0 +1,76 @@
+"""Trajectories of the authors' own PyTorch optimizers on fixed gradients.
+
+The files in `data/golden` hold numbers only (its README says which): three matrices,
+twelve gradients each, and where the reference went. At every step the displacement from
+the start must agree, in relative Frobenius error.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lowrank_optax as lro
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+LEAVES = 3
+
+
+def galore(meta):
+    # The reference computes an exact SVD. Its epsilon, added to the uncorrected root,
+    # is small enough for the place not to matter.
+    return lro.galore_project(
+        optax.scale_by_adam(meta["b1"], meta["b2"], meta["eps"]),
+        rank=meta["rank"],
+        update_every=meta["update_every"],
+        scale=meta["scale"],
+        subspace=lro.TopSingular("svd"),
+    )
+
+
+def mlorc_adam(meta):
+    return lro.mlorc_scale_by_adam(meta["rank"], meta["b1"], meta["b2"], meta["eps"])
+
+
+def mlorc_lion(meta):
+    return lro.mlorc_scale_by_lion(meta["rank"], meta["b1"], meta["b2"])
+
+
+TRAJECTORIES = {
+    "galore_scale0.25_wd0.0_gap5": (galore, 1e-4),
+    "galore_scale0.25_wd0.0_gap50": (galore, 1e-4),
+    "galore_scale1.0_wd0.1_gap50": (galore, 1e-4),
+    "mlorc_adamw_lowrank": (mlorc_adam, 1e-3),
+    "mlorc_lion_lowrank": (mlorc_lion, 1e-5),
+}
+
+
+def test_every_file_is_used():
+    assert {path.stem for path in GOLDEN.glob("*.npz")} == set(TRAJECTORIES)
+
+
+@pytest.mark.parametrize("name", TRAJECTORIES)
+def test_trajectory(name):
+    factory, tolerance = TRAJECTORIES[name]
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        data = dict(file)
+    meta = json.loads(str(data["meta"]))
+    names = [str(i) for i in range(LEAVES)]
+    start = {i: data[f"p0_{i}"] for i in names}
+    params = jax.tree.map(jnp.asarray, start)
+    tx = factory(meta)
+    update, state = jax.jit(tx.update), tx.init(params)
+    for t in range(len(data["g_0"])):
+        grads = {i: data[f"g_{i}"][t] for i in names}
+        directions, state = update(grads, state, params)
+        # As the reference does it, which decays the weight that it has just updated.
+        decay = 1 - meta["lr"] * meta.get("weight_decay", 0.0)
+        params = {i: (params[i] - meta["lr"] * directions[i]) * decay for i in names}
+        for i in names:
+            expected = data[f"p_{i}"][t] - start[i]
+            error = np.linalg.norm(params[i] - start[i] - expected)
+            assert error <= tolerance * np.linalg.norm(expected), (t, i)
