@@ -1,0 +1,412 @@
+"""MLorc against its formulas, against the optimizers that it compresses, and itself."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from running import assert_close, norm, random_grads, random_like, relative_error, run
+
+import lowrank_optax as lro
+
+STEPS, RANK = 12, 2
+SHAPES = {"wide": (5, 8), "tall": (8, 5)}
+# These columns span all of a (5, 8) matrix: the truncation is exact, whatever is drawn.
+EXACT = {"oversample": 4}
+# Nothing is drawn at all: the sketch is the previous right factor.
+DETERMINISTIC = {"oversample": 0, "warm_start": True}
+
+
+def on_one_leaf(tx, grads):
+    params = {"w": jnp.zeros_like(grads[0])}
+    return [u["w"] for u in run(tx, params, [{"w": g} for g in grads])[0]]
+
+
+def gradients(shape, steps=STEPS, seed=0):
+    return list(random_like({"g": (steps, *shape)}, seed)["g"])
+
+
+# Against the formulas
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (8, 5), (2, 5, 8)], ids=str)
+@pytest.mark.parametrize("compress", [("mu", "nu"), ("mu",), ("nu",)], ids=str)
+def test_mlorc_adam_follows_the_formulas(shape, compress):
+    grads = gradients(shape)
+    matrices = lro.MatrixAxes() if len(shape) > 2 else None
+    tx = lro.mlorc_scale_by_adam(
+        RANK, 0.7, 0.95, 1e-6, compress=compress, matrices=matrices, **EXACT
+    )
+    expected = reference.mlorc_adam(grads, RANK, 0.7, 0.95, 1e-6, compress=compress)
+    for u, want in zip(on_one_leaf(tx, grads), expected, strict=True):
+        # A second moment near its clamp loses digits to the cancellation before it.
+        assert relative_error(u, want) < 1e-3
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (8, 5), (2, 5, 8)], ids=str)
+def test_mlorc_lion_follows_the_formulas(shape):
+    grads = gradients(shape)
+    matrices = lro.MatrixAxes() if len(shape) > 2 else None
+    tx = lro.mlorc_scale_by_lion(RANK, 0.8, 0.95, matrices=matrices, **EXACT)
+    expected = reference.mlorc_lion(grads, RANK, 0.8, 0.95)
+    for u, want in zip(on_one_leaf(tx, grads), expected, strict=True):
+        np.testing.assert_array_equal(u, want)
+
+
+def test_the_formulas_are_not_those_of_the_uncompressed_optimizers():
+    # Or the two tests above would hold without any compression.
+    grads = gradients((5, 8))
+    adam, lion = (
+        reference.adam(grads, 0.7, 0.95, 1e-6),
+        reference.lion(grads, 0.8, 0.95),
+    )
+    mlorc_adam = reference.mlorc_adam(grads, RANK, 0.7, 0.95, 1e-6)
+    mlorc_lion = reference.mlorc_lion(grads, RANK, 0.8, 0.95)
+    assert relative_error(mlorc_adam[-1], adam[-1]) > 0.1
+    assert np.mean(mlorc_lion[-1] != lion[-1]) > 0.05
+
+
+SKETCHES = {
+    "default": {},
+    "deterministic": DETERMINISTIC,
+    "the paper's": {"oversample": 0, "power_iters": 1, "warm_start": False},
+}
+
+
+@pytest.mark.parametrize("sketch", SKETCHES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=str)
+def test_at_full_rank_mlorc_adam_is_adam(shape, sketch):
+    grads = gradients(shape)
+    tx = lro.mlorc_scale_by_adam(8, **SKETCHES[sketch])
+    expected = on_one_leaf(optax.scale_by_adam(b1=0.8), grads)
+    assert relative_error(on_one_leaf(tx, grads), expected) < 1e-5
+
+
+@pytest.mark.parametrize("sketch", SKETCHES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=str)
+def test_at_full_rank_mlorc_lion_is_lion(shape, sketch):
+    grads = gradients(shape)
+    tx = lro.mlorc_scale_by_lion(8, **SKETCHES[sketch])
+    expected = on_one_leaf(optax.scale_by_lion(), grads)
+    for u, want in zip(on_one_leaf(tx, grads), expected, strict=True):
+        np.testing.assert_array_equal(u, want)
+
+
+# The two tiers: the fast path, and the engine that composes it of its parts
+
+
+def composed_adam(sketch):
+    return lro.compress_state(
+        optax.scale_by_adam(b1=0.8),
+        {
+            "mu": lro.LowRank(RANK, **sketch),
+            "nu": lro.LowRank(RANK, nonnegative=True, **sketch),
+        },
+    )
+
+
+def composed_lion(sketch):
+    codec = lro.LowRank(RANK, **sketch)
+    return lro.compress_state(optax.scale_by_lion(), {"mu": codec})
+
+
+TIERS = {
+    "adam": (lambda sketch: lro.mlorc_scale_by_adam(RANK, **sketch), composed_adam),
+    "lion": (lambda sketch: lro.mlorc_scale_by_lion(RANK, **sketch), composed_lion),
+}
+# Large enough for the default sketch to be one.
+TREE = {"wide": (8, 12), "tall": (12, 8), "b": (8,), "embed": (9, 5)}
+
+
+def decoded(state):
+    """All moments at full size, by field and leaf."""
+    fields = {"mu": lro.LowRank(RANK), "nu": lro.LowRank(RANK, nonnegative=True)}
+    return {
+        (f, leaf): codec.decode(x) if isinstance(x, tuple) else x
+        for f, codec in fields.items()
+        for leaf, x in (optax.tree.get(state, f) or {}).items()
+    }
+
+
+@pytest.mark.parametrize("sketch", ["default", "deterministic"])
+@pytest.mark.parametrize("name", TIERS)
+def test_the_tiers_agree(name, sketch):
+    fast, composed = (make(SKETCHES[sketch]) for make in TIERS[name])
+    params = random_like(TREE, 0)
+    grads = random_grads(params, STEPS)
+    one, last_one = run(fast, params, grads)
+    other, last_other = run(composed, params, grads)
+    # Each step rounds sums of at most 12 products, relative to the largest entry, in
+    # two sketches, a truncation and a reconstruction; averages remember 1 / (1 - b1)
+    # = 10 steps at most: 4 * 12 * 10 roundings of 2^-24.
+    tolerance = 4 * 12 * 10 * 2**-24
+    a, b = decoded(last_one), decoded(last_other)
+    assert len(a) == len(TREE) * len(fast.init(params).inner_state[1:])
+    for field in a:
+        scale = np.max(np.abs(b[field]))
+        np.testing.assert_allclose(a[field], b[field], rtol=0, atol=tolerance * scale)
+    # The root and quotient of the update amplify this where a second moment is small.
+    assert relative_error(flat(one), flat(other)) < 10 * tolerance
+
+
+def flat(updates):
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(updates)])
+
+
+@pytest.mark.parametrize("name", TIERS)
+@pytest.mark.parametrize("order", [1, -1], ids=["fast first", "composed first"])
+def test_the_tiers_exchange_their_states(name, order):
+    first, second = (make(SKETCHES["default"]) for make in TIERS[name][::order])
+    params = random_like(TREE, 0)
+    assert jax.tree.structure(first.init(params)) == jax.tree.structure(
+        second.init(params)
+    )
+    grads = random_grads(params, STEPS)
+    _, state = run(first, params, grads[:5])
+    handed_over, _ = run(second, params, grads[5:], state)
+    alone, _ = run(first, params, grads)
+    assert relative_error(flat(handed_over), flat(alone[5:])) < 1e-3
+
+
+# How leaves are seen
+
+
+METHODS = {
+    "adam": lambda **kwargs: lro.mlorc_scale_by_adam(RANK, **EXACT | kwargs),
+    "adam, mu": lambda **kwargs: lro.mlorc_scale_by_adam(
+        RANK, compress=("mu",), **EXACT | kwargs
+    ),
+    "lion": lambda **kwargs: lro.mlorc_scale_by_lion(RANK, **EXACT | kwargs),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_stacked_leaf_is_the_loop_over_its_slices(name):
+    grads = gradients((3, 5, 8), steps=5)
+    stacked = on_one_leaf(METHODS[name](matrices=lro.MatrixAxes()), grads)
+    for i in range(3):
+        alone = on_one_leaf(METHODS[name](), [g[i] for g in grads])
+        assert relative_error([u[i] for u in stacked], alone) < 1e-4
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_kernel_with_heads_is_its_reshaped_matrix(name):
+    grads = gradients((5, 2, 4), steps=5)
+    axes = lro.MatrixAxes(rows=0, cols=(1, 2))
+    updates = on_one_leaf(METHODS[name](matrices=axes), grads)
+    expected = on_one_leaf(METHODS[name](), [g.reshape(5, 8) for g in grads])
+    assert relative_error([u.reshape(5, 8) for u in updates], expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_transposed_leaf_gets_the_transposed_update(name):
+    grads = gradients((5, 8), steps=5)
+    mirrored = on_one_leaf(METHODS[name](), [g.T for g in grads])
+    expected = on_one_leaf(METHODS[name](), grads)
+    assert relative_error([u.T for u in mirrored], expected) < 1e-5
+
+
+# Around any optimizer with momentum
+
+
+WRAPPED = {  # and how many moments a matrix has in it
+    "trace": (optax.trace(0.9), 1),
+    "nesterov": (optax.trace(0.9, nesterov=True), 1),
+    "lion": (optax.scale_by_lion(), 1),
+    "adam": (optax.scale_by_adam(b2=0.9), 2),
+    "adopt": (optax.contrib.scale_by_adopt(), 2),
+    "muon": (optax.contrib.muon(-1.0), 1),
+    "chain": (optax.chain(optax.scale_by_adam(b2=0.9), optax.scale(1.0)), 2),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_at_full_rank_it_is_the_optimizer_inside(name):
+    inner, _ = WRAPPED[name]
+    params = random_like({"w": (5, 8), "v": (8, 5), "b": (8,)}, 0)
+    grads = random_grads(params, 6)
+    updates, _ = run(lro.mlorc_compress(inner, rank=8), params, grads)
+    expected, _ = run(inner, params, grads)
+    assert relative_error(flat(updates), flat(expected)) < 1e-4
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_every_momentum_is_compressed_and_it_learns(name):
+    inner, moments = WRAPPED[name]
+    tx = lro.mlorc_compress(inner, rank=RANK)
+    params = start = random_like({"w": (5, 8), "b": (8,)}, 0)
+    state, update = tx.init(params), jax.jit(tx.update)
+
+    def is_code(x):
+        return hasattr(x, "left")
+
+    codes = [x for x in jax.tree.leaves(state, is_leaf=is_code) if is_code(x)]
+    shapes = [(code.left.shape, code.right.shape) for code in codes]
+    assert shapes == [((5, RANK), (RANK, 8))] * moments
+    for _ in range(60):
+        updates, state = update(params, state, params)
+        params = jax.tree.map(lambda p, u: p - 0.02 * u, params, updates)
+    for leaf in params:
+        assert norm(params[leaf]) < 0.8 * norm(start[leaf])
+
+
+def test_only_the_fields_that_are_named():
+    tx = lro.mlorc_compress(optax.scale_by_adam(), rank=RANK, fields=("nu",))
+    inner = tx.init(random_like({"w": (5, 8)}, 0)).inner_state
+    assert inner.mu["w"].shape == (5, 8)
+    assert inner.nu["w"].left.shape == (5, RANK)
+
+
+def test_around_lion_it_is_mlorc_lion():
+    grads = gradients((5, 8))
+    around = lro.mlorc_compress(optax.scale_by_lion(), rank=RANK, **EXACT)
+    expected = reference.mlorc_lion(grads, RANK)
+    for u, want in zip(on_one_leaf(around, grads), expected, strict=True):
+        np.testing.assert_array_equal(u, want)
+
+
+# Sizes (M-7)
+
+
+@pytest.mark.parametrize("r", [4, 30])
+@pytest.mark.parametrize(
+    ("make", "per_matrix"),
+    [
+        (lambda r: lro.mlorc_scale_by_adam(r), 2),
+        (lambda r: lro.mlorc_scale_by_lion(r), 1),
+        (lambda r: lro.mlorc_adamw(0.1, r), 2),
+        (lambda r: lro.mlorc_lion(0.1, r), 1),
+        (lambda r: lro.mlorc_compress(optax.trace(0.9), rank=r), 1),
+    ],
+    ids=["adam", "lion", "adamw", "lion with rate", "trace"],
+)
+def test_state_size(make, per_matrix, r):
+    m, n = 40, 24
+    params = {"w": jax.ShapeDtypeStruct((m, n), jnp.float32)}
+    tx = make(r)
+    arrays = jax.tree.leaves(jax.eval_shape(tx.init, params))
+    counters = [x for x in arrays if x.ndim == 0]
+    assert len(counters) <= 2
+    kept = per_matrix * min(r, n) * (m + n)
+    assert lro.state_bytes(tx, params) == 4 * (kept + len(counters))
+    state = tx.init({"w": jnp.zeros((m, n))})
+    assert lro.state_bytes(tx, params) == sum(x.nbytes for x in jax.tree.leaves(state))
+
+
+def test_the_ablations_keep_one_moment_whole():
+    params = {"w": jax.ShapeDtypeStruct((40, 24), jnp.float32)}
+    for field in ("mu", "nu"):
+        tx = lro.mlorc_scale_by_adam(4, compress=(field,))
+        assert lro.state_bytes(tx, params) == 4 * (40 * 24 + 4 * (40 + 24) + 2)
+
+
+# Whole optimizers
+
+
+@pytest.mark.parametrize(
+    ("alias", "method"),
+    [
+        (
+            lambda **kwargs: lro.mlorc_adamw(
+                0.1, RANK, b1=0.7, b2=0.95, eps=1e-3, **EXACT, **kwargs
+            ),
+            lro.mlorc_scale_by_adam(RANK, 0.7, 0.95, 1e-3, **EXACT),
+        ),
+        (
+            lambda **kwargs: lro.mlorc_lion(
+                0.1, RANK, b1=0.7, b2=0.95, **EXACT, **kwargs
+            ),
+            lro.mlorc_scale_by_lion(RANK, 0.7, 0.95, **EXACT),
+        ),
+    ],
+    ids=["adamw", "lion"],
+)
+def test_whole_optimizers_are_their_parts(alias, method):
+    params = random_like({"w": (5, 8), "b": (8,), "frozen": (5, 8)}, 0)
+    grads = random_grads(params, 4)
+    mask = {"w": True, "b": True, "frozen": False}
+    updates, _ = run(alias(weight_decay=0.5, mask=mask), params, grads)
+    directions, _ = run(method, params, grads)
+    for u, d in zip(updates, directions, strict=True):
+        expected = {
+            "w": -0.1 * (d["w"] + 0.5 * params["w"]),
+            "b": -0.1 * (d["b"] + 0.5 * params["b"]),
+            "frozen": -0.1 * d["frozen"],
+        }
+        assert_close(u, expected)
+
+
+# Numbers
+
+
+@pytest.mark.parametrize(
+    ("tx", "field", "decay", "steps"),
+    [
+        (lro.mlorc_adamw(0.1), "nu", 0.999, 1000),
+        (lro.mlorc_adamw(0.1), "mu", 0.8, 20),
+        (lro.mlorc_lion(0.1), "mu", 0.99, 300),
+    ],
+    ids=["second moment", "first moment", "lion"],
+)
+def test_moments_of_bfloat16_parameters_keep_decaying(tx, field, decay, steps):
+    # Rounded to bfloat16 after each step, 0.999 v would be v again (M-1.4).
+    params = {"w": jnp.ones((5, 8), jnp.bfloat16)}
+    zero = jax.tree.map(jnp.zeros_like, params)
+    _, state = tx.update(params, tx.init(params), params)
+
+    def step(state, _):
+        return tx.update(zero, state, params)[1], None
+
+    def moment(state):
+        code = optax.tree.get(state, field)["w"]
+        assert code.left.dtype == code.right.dtype == jnp.float32
+        return code.left @ code.right
+
+    after = moment(jax.lax.scan(step, state, length=steps)[0])
+    before = moment(state)
+    assert np.min(before) > 0
+    np.testing.assert_allclose(after, decay**steps * before, rtol=2e-3)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rank: lro.mlorc_scale_by_adam(rank),
+        lambda rank: lro.mlorc_scale_by_adam(rank, compress=("mu",)),
+        lambda rank: lro.mlorc_scale_by_lion(rank),
+        lambda rank: lro.mlorc_compress(optax.trace(0.9), rank=rank),
+        lambda rank: lro.mlorc_adamw(0.1, rank),
+        lambda rank: lro.mlorc_lion(0.1, rank),
+    ],
+    ids=["adam", "adam-mu", "lion", "compress", "adamw", "lion-alias"],
+)
+def test_ranks_that_are_none(make):
+    with pytest.raises(ValueError, match="`rank` must be at least 1, got 0"):
+        make(0)
+    with pytest.raises(TypeError, match="`rank` must be a Python int.*got 2.0"):
+        make(2.0)
+
+
+@pytest.mark.parametrize("compress", [(), ("mu", "v"), ("momentum",)], ids=str)
+def test_moments_that_adam_does_not_have(compress):
+    with pytest.raises(ValueError, match="`compress` must name 'mu', 'nu' or both"):
+        lro.mlorc_scale_by_adam(compress=compress)
+
+
+def test_an_optimizer_without_momentum():
+    params = {"w": jnp.ones((5, 8))}
+    with pytest.raises(ValueError, match="momentum of an optimizer without any"):
+        lro.mlorc_compress(optax.scale_by_rms(), fields=("mu",)).init(params)
+    with pytest.raises(ValueError, match="has the fields mu, nu"):
+        lro.mlorc_compress(optax.scale_by_adam(), fields=("trace",)).init(params)
+
+
+def test_sketches_that_are_none():
+    with pytest.raises(ValueError, match="`oversample` must not be negative, got -1"):
+        lro.mlorc_scale_by_lion(oversample=-1)
+    with pytest.raises(ValueError, match="`power_iters` must not be negative, got -1"):
+        lro.mlorc_scale_by_adam(power_iters=-1)

@@ -1,0 +1,428 @@
+"""The gradient-space engine: how it sees leaves, and what it gives to each part."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from running import assert_close, random_grads, random_like, run
+
+import lowrank_optax as lro
+
+EXACT = lro.TopSingular("svd")
+ADAM = optax.scale_by_adam()
+SGD = optax.identity()
+PERIOD = 3
+
+
+def project(inner=ADAM, **changes):
+    parts = {"rank": 2, "subspace": EXACT, "refresh": lro.Every(PERIOD)}
+    return lro.project_gradients(inner, **parts | changes)
+
+
+def on_one_leaf(tx, grads):
+    """Its update of a leaf named w at each step; weights are zero."""
+    params = {"w": jnp.zeros_like(grads[0])}
+    return [u["w"] for u in run(tx, params, [{"w": g} for g in grads])[0]]
+
+
+def gradients(shape, steps=7, seed=0):
+    return list(random_like({"g": (steps, *shape)}, seed)["g"])
+
+
+# One matrix, seen in different ways
+
+
+@pytest.mark.parametrize("side", ["short", "long", "left", "right"])
+@pytest.mark.parametrize("batch", [(3,), (2, 2)], ids=str)
+def test_a_stacked_leaf_is_the_loop_over_its_slices(batch, side):
+    grads = gradients((*batch, 5, 8))
+    stacked = on_one_leaf(project(side=side, matrices=lro.MatrixAxes()), grads)
+    tx = project(side=side)
+    for index in np.ndindex(*batch):
+        alone = on_one_leaf(tx, [g[index] for g in grads])
+        assert_close([u[index] for u in stacked], alone, atol=1e-5)
+
+
+def test_a_layer_axis_in_the_middle_is_a_loop_too():
+    embed, layers, heads, width = 5, 2, 2, 4
+    grads = gradients((embed, layers, heads, width))
+    axes = lro.MatrixAxes(rows=0, cols=(2, 3))
+    stacked = on_one_leaf(project(matrices=axes), grads)
+    tx = project()
+    for i in range(layers):
+        alone = on_one_leaf(tx, [g[:, i].reshape(embed, -1) for g in grads])
+        assert_close([u[:, i].reshape(embed, -1) for u in stacked], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "flat"),
+    [
+        ((5, 2, 4), lro.MatrixAxes(rows=0, cols=(1, 2)), (5, 8)),
+        ((2, 4, 5), lro.MatrixAxes(rows=(0, 1), cols=2), (8, 5)),
+    ],
+    ids=["into heads", "out of heads"],
+)
+def test_a_kernel_with_heads_is_its_reshaped_matrix(shape, axes, flat):
+    grads = gradients(shape)
+    updates = on_one_leaf(project(matrices=axes), grads)
+    expected = on_one_leaf(project(), [g.reshape(flat) for g in grads])
+    assert_close([u.reshape(flat) for u in updates], expected)
+
+
+OPPOSITE = {"short": "short", "long": "long", "left": "right", "right": "left"}
+
+
+@pytest.mark.parametrize("side", OPPOSITE)
+def test_the_transposed_leaf_gets_the_transposed_update(side):
+    grads = gradients((5, 8))
+    updates = on_one_leaf(project(side=side), grads)
+    mirrored = on_one_leaf(project(side=OPPOSITE[side]), [g.T for g in grads])
+    assert_close([u.T for u in mirrored], updates)
+
+
+@pytest.mark.parametrize(
+    ("side", "basis", "moments"),
+    [
+        ("short", {"tall": 5, "wide": 5}, {"tall": 8, "wide": 8}),
+        ("long", {"tall": 8, "wide": 8}, {"tall": 5, "wide": 5}),
+        ("left", {"tall": 8, "wide": 5}, {"tall": 5, "wide": 8}),
+        ("right", {"tall": 5, "wide": 8}, {"tall": 8, "wide": 5}),
+    ],
+)
+def test_sides_decide_the_shapes_of_the_state(side, basis, moments):
+    params = random_like({"tall": (8, 5), "wide": (5, 8)}, 0)
+    state = jax.eval_shape(project(side=side).init, params)
+    assert {k: x.shape for k, x in state.basis.items()} == {
+        k: (size, 2) for k, size in basis.items()
+    }
+    for field in (state.inner_state.mu, state.inner_state.nu):
+        assert {k: x.shape for k, x in field.items()} == {
+            k: (2, size) for k, size in moments.items()
+        }
+
+
+@pytest.mark.parametrize(("side", "same"), [("short", "right"), ("long", "left")])
+def test_which_side_of_a_square_matrix(side, same):
+    grads = gradients((6, 6), steps=2)
+    updates = {s: on_one_leaf(project(side=s), grads) for s in ("left", "right", side)}
+    assert_close(updates[side], updates[same], rtol=0, atol=0)
+    other = ({"left", "right"} - {same}).pop()
+    assert not np.allclose(updates[side][1], updates[other][1], atol=0.1)
+
+
+# What a subspace is
+
+
+@pytest.mark.parametrize(
+    "method", ["svd", "gram_eigh", "rsvd", "subspace_iteration", "warm"]
+)
+@pytest.mark.parametrize("shape", [(5, 8), (8, 5), (6, 6)], ids=str)
+def test_sgd_at_full_rank_is_sgd(method, shape):
+    grads = gradients(shape, steps=5)
+    tx = project(SGD, rank=8, subspace=lro.TopSingular(method))
+    assert_close(on_one_leaf(tx, grads), grads, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["short", "long", "left", "right"])
+def test_at_a_refresh_all_sides_give_the_best_approximation(side):
+    grads = gradients((5, 8), steps=3)
+    tx = project(SGD, side=side, refresh=lro.Every(1))
+    for u, g in zip(on_one_leaf(tx, grads), grads, strict=True):
+        left, s, right = np.linalg.svd(np.asarray(g, np.float64))
+        assert_close(u, (left[:, :2] * s[:2]) @ right[:2], atol=1e-5)
+
+
+def test_between_refreshes_the_update_stays_in_the_subspace():
+    grads = gradients((5, 8), steps=PERIOD + 1)
+    updates = on_one_leaf(project(rank=2), grads)
+    ranks = [np.linalg.matrix_rank(np.hstack(updates[:t]), 1e-5) for t in (1, 3, 4)]
+    assert ranks == [2, 2, 4]
+
+
+class Reports(NamedTuple):
+    size: jax.Array
+    overlap: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Reporter:
+    """Renews as `due_at` says, and keeps what the engine tells it."""
+
+    due_at: tuple[int, ...]
+
+    def init(self, view):
+        return Reports(jnp.zeros([]), jnp.zeros([]))
+
+    def due(self, state, step, phase, size):
+        return jnp.any(step == jnp.array(self.due_at))
+
+    def after(self, state, due, size, overlap):
+        return Reports(size, overlap)
+
+
+def test_what_a_refresh_is_told():
+    grads = gradients((2, 5, 8), steps=4)
+    tx = project(refresh=Reporter((2,)), matrices=lro.MatrixAxes())
+    state = tx.init({"w": grads[0]})
+    old = np.zeros((2, 5, 2))
+    changed = []
+    for g in grads:
+        _, state = jax.jit(tx.update)({"w": g}, state)
+        new = np.asarray(state.basis["w"], np.float64)
+        report = state.refresh["w"]
+        size = np.linalg.norm(old.mT @ np.asarray(g))
+        np.testing.assert_allclose(report.size, size, rtol=1e-5)
+        changed.append(not np.array_equal(new, old))
+        share = np.sum((new.mT @ old) ** 2) / 4 if changed[-1] else 1.0
+        np.testing.assert_allclose(report.overlap, share, rtol=1e-5)
+        old = new
+    # The start is due whatever the rule says.
+    assert changed == [True, False, True, False]
+
+
+def test_staggered_leaves_are_renewed_one_at_a_time():
+    params = random_like({name: (4, 6) for name in "abcd"}, 0)
+    tx = project(refresh=lro.Staggered(4))
+    state = tx.init(params)
+    renewed = []
+    for g in random_grads(params, 9):
+        old, (_, state) = state, jax.jit(tx.update)(g, state)
+        renewed.append(
+            [k for k in params if not np.array_equal(state.basis[k], old.basis[k])]
+        )
+    assert renewed[0] == list("abcd")
+    assert all(len(names) == 1 for names in renewed[1:])
+    assert sorted(sum(renewed[1:5], [])) == list("abcd")
+    assert renewed[1:5] == renewed[5:]
+
+
+@dataclasses.dataclass(frozen=True)
+class Witness:
+    """No basis: shows the largest gradient, the old basis and the step."""
+
+    def select(self, key, grad, old, step):
+        numbers = jnp.stack([jnp.max(jnp.abs(grad)), jnp.sum(old), 1.0 * step])
+        return jnp.broadcast_to(numbers, old.shape)
+
+
+def test_what_a_subspace_is_given():
+    grads = gradients((5, 8), steps=2)
+    tx = project(SGD, rank=3, subspace=Witness(), refresh=lro.Every(1))
+    state = tx.init({"w": grads[0]})
+    _, state = tx.update({"w": 1e-20 * grads[0]}, state)
+    np.testing.assert_allclose(state.basis["w"][0], [1, 0, 0], rtol=1e-6)
+    _, state = tx.update({"w": 1e20 * grads[1]}, state)
+    np.testing.assert_allclose(state.basis["w"][0], [1, 5, 1], rtol=1e-6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Random:
+    """A Gaussian matrix: shows the key."""
+
+    def select(self, key, grad, old, step):
+        return jax.random.normal(key, old.shape)
+
+
+def random_bases(key):
+    params = random_like({"a": (4, 6), "b": (4, 6)}, 0)
+    tx = project(SGD, subspace=Random(), refresh=lro.Every(1), key=key)
+    state, bases = tx.init(params), []
+    for _ in range(2):
+        _, state = tx.update(params, state)
+        bases += [np.abs(state.basis["a"]), np.abs(state.basis["b"])]
+    return bases
+
+
+def test_keys_differ_by_leaf_and_step_and_repeat_by_seed():
+    bases = random_bases(7)
+    for i, one in enumerate(bases):
+        assert not any(np.allclose(one, other) for other in bases[:i])
+    assert_close(random_bases(jax.random.key(7)), bases, rtol=0, atol=0)
+    assert not np.allclose(random_bases(8)[0], bases[0])
+
+
+def test_new_basis_vectors_have_the_sign_of_the_old_ones():
+    tx = project(refresh=lro.Every(1))
+    grads = gradients((5, 8), steps=8)
+    state = tx.init({"w": grads[0]})
+    update = jax.jit(tx.update)
+    old = jnp.zeros((5, 2))
+    for g in grads:
+        _, state = update({"w": g}, state)
+        assert np.all(np.sum(state.basis["w"] * old, axis=0) >= 0)
+        old = state.basis["w"]
+
+
+# Safety
+
+
+@pytest.mark.parametrize("bad", [0.0, np.nan, np.inf])
+def test_the_first_usable_gradient_chooses_the_basis(bad):
+    tx = project(refresh=lro.Every(100))
+    good = gradients((5, 8), steps=1)[0]
+    state = tx.init({"w": good})
+    for _ in range(2):
+        _, state = tx.update({"w": jnp.full((5, 8), bad)}, state)
+        basis = state.basis["w"]
+        gram = basis.T @ basis
+        assert np.allclose(gram, np.eye(2), atol=1e-5) or np.all(basis == 0)
+    _, state = tx.update({"w": good}, state)
+    _, fresh = tx.update({"w": good}, tx.init({"w": good}))
+    basis, expected = state.basis["w"], fresh.basis["w"]
+    assert_close(basis @ basis.T, expected @ expected.T, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [0.0, np.nan, np.inf])
+def test_a_slice_without_a_usable_gradient_keeps_its_basis(bad):
+    grads = gradients((2, 5, 8), steps=2)
+    tx = project(refresh=lro.Every(1), matrices=lro.MatrixAxes())
+    _, old = tx.update({"w": grads[0]}, tx.init({"w": grads[0]}))
+    grad = grads[1].at[0].set(bad)
+    _, new = tx.update({"w": grad}, old)
+    assert_close(new.basis["w"][0], old.basis["w"][0], rtol=0, atol=0)
+    assert not np.allclose(new.basis["w"][1], old.basis["w"][1], atol=0.1)
+
+
+# Transfers
+
+
+class Scaled(NamedTuple):
+    momenta: Any
+
+
+def momentum(decay):
+    """`optax.trace` under a name that nobody knows."""
+
+    def update(updates, state, params=None):
+        new = jax.tree.map(lambda g, m: g + decay * m, updates, state.momenta)
+        return new, Scaled(new)
+
+    return optax.GradientTransformation(
+        lambda params: Scaled(jax.tree.map(jnp.zeros_like, params)), update
+    )
+
+
+def test_rotation_asks_what_an_unknown_moment_is():
+    grads = gradients((5, 8), steps=2 * PERIOD)
+    with pytest.raises(ValueError, match=r"'momenta' of shape \(2, 8\).*first=\.\.\."):
+        on_one_leaf(project(momentum(0.9), transfer=lro.Rotate()), grads)
+    named = lro.Rotate(first=("momenta",))
+    updates = on_one_leaf(project(momentum(0.9), transfer=named), grads)
+    known = on_one_leaf(project(optax.trace(0.9), transfer=lro.Rotate()), grads)
+    assert_close(updates, known)
+
+
+def test_rotation_keeps_a_momentum_that_both_subspaces_hold():
+    # Gradients of one column space: what is rotated loses nothing.
+    fixed = random_like({"a": (5, 2)}, 3)["a"]
+    grads = [fixed @ x for x in gradients((2, 8))]
+    updates = on_one_leaf(project(optax.trace(0.9), transfer=lro.Rotate()), grads)
+    assert_close(updates, on_one_leaf(optax.trace(0.9), grads), rtol=1e-4, atol=1e-4)
+
+
+def test_reset_starts_the_momentum_again():
+    grads = gradients((5, 8), steps=PERIOD + 1)
+    tx = project(optax.trace(0.9), transfer=lro.Reset())
+    last = on_one_leaf(tx, grads)[-1]
+    assert_close(last, on_one_leaf(tx, grads[-1:])[0], atol=1e-5)
+
+
+# Recoveries
+
+
+class Error(NamedTuple):
+    value: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Feedback:
+    """Adds what the last projection left out; gives the rest of this one, unscaled."""
+
+    def init(self, view):
+        return Error(view.zeros("m", "n"))
+
+    def prepare(self, grad, state):
+        return grad + state.value
+
+    def recover(self, grad, coeff, direction, basis, scale, state):
+        rest = grad - basis @ coeff
+        return scale * (basis @ direction) + 0.1 * rest, Error(rest)
+
+
+def test_what_a_recovery_is_given():
+    grads = gradients((5, 8), steps=5)
+    tx = project(optax.scale(2.0), recovery=Feedback(), scale=3.0)
+    state = tx.init({"w": grads[0]})
+    error = np.zeros((5, 8))
+    for g in grads:
+        updates, state = jax.jit(tx.update)({"w": g}, state)
+        basis = np.asarray(state.basis["w"], np.float64)
+        whole = np.asarray(g) + error
+        inside = basis @ basis.T @ whole
+        error = whole - inside
+        assert_close(updates["w"], 6 * inside + 0.1 * error, atol=1e-5)
+        assert_close(state.recovery["w"].value, error, atol=1e-5)
+
+
+def test_a_non_finite_gradient_does_not_stay_in_a_recovery():
+    grads = gradients((5, 8), steps=2)
+    tx = project(optax.trace(0.9), recovery=Feedback())
+    _, old = tx.update({"w": grads[0]}, tx.init({"w": grads[0]}))
+    _, new = tx.update({"w": grads[1].at[0, 0].set(jnp.nan)}, old)
+    assert_close(new.recovery, old.recovery, rtol=0, atol=0)
+    assert_close(new.inner_state, old.inner_state, rtol=0, atol=0)
+
+
+# The inner optimizer
+
+
+def test_the_inner_optimizer_sees_projected_parameters():
+    params = random_like({"w": (5, 8), "b": (8,)}, 0)
+    grads = random_like(params, 1)
+    tx = project(optax.add_decayed_weights(0.5))
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    basis = state.basis["w"]
+    expected = {
+        "w": basis @ basis.T @ (grads["w"] + 0.5 * params["w"]),
+        "b": grads["b"] + 0.5 * params["b"],
+    }
+    assert_close(updates, expected, atol=1e-5)
+
+
+def test_the_inner_optimizer_may_be_a_chain():
+    grads = gradients((5, 8))
+    inner = optax.chain(ADAM, optax.scale(-2.0))
+    updates = on_one_leaf(project(inner, transfer=lro.Rotate()), grads)
+    expected = on_one_leaf(project(ADAM, transfer=lro.Rotate()), grads)
+    assert_close(updates, [-2 * u for u in expected])
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "message"),
+    [
+        (0, ValueError, "`rank` must be at least 1, got 0"),
+        (-3, ValueError, "`rank` must be at least 1, got -3"),
+        (2.0, TypeError, "`rank` must be a Python int.*got 2.0 of type float"),
+        (True, TypeError, "`rank` must be a Python int.*got True"),
+    ],
+)
+def test_ranks_that_are_none(rank, error, message):
+    with pytest.raises(error, match=message):
+        project(rank=rank)
+
+
+def test_other_arguments_that_cannot_be():
+    with pytest.raises(ValueError, match="Unknown side 'up'.*short, long, left, right"):
+        project(side="up").init({"w": jnp.ones((5, 8))})
+    for refresh in (lro.Every, lro.Staggered):
+        with pytest.raises(ValueError, match="`update_every` must be at least 1"):
+            refresh(0)
+    with pytest.raises(ValueError, match="Unknown method 'qr'.*svd, gram_eigh"):
+        lro.TopSingular("qr")
