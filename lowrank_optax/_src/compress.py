@@ -1,7 +1,7 @@
 """The state-space engine: an optimizer whose moments are stored compressed."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -68,132 +68,134 @@ def compress_state(
     >>> code.left.shape, code.right.shape
     ((6, 2), (2, 8))
     """
+
+    def choose(names):
+        chosen = {}
+        for name, codec in codecs.items():
+            found = [f for f in names if name in (f, engine.last(f))]
+            if not found:
+                raise ValueError(
+                    f"Cannot compress the state field '{name}': the inner optimizer's "
+                    "fields that mirror the parameters are "
+                    f"{', '.join(sorted(names)) or 'none'}. Name one of these."
+                )
+            chosen |= dict.fromkeys(found, codec)
+        return chosen
+
+    return compress_fields(inner, choose, matrices=matrices, key=key)
+
+
+def compress_fields(
+    inner: optax.GradientTransformation,
+    choose: Callable[[list[str]], Mapping[str, Codec]],
+    *,
+    matrices: matrix.Matrices,
+    key: int | jax.Array,
+) -> optax.GradientTransformationExtraArgs:
+    """`compress_state`, with the codecs chosen once the state's fields are known."""
     inner = optax.with_extra_args_support(inner)
-    fields = engine.ParamFields(inner)
-    codec_of = {}
-    for name, codec in codecs.items():
-        found = [f for f in fields.names if name in (f, engine.last(f))]
-        if not found:
-            raise ValueError(
-                f"Cannot compress the state field '{name}': the inner optimizer's "
-                "fields that mirror the parameters are "
-                f"{', '.join(sorted(fields.names)) or 'none'}. Name one of these."
-            )
-        codec_of |= dict.fromkeys(found, codec)
-    # Compiled functions of arrays alone: leaves of equal shape share one body.
-    encode = {name: jax.jit(codec.encode) for name, codec in codec_of.items()}
-    decode = {name: jax.jit(codec.decode) for name, codec in codec_of.items()}
+    fields = engine.StateFields(inner)
+
+    def code_views(layout, views):
+        """The codec of each moment that is to be coded, and how it sees it."""
+        codec_of = choose(layout.names) if views else {}
+        return {
+            (name, i): (codec_of[name], view)
+            for (name, i), x in layout.abstract.items()
+            if name in codec_of
+            and (view := _code_view(codec_of[name], views[i], x)) is not None
+        }
 
     def init(params):
         views = trees.views(params, matrices, creating=True)
         _, leaves, treedef = trees.flatten(params)
         whole = treedef.unflatten([trees.full_precision(x) for x in leaves])
-        seen = code_views(inner, fields, codec_of, whole, views)
+        layout = fields.layout(whole)
+        coded = code_views(layout, views)
 
         def without_codes(whole):
             state = inner.init(whole)
-            moments = fields.get(state, treedef)
-            for name, i in seen:
-                moments[name][i] = optax.MaskedNode()
-            return fields.set(state, treedef, moments)
+            moments = layout.get(state)
+            start = {w: jnp.max(jnp.abs(matrix.value_of(moments[w]))) for w in coded}
+            bare = dict.fromkeys(coded, optax.MaskedNode())
+            return layout.set(state, bare), start
 
         # Compiled, the moments that are not kept are never allocated; but boxes and
         # shardings only survive outside.
         placed = any(matrix.leaf_spec(x)[0] is not None for x in leaves)
         placed |= any(matrix.is_variable(x) for x in leaves)
-        state = (without_codes if placed else jax.jit(without_codes))(whole)
-        moments = fields.get(state, treedef)
-        for (name, i), view in seen.items():
-            moments[name][i] = codec_of[name].init(view)
-        inner_state = fields.set(state, treedef, moments)
+        state, start = (without_codes if placed else jax.jit(without_codes))(whole)
+        for (name, i), largest in start.items():
+            if not isinstance(largest, jax.core.Tracer) and largest > 0:
+                raise ValueError(
+                    f"Cannot compress the state field '{name}' of parameter "
+                    f"'{views[i].path}': it starts at {largest:.3g}, and codes start "
+                    "at zero. Let the inner optimizer start it at zero."
+                )
+        codes = {w: codec.init(view) for w, (codec, view) in coded.items()}
+        inner_state = engine.fit_boxes(layout, layout.set(state, codes), whole)
         return CompressState(jnp.zeros([], jnp.int32), inner_state, {})
 
     def update(updates, state, params=None, **extra):
         views = trees.views(updates, matrices)
-        treedef = jax.tree.structure(updates)
         grads = jax.tree.map(trees.full_precision, updates)
-        seen = code_views(inner, fields, codec_of, grads, views)
-        codes = fields.get(state.inner_state, treedef)
-        moments = {name: list(x) for name, x in codes.items()}
-        for (name, i), view in seen.items():
-            moments[name][i] = view.leaf(decode[name](codes[name][i]))
+        layout = fields.layout(grads)
+        coded = code_views(layout, views)
+        keys = trees.leaf_keys(key, [v.path for v in views], state.step)
+        old = layout.get(state.inner_state)
         directions, inner_state = inner.update(
             grads,
-            fields.set(state.inner_state, treedef, moments),
+            layout.set(
+                state.inner_state,
+                {w: view.leaf(_decode(c, old[w])) for w, (c, view) in coded.items()},
+            ),
             None if params is None else jax.tree.map(trees.full_precision, params),
             **extra,
         )
-        moments = fields.get(inner_state, treedef)
-        new = {
-            (name, i): encode[name](
-                trees.leaf_key(key, f"{view.path}#{name}", state.step),
-                view.matrix(moments[name][i]),
-                codes[name][i],
-            )
-            for (name, i), view in seen.items()
-        }
-        for i in range(len(views)):
-            # All codes of a leaf are accepted or none: they belong together.
-            own = [name for name, j in seen if j == i]
-            accepted = accept(
-                [new[name, i] for name in own], [codes[name][i] for name in own]
-            )
-            for name, code in zip(own, accepted, strict=True):
-                moments[name][i] = code
-        state = CompressState(
+        new = layout.get(inner_state)
+        for (name, i), (codec, view) in coded.items():
+            x = view.matrix(new[name, i])
+            new[name, i] = _encode(codec, keys[i], x, old[name, i])
+        # A leaf with codes is accepted as a whole or not at all: its moments belong
+        # together, those that stay uncompressed too.
+        for i in {i for _, i in coded}:
+            own = [w for w in new if w[1] == i]
+            accepted = engine.accept([new[w] for w in own], [old[w] for w in own])
+            new |= dict(zip(own, accepted, strict=True))
+        new_state = CompressState(
             step=engine.increment(state.step),
-            inner_state=fields.set(inner_state, treedef, moments),
+            inner_state=layout.set(inner_state, new),
             own=state.own,
         )
         cast = jax.tree.map(lambda d, g: d.astype(g.dtype), directions, updates)
-        return cast, state
+        return cast, new_state
 
     return engine.transformation(init, update)
 
 
-def accept(new: Any, old: Any) -> Any:
-    """``new`` if every array of it is finite, else ``old``: bad input never sticks."""
-    finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(new)]
-    return engine.where(jnp.stack(finite).all(), new, old) if finite else new
+@engine.compiled
+def _decode(codec, code):
+    return codec.decode(code)
 
 
-def code_views(
-    inner: optax.GradientTransformation,
-    fields: engine.ParamFields,
-    codec_of: Mapping[str, Codec],
-    tree: Any,
-    views: list[Any],
-) -> dict[tuple[str, int], MatrixView]:
-    """How each moment that is to be coded is seen, by field name and leaf number.
-
-    ``tree`` is the parameters, or anything of their structure and shapes.
-    """
-    with trees.quietly():
-        abstract = jax.eval_shape(inner.init, tree)
-    moments = fields.get(abstract, trees.flatten(tree)[2])
-    return {
-        (name, i): view
-        for name, codec in codec_of.items()
-        for i, moment in enumerate(moments[name])
-        if (view := _code_view(codec, views[i], moment)) is not None
-    }
+@engine.compiled
+def _encode(codec, key, x, old):
+    return codec.encode(key, x, old)
 
 
 def _code_view(codec: Codec, view: Any, moment: Any) -> MatrixView | None:
     """How a codec sees a moment, or None where it stays as it is."""
-    if isinstance(moment, tuple):  # masked by another transformation, or coded
+    if not jnp.issubdtype(moment.dtype, jnp.floating):
         return None
-    elementwise = getattr(codec, "elementwise", False)
-    x = matrix.value_of(moment)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        return None
-    if elementwise:
-        if x.size < ELEMENTWISE_MIN_SIZE:
+    if getattr(codec, "elementwise", False):
+        if moment.size < ELEMENTWISE_MIN_SIZE:
             return None
-    elif not isinstance(view, MatrixView) or x.ndim < 2:
+    elif not isinstance(view, MatrixView) or moment.ndim < 2:
         return None
-    if x.shape != view.shape:
+    if moment.shape != view.shape:
         return matrix.last_axes_view(view.path, moment)
     if isinstance(view, MatrixView):
-        return dataclasses.replace(view, dtype=x.dtype)
-    return matrix.last_axes_view(view.path, view.source or moment)
+        return dataclasses.replace(view, dtype=moment.dtype)
+    source = moment if view.source is None else view.source
+    seen = matrix.last_axes_view(view.path, source)
+    return dataclasses.replace(seen, dtype=moment.dtype)

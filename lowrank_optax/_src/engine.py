@@ -4,6 +4,8 @@ Boxes (NNX variables) and meshes of explicit axes are handled here and in
 `MatrixView.full`, and nowhere else.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,9 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax._src import matrix, trees
+from lowrank_optax._src.box import ParamBox, is_box
+
+Where = tuple[str, int]  # a field of a state, and the number of a parameter's leaf
 
 
 def transformation(
@@ -24,12 +29,18 @@ def transformation(
     """
 
     def update_fn(updates, state, params=None, **extra):
-        plain = [_unbox(x) for x in (updates, state, params)]
+        plain = [_unbox(x) for x in (updates, state, params, extra)]
 
-        def run(updates, state, params):
+        def run(updates, state, params, extra):
             return update(updates, state, params, **extra)
 
         new = _with_auto_axes(run, *plain)
+        for result, given in zip(new, plain[:2], strict=True):
+            if jax.tree.structure(result) != jax.tree.structure(given):
+                raise ValueError(
+                    "A transformation changed the structure of its updates or state: "
+                    f"{jax.tree.structure(given)} became {jax.tree.structure(result)}."
+                )
         return tuple(
             jax.tree.unflatten(jax.tree.structure(old), jax.tree.leaves(x))
             for old, x in zip((updates, state), new, strict=True)
@@ -39,64 +50,169 @@ def transformation(
 
 
 def _unbox(tree: Any) -> Any:
-    return jax.tree.map(
-        lambda x: matrix.value_of(x),
-        tree,
-        is_leaf=matrix.is_variable,
-    )
+    return jax.tree.map(matrix.value_of, tree, is_leaf=matrix.is_variable)
 
 
 def _with_auto_axes(run: Any, *args: Any) -> Any:
-    """``run(updates, state, params)``, its results sharded as the first two came in."""
+    """``run(*args)``, its two results sharded as the first two arguments came in."""
     shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, args[:2])
     if any(matrix.explicit_axes(s.mesh) for s in jax.tree.leaves(shardings)):
         run = jax.sharding.auto_axes(run, out_sharding=shardings)
     return run(*args)
 
 
-@jax.tree_util.register_pytree_node_class
-class _Slot:
-    """Stands for the whole parameter tree; has no leaves."""
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile ``function(parts, *arrays)`` once for equal parts and equal shapes.
 
-    def tree_flatten(self):
-        return (), None
+    Leaves of equal shape share one body, and so do the transformations that
+    `optax.inject_hyperparams` makes anew at every update: numbers in the parts (frozen
+    dataclasses, nested at will) that are arrays become arguments.
+    """
 
-    @classmethod
-    def tree_unflatten(cls, aux, children):
-        return cls()
+    @functools.partial(jax.jit, static_argnums=0)
+    def body(skeleton, numbers, *args):
+        return function(_fill(skeleton, numbers), *args)
+
+    @functools.wraps(function)
+    def call(parts, *args):
+        numbers: list[Any] = []
+        return body(_empty(parts, numbers), numbers, *args)
+
+    return call
 
 
-class ParamFields:
+@dataclasses.dataclass(frozen=True)
+class _Hole:
+    number: int
+
+
+def _rebuild(part: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(part, tuple):
+        return tuple(_rebuild(x, change) for x in part)
+    if not dataclasses.is_dataclass(part) or isinstance(part, (type, _Hole)):
+        return change(part)
+    new = object.__new__(type(part))  # validated when it was made
+    for field in dataclasses.fields(part):
+        value = _rebuild(getattr(part, field.name), change)
+        object.__setattr__(new, field.name, value)
+    return new
+
+
+def _empty(parts: Any, numbers: list[Any]) -> Any:
+    def take(x):
+        if not isinstance(x, jax.Array):
+            return x
+        numbers.append(x)
+        return _Hole(len(numbers) - 1)
+
+    return _rebuild(parts, take)
+
+
+def _fill(skeleton: Any, numbers: list[Any]) -> Any:
+    return _rebuild(
+        skeleton, lambda x: numbers[x.number] if isinstance(x, _Hole) else x
+    )
+
+
+class StateFields:
     """The fields of an optimizer's state that mirror the parameters' tree.
 
-    Found by initialising the optimizer with a single slot in the place of all
-    parameters: wherever the slot comes out again, a tree like the parameters' stands.
-
-    Attributes:
-      names: the fields' paths within the state, such as ``"0/mu"``.
+    Found by initialising the optimizer, for its shapes alone, with every parameter in
+    a box of its path: wherever a box comes out again, it is that parameter's entry of
+    a field. So masks, labels and partitions inside are followed as they are.
     """
 
     def __init__(self, inner: optax.GradientTransformation):
-        slot: Any = _Slot()
-        flat, self._treedef = jax.tree_util.tree_flatten_with_path(
-            inner.init(slot), is_leaf=lambda x: isinstance(x, _Slot)
+        self._inner = inner
+        self._layouts: dict[Any, Layout] = {}
+
+    def layout(self, tree: Any) -> "Layout":
+        """Where the fields are, for parameters (or their shapes) like ``tree``."""
+        flat, treedef = jax.tree_util.tree_flatten_with_path(
+            tree, is_leaf=matrix.is_variable
         )
-        self._where = [i for i, (_, x) in enumerate(flat) if isinstance(x, _Slot)]
-        self.names = ["/".join(trees.path_parts(flat[i][0])) for i in self._where]
+        values = [matrix.value_of(x) for _, x in flat]
+        shapes = tuple((tuple(x.shape), jnp.dtype(x.dtype)) for x in values)
+        if (treedef, shapes) not in self._layouts:
+            boxes = [
+                ParamBox(jax.ShapeDtypeStruct(*shape), path=str(i))
+                for i, shape in enumerate(shapes)
+            ]
+            with trees.quietly():
+                state = jax.eval_shape(self._inner.init, treedef.unflatten(boxes))
+            # An inner mask may have left out what is in the box.
+            state = jax.tree.map(
+                lambda x: x.value if is_box(x) and not hasattr(x.value, "shape") else x,
+                state,
+                is_leaf=is_box,
+            )
+            found, structure = jax.tree_util.tree_flatten_with_path(
+                state, is_leaf=is_box
+            )
+            self._layouts[treedef, shapes] = Layout(
+                structure,
+                [_field(k, x, [path for path, _ in flat]) for k, x in found],
+                {i: x for i, (_, x) in enumerate(found)},
+            )
+        return self._layouts[treedef, shapes]
 
-    def get(self, state: Any, treedef: Any) -> dict[str, list[Any]]:
-        """``{name: what stands at each leaf}`` of the parameters' ``treedef``."""
-        entries = self._treedef.flatten_up_to(state)
-        values = (treedef.flatten_up_to(entries[i]) for i in self._where)
-        return dict(zip(self.names, values, strict=True))
 
-    def set(self, state: Any, treedef: Any, fields: dict[str, list[Any]]) -> Any:
-        """The state with other values at the parameter leaves of some fields."""
-        entries = self._treedef.flatten_up_to(state)
-        for i, name in zip(self._where, self.names, strict=True):
-            if name in fields:
-                entries[i] = treedef.unflatten(fields[name])
-        return self._treedef.unflatten(entries)
+def _field(key_path: Any, entry: Any, paths: list[Any]) -> Where | None:
+    if not is_box(entry):
+        return None
+    leaf = int(entry.path)
+    length = len(key_path) - len(paths[leaf])
+    mirrors = tuple(key_path[length:]) == tuple(paths[leaf])
+    return ("/".join(trees.path_parts(key_path[:length])), leaf) if mirrors else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where each parameter's entries stand in a state, see `StateFields`."""
+
+    structure: Any
+    where: list[Where | None]
+    found: dict[int, Any]
+
+    @property
+    def names(self) -> list[str]:
+        """Paths of the fields within the state, such as ``"0/mu"``."""
+        return list(dict.fromkeys(w[0] for w in self.where if w is not None))
+
+    @property
+    def abstract(self) -> dict[Where, Any]:
+        """Shape and dtype of each entry as the optimizer makes it."""
+        entries = ((w, self.found[i].value) for i, w in enumerate(self.where) if w)
+        return dict(entries)
+
+    def get(self, state: Any) -> dict[Where, Any]:
+        """What stands at each parameter's place in each field."""
+        entries = self.structure.flatten_up_to(state)
+        return {w: x for w, x in zip(self.where, entries, strict=True) if w}
+
+    def set(self, state: Any, values: dict[Where, Any]) -> Any:
+        """The state with other values at some places."""
+        entries = self.structure.flatten_up_to(state)
+        placed = zip(self.where, entries, strict=True)
+        return self.structure.unflatten(
+            [values.get(w, x) if w else x for w, x in placed]
+        )
+
+
+def fit_boxes(layout: Layout, state: Any, tree: Any) -> Any:
+    """The state without annotations that do not fit, as factored moments inherit them.
+
+    An optimizer that keeps something of another shape than its parameter leaves it in
+    the parameter's box, whose sharding would be that of another array.
+    """
+    leaves = [matrix.value_of(x) for x in trees.flatten(tree)[1]]
+
+    def fit(where, x):
+        if not matrix.is_variable(x) or x.get_value().shape == leaves[where[1]].shape:
+            return x
+        return x.replace(x.get_value(), out_sharding=None)
+
+    return layout.set(state, {w: fit(w, x) for w, x in layout.get(state).items()})
 
 
 def increment(step: jax.Array) -> jax.Array:
@@ -117,6 +233,12 @@ def where(accept: jax.Array, new: Any, old: Any) -> Any:
         return jnp.where(mask, x, y)
 
     return jax.tree.map(pick, new, old)
+
+
+def accept(new: Any, old: Any) -> Any:
+    """``new`` if every array of it is finite, else ``old``: bad input never sticks."""
+    finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(new)]
+    return where(jnp.stack(finite).all(), new, old) if finite else new
 
 
 def check_rank(rank: Any, name: str = "rank") -> int:

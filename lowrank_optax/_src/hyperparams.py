@@ -1,11 +1,14 @@
 """Hyperparameters as state, with everything that decides shapes left static."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import optax
+
+from lowrank_optax._src import engine
 
 # Arguments of this library's factories that decide shapes or choose parts.
 _STATIC = frozenset(
@@ -38,7 +41,15 @@ def inject_hyperparams(
     own = {static_args} if isinstance(static_args, str) else set(static_args)
     names = inspect.signature(factory).parameters
     static = own | {n for n, p in names.items() if n in _STATIC or _is_part(p.default)}
-    return optax.inject_hyperparams(factory, static_args=tuple(sorted(static)))
+    injected = optax.inject_hyperparams(factory, static_args=tuple(sorted(static)))
+
+    @functools.wraps(factory)
+    def make(*args, **kwargs):
+        # On a mesh of explicit axes, hyperparameters must come in from outside too.
+        tx = injected(*args, **kwargs)
+        return engine.transformation(tx.init, tx.update)
+
+    return make
 
 
 def _is_part(value: Any) -> bool:

@@ -1,11 +1,14 @@
 """The one-matrix engine: a whole update rule on each matrix leaf."""
 
+import inspect
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax._src import engine, matrix, trees
-from lowrank_optax._src.compress import CompressState, accept
+from lowrank_optax._src import batching, engine, matrix, trees
+from lowrank_optax._src.compress import CompressState
 from lowrank_optax._src.matrix import MatrixView
 from lowrank_optax._src.typing import Rule
 
@@ -51,90 +54,106 @@ def leafwise(
     ((4, 1), (3,))
     """
     dense = optax.with_extra_args_support(dense)
-    fields = engine.ParamFields(dense)
-    place = {engine.last(name): name for name in fields.names}
-    rule_update = jax.jit(rule.update)  # leaves of equal shape share one body
+    fields = engine.StateFields(dense)
+    # What the rule's fields are, and which of them the dense optimizer has too.
+    one = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    view = MatrixView("", one.shape, one.dtype, (0,), (1,), ())
+    kind: Any = type(jax.eval_shape(lambda: rule.init(view)))
+    shared = {engine.last(name): name for name in fields.layout(one).names}
+    own_fields = [f for f in kind._fields if f not in shared]
 
-    def masked(views, leaves):
+    def masked(leaves, at_matrix):
         return [
-            optax.MaskedNode() if isinstance(v, MatrixView) else trees.full_precision(x)
-            for v, x in zip(views, leaves, strict=True)
+            optax.MaskedNode() if i in at_matrix else trees.full_precision(x)
+            for i, x in enumerate(leaves)
         ]
 
-    def split(states):
-        """Rule states by leaf number -> values by field name, shared and own."""
-        names = next(iter(states.values()))._fields if states else ()
-        by_field = {f: {i: getattr(s, f) for i, s in states.items()} for f in names}
-        shared = {place[f]: x for f, x in by_field.items() if f in place}
-        return shared, {f: x for f, x in by_field.items() if f not in place}
-
-    def store(inner_state, treedef, states):
-        shared, own = split(states)
-        moments = fields.get(inner_state, treedef)
-        for name, values in shared.items():
-            for i, x in values.items():
-                moments[name][i] = x
-        size = treedef.num_leaves
-        trees = {
-            f: treedef.unflatten([x.get(i, optax.MaskedNode()) for i in range(size)])
-            for f, x in own.items()
+    def store(step, layout, inner_state, treedef, states):
+        """The whole state: the rule's fields in their places."""
+        placed = {
+            (shared[f], i): getattr(state, f)
+            for i, state in states.items()
+            for f in kind._fields
+            if f in shared
         }
-        return fields.set(inner_state, treedef, moments), trees
+        masks = [optax.MaskedNode()] * treedef.num_leaves
+        own = {
+            f: treedef.unflatten(
+                [
+                    getattr(states[i], f) if i in states else x
+                    for i, x in enumerate(masks)
+                ]
+            )
+            for f in own_fields
+        }
+        return CompressState(step, layout.set(inner_state, placed), own)
 
     def init(params):
         views = trees.views(params, matrices, side, creating=True)
         _, leaves, treedef = trees.flatten(params)
-        inner_state = dense.init(treedef.unflatten(masked(views, leaves)))
         states = {
             i: rule.init(v) for i, v in enumerate(views) if isinstance(v, MatrixView)
         }
-        return CompressState(
-            jnp.zeros([], jnp.int32), *store(inner_state, treedef, states)
-        )
+        inner_state = dense.init(treedef.unflatten(masked(leaves, states)))
+        layout = fields.layout(params)
+        return store(jnp.zeros([], jnp.int32), layout, inner_state, treedef, states)
 
     def update(updates, state, params=None, **extra):
-        views = trees.views(updates, matrices, side)
         treedef = jax.tree.structure(updates)
+        views = trees.views(updates, matrices, side)
+        at_matrix = {i: v for i, v in enumerate(views) if isinstance(v, MatrixView)}
         grads = treedef.flatten_up_to(updates)
-        moments = fields.get(state.inner_state, treedef)
+        layout = fields.layout(updates)
+        moments = layout.get(state.inner_state)
         own = {f: treedef.flatten_up_to(x) for f, x in state.own.items()}
-        out, states = list(grads), {}
-        for i, view in enumerate(views):
-            if not isinstance(view, MatrixView):
-                continue
-            with trees.quietly():
-                kind = type(jax.eval_shape(lambda v=view: rule.init(v)))
-            old = kind(
-                *(own[f][i] if f in own else moments[place[f]][i] for f in kind._fields)
-            )
-            leaf_key = trees.leaf_key(key, view.path, state.step)
-            direction, new = rule_update(
-                leaf_key, state.step, view.matrix(grads[i]), old
-            )
-            out[i], states[i] = view.leaf(direction), accept(new, old)
 
-        at_dense = masked(views, grads)
-        masks = [x if isinstance(x, optax.MaskedNode) else None for x in at_dense]
-        bare = {
-            name: [
-                x if mask is None else mask for x, mask in zip(xs, masks, strict=True)
-            ]
-            for name, xs in moments.items()
-        }
+        def load(i):
+            return kind(
+                *(
+                    own[f][i] if f in own else moments[shared[f], i]
+                    for f in kind._fields
+                )
+            )
+
+        old = {i: load(i) for i in at_matrix}
+        keys = trees.leaf_keys(key, [v.path for v in views], state.step)
+        steps = [
+            _steps(rule, keys[i], state.step, view.matrix(grads[i]), old[i])
+            for i, view in at_matrix.items()
+        ]
+        results = dict(zip(at_matrix, batching.drive(*steps), strict=True))
+        directions = {i: direction for i, (direction, _) in results.items()}
+        new = {i: engine.accept(x, old[i]) for i, (_, x) in results.items()}
+
+        masks = {w: optax.MaskedNode() for w in moments if w[1] in at_matrix}
         if params is not None:
-            params = treedef.unflatten(masked(views, treedef.flatten_up_to(params)))
-        directions, inner_state = dense.update(
-            treedef.unflatten(at_dense),
-            fields.set(state.inner_state, treedef, bare),
+            leaves = treedef.flatten_up_to(params)
+            params = treedef.unflatten(masked(leaves, at_matrix))
+        at_dense, inner_state = dense.update(
+            treedef.unflatten(masked(grads, at_matrix)),
+            layout.set(state.inner_state, masks),
             params,
             **extra,
         )
-        for i, d in enumerate(treedef.flatten_up_to(directions)):
-            if not isinstance(views[i], MatrixView):
-                out[i] = d.astype(grads[i].dtype)
-        new = CompressState(
-            engine.increment(state.step), *store(inner_state, treedef, states)
-        )
-        return treedef.unflatten(out), new
+        out = [
+            at_matrix[i].leaf(directions[i]) if i in at_matrix else d.astype(g.dtype)
+            for i, (d, g) in enumerate(
+                zip(treedef.flatten_up_to(at_dense), grads, strict=True)
+            )
+        ]
+        step = engine.increment(state.step)
+        return treedef.unflatten(out), store(step, layout, inner_state, treedef, new)
 
     return engine.transformation(init, update)
+
+
+def _steps(rule: Rule, *args: Any) -> batching.Steps:
+    """A rule's update as a generator, whether it is one or not."""
+    if inspect.isgeneratorfunction(rule.update):
+        return (yield from rule.update(*args))
+    return _update(rule, *args)
+
+
+@engine.compiled
+def _update(rule, *args):
+    return rule.update(*args)

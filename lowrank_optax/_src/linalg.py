@@ -6,6 +6,8 @@ nothing here needs Householder QR, which is slow on accelerators. Arithmetic is 
 float32 at least, at the highest matmul precision.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
@@ -42,18 +44,32 @@ def unit_columns(y: Array) -> Array:
     return y / jnp.where(norm > 0, norm, 1.0)
 
 
-def filler(rows: int, cols: int) -> Array:
-    """A fixed (rows, cols) matrix of +-1 in general position, from an integer hash.
+def _hashed_signs(seed: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """+-1 in general position, from an integer hash of the seed and the position.
 
-    Costs a few integer operations an entry and no random key, so the directions that
-    complete a rank-deficient basis are the same on every host and at every restart.
+    Costs a few integer operations an entry, where a key's own generator takes hundreds
+    (in compile time too), and needs no communication on sharded axes.
     """
-    i = jax.lax.broadcasted_iota(jnp.uint32, (rows, cols), 0)
-    j = jax.lax.broadcasted_iota(jnp.uint32, (rows, cols), 1)
-    h = i * jnp.uint32(0x9E3779B9) + j * jnp.uint32(0x85EBCA6B) + jnp.uint32(1)
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        h = (h ^ (h >> shift)) * jnp.uint32(factor)
-    return jnp.where((h >> 31) == 0, 1.0, -1.0)
+    h = seed
+    for axis, size in enumerate(shape):
+        place = jax.lax.broadcasted_iota(jnp.uint32, (size,), 0)
+        place = place.reshape((size,) + (1,) * (len(shape) - axis - 1))
+        h = (h ^ place) * jnp.uint32(0x9E3779B9)
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            h = (h ^ (h >> shift)) * jnp.uint32(factor)
+    return jnp.where((h >> 31) == 0, 1.0, -1.0).astype(dtype)
+
+
+def filler(rows: int, cols: int) -> Array:
+    """A fixed (rows, cols) matrix of +-1: the directions that complete a basis."""
+    return _hashed_signs(jnp.uint32(1), (rows, cols), jnp.float32)
+
+
+def random_signs(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """A matrix of +-1 from a key: as good a sketch as a Gaussian one, far cheaper."""
+    words = jax.random.key_data(key).reshape(-1)
+    seed = words[0] * jnp.uint32(0x85EBCA6B) ^ words[-1]
+    return _hashed_signs(seed, shape, dtype)
 
 
 def _gram(y: Array) -> Array:
@@ -62,7 +78,7 @@ def _gram(y: Array) -> Array:
 
 def _polish(y: Array) -> Array:
     """One Newton-Schulz step: squares a small orthonormality error, keeps zeros."""
-    return y @ (1.5 * jnp.eye(y.shape[-1], dtype=y.dtype) - 0.5 * _gram(y))
+    return matmul(y, 1.5 * jnp.eye(y.shape[-1], dtype=y.dtype) - 0.5 * _gram(y))
 
 
 def _cholesky_pass(y: Array) -> Array:
@@ -149,7 +165,7 @@ def range_basis(a: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
     left_over, _ = unit_scale(a)
     floor = 8 * _EPS * jnp.linalg.norm(left_over, axis=(-2, -1), keepdims=True)
     basis = jnp.zeros_like(left_over)
-    for _ in range(3):
+    for _ in range(2 if a.shape[-1] <= 16 else 3):
         # Below the floor, a left-over is the rounding error of the rounds before.
         norm = jnp.linalg.norm(left_over, axis=-2, keepdims=True)
         left_over, scale = unit_scale(jnp.where(norm > floor, left_over, 0.0))

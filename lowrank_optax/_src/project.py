@@ -95,7 +95,7 @@ def project_gradients(
     """
     rank = engine.check_rank(rank)
     inner = optax.with_extra_args_support(inner)
-    fields = engine.ParamFields(inner)
+    fields = engine.StateFields(inner)
 
     def init(params):
         views = trees.views(params, matrices, side, creating=True)
@@ -113,100 +113,127 @@ def project_gradients(
             lambda v: v.zeros(v.rank(rank), "n"),
             lambda v: trees.full_precision(v.source),
         )
+        inner_state = inner.init(proxies)
         return ProjectState(
             step=jnp.zeros([], jnp.int32),
             basis=tree(lambda v: v.zeros("m", v.rank(rank))),
             refresh=tree(refresh.init),
             recovery=tree(recovery.init),
-            inner_state=inner.init(proxies),
+            inner_state=engine.fit_boxes(fields.layout(proxies), inner_state, proxies),
         )
-
-    # The bodies are compiled functions of arrays alone, so that leaves of equal shape
-    # share one trace and one lowered body, in eager use too.
-
-    @jax.jit
-    def down(leaf_key, step, phase, grad, basis, refresh_state, moments):
-        """Renew the basis if due, and project the gradient to it."""
-        size = jnp.linalg.norm(matmul(basis.mT, grad))
-        due = (step == 0) | refresh.due(refresh_state, step, phase, size)
-
-        def renew():
-            new = _safe_select(subspace, leaf_key, grad, basis, step)
-            overlap = matmul(new.mT, basis)
-            share = jnp.sum(overlap**2) / (overlap[..., 0].size)
-            return new, transfer.carry(moments, overlap), share
-
-        def keep():
-            return basis, moments, jnp.ones([], basis.dtype)
-
-        basis, moments, share = jax.lax.cond(due, renew, keep)
-        refresh_state = refresh.after(refresh_state, due, size, share)
-        return matmul(basis.mT, grad), basis, refresh_state, moments
-
-    @jax.jit
-    def project(basis, param):
-        return matmul(basis.mT, param)
-
-    prepare, recover = jax.jit(recovery.prepare), jax.jit(recovery.recover)
 
     def update(updates, state, params=None, **extra):
         treedef = jax.tree.structure(updates)
         views = trees.views(updates, matrices, side)
         at_matrix = {i: v for i, v in enumerate(views) if isinstance(v, MatrixView)}
         phases = _phases(views)
+        keys = trees.leaf_keys(key, [v.path for v in views], state.step)
         grads = treedef.flatten_up_to(updates)
         bases, refreshes, recoveries = (
             treedef.flatten_up_to(x)
             for x in (state.basis, state.refresh, state.recovery)
         )
-        moments = fields.get(state.inner_state, treedef)
-        full, low = list(grads), [trees.full_precision(g) for g in grads]
+        low = [trees.full_precision(g) for g in grads]
         for i, view in at_matrix.items():
-            full[i] = prepare(view.matrix(grads[i]), recoveries[i])
-            own = {k: x[i] for k, x in moments.items() if hasattr(x[i], "shape")}
-            leaf_key = trees.leaf_key(key, view.path, state.step)
-            low[i], bases[i], refreshes[i], own = down(
-                leaf_key, state.step, phases[i], full[i], bases[i], refreshes[i], own
+            shape = (*view.batch_shape, bases[i].shape[-1], view.n)
+            low[i] = jax.ShapeDtypeStruct(shape, view.compute_dtype)
+        layout = fields.layout(treedef.unflatten(low))
+        moments = layout.get(state.inner_state)
+
+        for i, view in at_matrix.items():
+            own = {name: x for (name, j), x in moments.items() if j == i}
+            low[i], bases[i], refreshes[i], own = _down(
+                (subspace, refresh, transfer, recovery),
+                keys[i],
+                state.step,
+                phases[i],
+                view.matrix(grads[i]),
+                bases[i],
+                refreshes[i],
+                recoveries[i],
+                own,
             )
-            for name, x in own.items():
-                moments[name][i] = x
+            moments |= {(name, i): x for name, x in own.items()}
 
         if params is not None:
-            weights = treedef.flatten_up_to(params)
-            weights = [trees.full_precision(w) for w in weights]
+            weights = [trees.full_precision(w) for w in treedef.flatten_up_to(params)]
             for i, view in at_matrix.items():
-                weights[i] = project(bases[i], view.matrix(weights[i]))
+                weights[i] = _project(None, bases[i], view.matrix(weights[i]))
             params = treedef.unflatten(weights)
         directions, inner_state = inner.update(
             treedef.unflatten(low),
-            fields.set(state.inner_state, treedef, moments),
+            layout.set(state.inner_state, moments),
             params,
             **extra,
         )
 
         directions = treedef.flatten_up_to(directions)
-        new_moments = fields.get(inner_state, treedef)
+        new_moments = layout.get(inner_state)
         out = [d.astype(g.dtype) for d, g in zip(directions, grads, strict=True)]
         for i, view in at_matrix.items():
-            new, recovery_state = recover(
-                full[i], low[i], directions[i], bases[i], scale, recoveries[i]
+            new, recovery_state = _recover(
+                (recovery, scale),
+                view.matrix(grads[i]),
+                low[i],
+                directions[i],
+                bases[i],
+                recoveries[i],
             )
             out[i] = view.leaf(new)
-            # A non-finite gradient must not stay in the state for good.
-            finite = jnp.all(jnp.isfinite(low[i]))
-            recoveries[i] = engine.where(finite, recovery_state, recoveries[i])
-            for name, x in new_moments.items():
-                x[i] = engine.where(finite, x[i], moments[name][i])
+            # What is not finite must not stay in the state for good; the moments of a
+            # leaf belong together.
+            own = [w for w in new_moments if w[1] == i]
+            recoveries[i], accepted = engine.accept(
+                (recovery_state, [new_moments[w] for w in own]),
+                (recoveries[i], [moments[w] for w in own]),
+            )
+            new_moments |= dict(zip(own, accepted, strict=True))
         new_state = ProjectState(
             step=engine.increment(state.step),
             basis=treedef.unflatten(bases),
             refresh=treedef.unflatten(refreshes),
             recovery=treedef.unflatten(recoveries),
-            inner_state=fields.set(inner_state, treedef, new_moments),
+            inner_state=layout.set(inner_state, new_moments),
         )
         return treedef.unflatten(out), new_state
 
     return engine.transformation(init, update)
+
+
+@engine.compiled
+def _down(parts, key, step, phase, grad, basis, refresh_state, recovery_state, moments):
+    """Renew the basis if due, and project the gradient to it."""
+    subspace, refresh, transfer, recovery = parts
+    grad = recovery.prepare(grad, recovery_state)
+    coeff = matmul(basis.mT, grad)
+    size = jnp.linalg.norm(coeff)
+    # A basis that has not seen a usable gradient yet is zero: it is always due.
+    due = jnp.all(basis == 0) | refresh.due(refresh_state, step, phase, size)
+
+    def renew():
+        new = _safe_select(subspace, key, grad, basis, step)
+        overlap = matmul(new.mT, basis)
+        share = jnp.sum(overlap**2) / overlap[..., 0].size
+        return matmul(new.mT, grad), new, transfer.carry(moments, overlap), share
+
+    def keep():
+        return coeff, basis, moments, jnp.ones([], basis.dtype)
+
+    coeff, basis, moments, share = jax.lax.cond(due, renew, keep)
+    after = refresh.after(refresh_state, due, size, share)
+    return coeff, basis, engine.accept(after, refresh_state), moments
+
+
+@engine.compiled
+def _project(parts, basis, param):
+    return matmul(basis.mT, param)
+
+
+@engine.compiled
+def _recover(parts, grad, coeff, direction, basis, state):
+    recovery, scale = parts
+    grad = recovery.prepare(grad, state)
+    return recovery.recover(grad, coeff, direction, basis, scale, state)
 
 
 def _safe_select(subspace: Subspace, key, grad, old, step):
@@ -219,10 +246,7 @@ def _safe_select(subspace: Subspace, key, grad, old, step):
     inner_product = jnp.sum(new * old, axis=-2, keepdims=True)
     new = jnp.where(inner_product < 0, -new, new)
     usable &= jnp.all(jnp.isfinite(new), axis=(-2, -1), keepdims=True)
-    # Before the first usable gradient, any orthonormal basis is as good as another.
-    started = jnp.any(old != 0, axis=(-2, -1), keepdims=True)
-    fallback = jnp.where(started, old, linalg.orthonormalize(jnp.zeros_like(old)))
-    return jnp.where(usable, new, fallback)
+    return jnp.where(usable, new, old)
 
 
 def _phases(views) -> list[np.float32]:

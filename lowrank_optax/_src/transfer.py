@@ -8,7 +8,7 @@ from lowrank_optax._src.engine import last
 from lowrank_optax._src.linalg import matmul
 
 # Optax's names. First moments are linear in the gradient, second ones quadratic.
-FIRST_MOMENTS = frozenset({"mu", "trace", "m", "momentum", "exp_avg"})
+FIRST_MOMENTS = frozenset({"mu", "trace", "ema", "m", "momentum", "exp_avg"})
 SECOND_MOMENTS = frozenset({"nu", "v", "nu_max", "sum_of_squares", "v_row", "v_col"})
 
 
@@ -29,6 +29,7 @@ class Reset:
     """Moments start again from zero."""
 
     def carry(self, moments, overlap):
+        _refuse_codes(moments, self)
         return {name: jnp.zeros_like(x) for name, x in moments.items()}
 
 
@@ -48,6 +49,7 @@ class Rotate:
     second: tuple[str, ...] = ()
 
     def carry(self, moments, overlap):
+        _refuse_codes(moments, self)
         r = overlap.shape[-1]
         carried = {}
         for name, x in moments.items():
@@ -72,3 +74,13 @@ class Rotate:
             else:
                 carried[name] = x
         return carried
+
+
+def _refuse_codes(moments, transfer) -> None:
+    for name, x in moments.items():
+        if isinstance(x, tuple):
+            raise ValueError(
+                f"Cannot use {transfer} around compressed state: it requires the "
+                f"moment '{name}' as a matrix, and compress_state provides a code. Put "
+                "compress_state outside: compress_state(project_gradients(...), ...)."
+            )

@@ -4,6 +4,7 @@ The only code that walks a parameter tree or reads its paths.
 """
 
 import contextlib
+import operator
 import re
 import warnings
 import zlib
@@ -212,11 +213,23 @@ def default_matrices(params: Any) -> Any:
     return treedef.unflatten(list(rule))
 
 
-def leaf_key(key: int | jax.Array, path: str, step: jax.Array) -> jax.Array:
-    """The random key of one leaf at one step: equal on every host, restart-exact."""
-    key = jax.random.key(key) if isinstance(key, int) else key
-    key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-    return jax.random.fold_in(key, step)
+def leaf_keys(
+    key: int | jax.Array, paths: list[str], step: jax.Array
+) -> list[jax.Array]:
+    """The random key of each leaf at one step: equal on every host, restart-exact.
+
+    ``fold_in(fold_in(key, crc32(path)), step)``, for all leaves in one operation.
+    """
+    if not isinstance(key, jax.Array):
+        key = jax.random.key(operator.index(key))
+    if not paths:
+        return []
+    names = [zlib.crc32(path.encode()) for path in paths]
+    fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
+        key, np.array(names, np.uint32)
+    )
+    return list(fold(keys, step))
 
 
 _logs: list[list[MatrixView | DenseLeaf]] = []

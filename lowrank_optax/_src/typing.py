@@ -103,7 +103,7 @@ class Codec(Protocol):
     """How a state matrix is stored between steps."""
 
     def init(self, view: MatrixView) -> NamedTuple:
-        """The code of the initial value. Law: ``decode(init)`` is zero."""
+        """The code of zero. Law: ``decode(init)`` is zero, as moments start."""
         ...
 
     def encode(self, key: Key[Array, ""], x: Array, old: Any) -> NamedTuple:
@@ -126,5 +126,9 @@ class Rule(Protocol):
     def update(
         self, key: Key[Array, ""], step: Step, grad: Float[Array, "*b m n"], state: Any
     ) -> tuple[Float[Array, "*b m n"], Any]:
-        """The update and the next state; ``step`` counts from 0."""
+        """The update and the next state; ``step`` counts from 0.
+
+        May be a generator, ``x, = yield [(function, array)]``, to have small problems
+        of all leaves solved as one batch: see `lowrank_optax._src.batching`.
+        """
         ...

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax._src import engine
+from lowrank_optax._src import batching, engine
 from lowrank_optax._src.codec import LowRank, LowRankCode
-from lowrank_optax._src.compress import compress_state
+from lowrank_optax._src.compress import compress_fields
 from lowrank_optax._src.leafwise import leafwise
 from lowrank_optax._src.linalg import matmul
 from lowrank_optax._src.matrix import Matrices
@@ -53,22 +53,24 @@ def mlorc_compress(
     >>> state.inner_state.trace["w"].right.shape
     (2, 8)
     """
-    names = engine.ParamFields(inner).names
-    if fields is None:
-        known = FIRST_MOMENTS | SECOND_MOMENTS
-        fields = tuple(name for name in names if engine.last(name) in known)
-    if not fields:
-        raise ValueError(
-            "Cannot compress the momentum of an optimizer without any: its state has "
-            f"the fields {names or '(none)'}. Name those to compress in `fields`."
-        )
 
-    def codec(name):
-        second = engine.last(name) in SECOND_MOMENTS
-        return LowRank(rank, second, oversample, power_iters, warm_start)
+    first = LowRank(rank, False, oversample, power_iters, warm_start)
+    second = dataclasses.replace(first, nonnegative=True)
 
-    codecs = {name: codec(name) for name in fields}
-    return compress_state(inner, codecs, matrices=matrices, key=key)
+    def choose(names):
+        wanted = FIRST_MOMENTS | SECOND_MOMENTS if fields is None else set(fields)
+        chosen = [name for name in names if {name, engine.last(name)} & wanted]
+        if not chosen:
+            raise ValueError(
+                "Cannot compress the momentum of an optimizer without any: its state "
+                f"has the fields {', '.join(names)}. Name some of them in `fields`."
+            )
+        return {
+            name: second if engine.last(name) in SECOND_MOMENTS else first
+            for name in chosen
+        }
+
+    return compress_fields(inner, choose, matrices=matrices, key=key)
 
 
 def mlorc_scale_by_adam(
@@ -213,16 +215,25 @@ class MLorcAdam:
 
     def update(self, key, step, grad, state):
         b1, b2 = self.b1, self.b2
+
+        def second_moment(nu):
+            return b2 * self.nu.decode(nu) + (1 - b2) * grad**2
+
         m = b1 * self.mu.decode(state.mu) + (1 - b1) * grad
-        v = b2 * self.nu.decode(state.nu) + (1 - b2) * grad**2
+        v = second_moment(state.nu)
         t = step + 1
         m_hat, v_hat = m / (1 - b1**t), v / (1 - b2**t)
-        key_mu, key_nu = jax.random.split(key)
-        new = MLorcAdamState(
-            mu=encode_average(self.mu, key_mu, b1, state.mu, grad),
-            nu=self.nu.encode(key_nu, v, state.nu),
+        mu, nu = yield from batching.together(
+            average_steps(self.mu, key, b1, state.mu, grad),
+            self.nu.steps(
+                key,
+                lambda w: matmul(v, w),
+                # Formed anew, V need not be kept until all bases are known.
+                lambda q: matmul(q.mT, second_moment(_after(state.nu, q))),
+                state.nu,
+            ),
         )
-        return m_hat / (jnp.sqrt(v_hat) + self.eps), new
+        return m_hat / (jnp.sqrt(v_hat) + self.eps), MLorcAdamState(mu, nu)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,12 +249,12 @@ class MLorcLion:
 
     def update(self, key, step, grad, state):
         c = self.b1 * self.mu.decode(state.mu) + (1 - self.b1) * grad
-        mu = encode_average(self.mu, key, self.b2, state.mu, grad)
+        mu = yield from average_steps(self.mu, key, self.b2, state.mu, grad)
         return jnp.sign(c), MLorcLionState(mu)
 
 
-def encode_average(codec: LowRank, key, decay, old: LowRankCode, grad) -> LowRankCode:
-    """The code of ``decay L R + (1 - decay) G`` from its products, never formed."""
+def average_steps(codec: LowRank, key, decay, old, grad) -> batching.Steps:
+    """Encode ``decay L R + (1 - decay) G`` by its products; it is never formed."""
 
     def times(w):
         kept = matmul(old.left, matmul(old.right, w))
@@ -253,4 +264,8 @@ def encode_average(codec: LowRank, key, decay, old: LowRankCode, grad) -> LowRan
         kept = matmul(matmul(q.mT, old.left), old.right)
         return decay * kept + (1 - decay) * matmul(q.mT, grad)
 
-    return codec.encode_products(key, times, transpose_times, old)
+    return codec.steps(key, times, transpose_times, old)
+
+
+def _after(code: LowRankCode, dependency: jax.Array) -> LowRankCode:
+    return code._replace(left=batching.after(code.left, dependency))

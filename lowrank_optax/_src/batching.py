@@ -1,0 +1,94 @@
+"""Small factorizations of many leaves as one batch.
+
+An algorithm on one matrix is a generator that hands out its small problems,
+
+    q, = yield [(range_basis, y)]
+
+and gets their answers back. Those of all leaves, and of both moments of a leaf, are
+driven in step: problems with the same function and shapes are stacked and solved in one
+call. So neither the run time nor the compile time of small factorizations grows with
+the number of leaves.
+"""
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Request = tuple[Any, ...]  # (function, *arrays), arrays of shape (*batch, rows, cols)
+Steps = Generator[list[Request], list[Any], Any]
+
+
+def together(*steps: Steps) -> Steps:
+    """Several algorithms in step; returns the list of their results."""
+    results: list[Any] = [None] * len(steps)
+    replies: dict[int, Any] = dict.fromkeys(range(len(steps)))
+    while replies:
+        requests = {}
+        for i, reply in replies.items():
+            try:
+                requests[i] = steps[i].send(reply)
+            except StopIteration as done:
+                results[i] = done.value
+        if not requests:
+            break
+        answers = yield [request for own in requests.values() for request in own]
+        position, replies = 0, {}
+        for i, own in requests.items():
+            replies[i] = answers[position : position + len(own)]
+            position += len(own)
+    return results
+
+
+def drive(*steps: Steps) -> list[Any]:
+    """Run algorithms to their ends, their small problems in common batches."""
+    running = together(*steps)
+    answers = None
+    try:
+        while True:
+            answers = _solve(running.send(answers))
+    except StopIteration as done:
+        return done.value
+
+
+def _solve(requests: Sequence[Request]) -> list[Any]:
+    def kind(request):
+        function, *arrays = request
+        return function, tuple((x.shape[-2:], x.dtype) for x in arrays)
+
+    groups: dict[Any, list[int]] = {}
+    for i, request in enumerate(requests):
+        groups.setdefault(kind(request), []).append(i)
+    answers: list[Any] = [None] * len(requests)
+    for members in groups.values():
+        function = requests[members[0]][0]
+        batches = [requests[i][1].shape[:-2] for i in members]
+        columns = zip(*(requests[i][1:] for i in members), strict=True)
+        solved = function(*(_stack(x) for x in columns))
+        start = 0
+        for i, batch in zip(members, batches, strict=True):
+            stop = start + math.prod(batch)
+            answers[i] = jax.tree.map(_part(start, stop, batch), solved)
+            start = stop
+    return answers
+
+
+def _stack(arrays: Sequence[jax.Array]) -> jax.Array:
+    return jnp.concatenate([x.reshape(-1, *x.shape[-2:]) for x in arrays])
+
+
+def _part(start: int, stop: int, batch: tuple[int, ...]) -> Callable[..., Any]:
+    return lambda x: x[start:stop].reshape(*batch, *x.shape[1:])
+
+
+def after(x: jax.Array, dependency: jax.Array) -> jax.Array:
+    """``x``, to be computed only once ``dependency`` is known.
+
+    Adds a zero made of it. A data dependence is the one thing that XLA neither merges
+    nor reorders: what is computed from the result is not the same expression as before,
+    and is not kept alive from then (an optimization barrier does not do this on CPU).
+    """
+    zero = dependency.reshape(-1)[0] * 0
+    return x + jnp.where(zero == 0, zero, 0).astype(x.dtype)
