@@ -73,6 +73,7 @@ def train(
     probe: Probe,
     directory: Path,
     label: str,
+    stop: StopRequest,
 ) -> TrainState:
     """Trains to the end, from the directory's latest checkpoint if it has one.
 
@@ -87,13 +88,14 @@ def train(
       probe: what is measured of the gradient at each validation.
       directory: where metrics.jsonl and checkpoints/ are kept; made if missing.
       label: what the progress bar calls the run.
+      stop: asked after every step.
 
     Returns:
       The state after the last step.
 
     Raises:
-      Interrupted: SIGINT or SIGTERM arrived; a checkpoint of the step then under way
-        is saved.
+      Interrupted: `stop` was requested; a checkpoint of the step then under way is
+        saved.
     """
     directory.mkdir(parents=True, exist_ok=True)
     params = task.init()
@@ -111,12 +113,14 @@ def train(
         }
         return record, state._replace(bases=bases)
 
-    with StopRequest() as stop, _checkpoints(directory) as checkpoints:
+    with _checkpoints(directory) as checkpoints:
         start = checkpoints.latest_step()
         if start is not None:
             abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
             restore = ocp.args.StandardRestore(abstract)
             state = checkpoints.restore(start, args=restore)
+        if start == timetable.steps:
+            return state
         with MetricsLog(directory / METRICS_FILE, keep=start) as log:
             if start is None:
                 record, state = validate(state)

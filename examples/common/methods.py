@@ -56,7 +56,7 @@ METHODS = {
         lambda lr, rank, every, decay: lro.mlorc_lion(
             lr, rank=rank, weight_decay=decay
         ),
-        3e-4,
+        1e-3,
         rank=4,
     ),
 }

@@ -26,7 +26,7 @@ from flax import nnx
 
 import lowrank_optax as lro
 from examples.common.data import load_corpus
-from examples.common.interrupt import Interrupted
+from examples.common.interrupt import Interrupted, StopRequest
 from examples.common.loop import METRICS_FILE, Task, Timetable, train
 from examples.common.methods import METHODS, check_methods, matrix_state_bytes
 from examples.common.metrics import read_metrics
@@ -41,7 +41,7 @@ from examples.llama.model import Llama
 CONFIGS = Path(__file__).parent / "configs"
 RESULT = "result.json"
 
-_VALIDATION_BATCHES = 4
+_VALIDATION_BATCHES = 8
 _PROBE_RANK = 8
 # More than a token takes on average, so that what is read of a hub dataset lasts for
 # the whole run.
@@ -71,7 +71,7 @@ class Pretrain:
     """Continue the run in --out with the settings it was started with."""
     steps: int = 300
     """Optimizer steps of each method."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Sequences in a batch."""
     seq_len: int = 128
     """Tokens in a sequence."""
@@ -112,6 +112,10 @@ class Pretrain:
                 )
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be above 0, not {self.learning_rate}")
+        if not self.weight_decay >= 0:
+            raise ValueError(
+                f"weight_decay must be at least 0, not {self.weight_decay}"
+            )
 
 
 SMOKE = Pretrain(
@@ -178,6 +182,12 @@ class Job:
         """Shapes and types of the parameters."""
         return jax.eval_shape(self.task.init)
 
+    @property
+    def model_fact(self) -> str:
+        """Which model, how large, and what it starts from."""
+        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.params))
+        return f"{self.settings.model} ({count:,} parameters, from scratch)"
+
     def hyperparameters(self, method: str) -> tuple[float, int | None]:
         """Peak learning rate and rank, the method's own where none was asked for."""
         s, own = self.settings, METHODS[method]
@@ -200,14 +210,23 @@ class Job:
         for method in self.settings.methods:
             jax.eval_shape(self.optimizer(method).init, self.params)
 
-    def run(self, method: str) -> Run:
-        """Trains with one method, or goes on with it, and sums it up."""
+    def save(self) -> None:
+        """Makes the directory, with what `--resume` needs."""
+        self.tokens.save(self.out / "data")
+        (self.out / RECORD).write_text(json.dumps(self.facts, indent=2) + "\n")
+
+    def run(self, method: str, stop: StopRequest) -> Run:
+        """Trains with one method, or goes on with it, and sums it up.
+
+        Raises:
+          Interrupted: on request of `stop`.
+        """
         s = self.settings
         directory = self.out / method
         tx = self.optimizer(method)
         timetable = Timetable(s.steps, s.log_every, s.eval_every, s.checkpoint_every)
         probe = Probe.of(self.params, _PROBE_RANK)
-        train(self.task, tx, timetable, probe, directory, method)
+        train(self.task, tx, timetable, probe, directory, method, stop)
 
         lr, rank = self.hyperparameters(method)
         return Run(
@@ -222,11 +241,10 @@ class Job:
 
 
 def prepare(settings: Pretrain, out: Path) -> Job:
-    """Checks everything that can be checked, then makes or reads the directory.
+    """Everything that training needs, checked as far as it can be; writes nothing.
 
     Raises:
-      ValueError, OSError: settings, model, text or directory that cannot be used;
-        nothing has been written then.
+      ValueError, OSError: settings, model or text that cannot be used.
     """
     settings.check()
     if settings.resume:
@@ -257,8 +275,6 @@ def prepare(settings: Pretrain, out: Path) -> Job:
     }
     job = Job(settings, out, config, tokens, facts)
     job.check()
-    tokens.save(out / "data")
-    (out / RECORD).write_text(json.dumps(facts, indent=2) + "\n")
     return job
 
 
@@ -284,9 +300,8 @@ def read_config(settings: Pretrain) -> LlamaConfig:
 def finish(job: Job, runs: list[Run]) -> list[Path]:
     """Writes result.json, report.md and the plots; returns their paths."""
     out, s, data = job.out, job.settings, job.facts["data"]
-    model = f"{s.model}, {parameter_count(job.params):,} parameters, from scratch"
     facts = {
-        "model": model,
+        "model": job.model_fact,
         "text": f"{data['source']} (Python {data['python']}, SHA-256"
         f" {data['sha256'][:16]}), {data['train_tokens']:,} tokens to train on,"
         f" {data['validation_tokens']:,} held out by document",
@@ -303,31 +318,29 @@ def finish(job: Job, runs: list[Run]) -> list[Path]:
     return [draft.replace(out / RESULT), *paths]
 
 
-def parameter_count(params: Any) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs the job; returns the exit status: 0, 2 for bad settings, 130 if stopped."""
     began = time.perf_counter()
     argv = sys.argv[1:] if argv is None else argv
     try:
         job = prepare(*parse_settings(argv, "pretrain", Pretrain(), SMOKE))
+        print(f"{job.model_fact} on {job.facts['data']['source']}, run in {job.out}")
+        if not job.settings.resume:
+            job.save()
     except (ValueError, OSError) as error:
         print("pretrain:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("pretrain: stopped before the first step", file=sys.stderr)
         return 130
-    out = job.out
-    print(f"{parameter_count(job.params):,} parameters, run in {out}")
-    try:
-        runs = [job.run(method) for method in job.settings.methods]
-    except Interrupted as stopped:
-        resume = f"python -m examples.llama.pretrain --resume --out {out}"
-        print(f"{stopped}; go on with: {resume}", file=sys.stderr)
-        return 130
-    paths = finish(job, runs)
+    with StopRequest() as stop:
+        try:
+            runs = [job.run(method, stop) for method in job.settings.methods]
+        except Interrupted as stopped:
+            resume = f"python -m examples.llama.pretrain --resume --out {job.out}"
+            print(f"{stopped}; go on with: {resume}", file=sys.stderr)
+            return 130
+        paths = finish(job, runs)
     print(table(runs))
     print(f"{time.perf_counter() - began:.0f} seconds in all; written:")
     for path in paths:
