@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 Request = tuple[Any, ...]  # (function, *arrays), arrays of shape (*batch, rows, cols)
-Steps = Generator[list[Request], list[Any], Any]
+Steps = Generator[list[Request], Any, Any]
 
 
 def together(*steps: Steps) -> Steps:

@@ -125,8 +125,8 @@ class Rule(Protocol):
 
     def update(
         self, key: Key[Array, ""], step: Step, grad: Float[Array, "*b m n"], state: Any
-    ) -> tuple[Float[Array, "*b m n"], Any]:
-        """The update and the next state; ``step`` counts from 0.
+    ) -> Any:
+        """``(update, next state)``, shaped as ``grad`` and ``state``; ``step`` counts from 0.
 
         May be a generator, ``x, = yield [(function, array)]``, to have small problems
         of all leaves solved as one batch: see `lowrank_optax._src.batching`.
