@@ -1,0 +1,394 @@
+"""State on meshes: where it is put, that it stays there, and that values do not change.
+
+Two simulated devices run the steps; placements alone need none, so they are checked on
+an abstract mesh too large to be simulated.
+"""
+
+import math
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from running import assert_close, random_grads, random_like, run
+
+import lowrank_optax as lro
+
+MATRICES = lro.MatrixAxes()
+METHODS = {
+    "galore, short": lro.galore_project(
+        optax.scale_by_adam(), rank=3, update_every=2, matrices=MATRICES
+    ),
+    "galore, long": lro.project_gradients(
+        optax.scale_by_adam(),
+        rank=3,
+        subspace=lro.TopSingular("gram_eigh"),
+        refresh=lro.Staggered(2),
+        transfer=lro.Rotate(),
+        side="long",
+        matrices=MATRICES,
+    ),
+    "galore_adafactor": lro.galore_adafactor(0.1, 3, 2, matrices=MATRICES),
+    "mlorc_adam": lro.mlorc_scale_by_adam(3, matrices=MATRICES),
+    "mlorc_lion": lro.mlorc_scale_by_lion(3, matrices=MATRICES),
+    "mlorc_compress": lro.mlorc_compress(optax.trace(0.9), rank=3, matrices=MATRICES),
+}
+SHAPES = {
+    "rows": (8, 12),
+    "columns": (8, 12),
+    "tall": (12, 8),
+    "stack": (4, 8, 12),
+    "bias": (12,),
+    "embed": (10, 8),
+}
+SPECS = {
+    "rows": P("x", None),
+    "columns": P(None, "x"),
+    "tall": P("x", None),
+    "stack": P("x", None, None),
+    "bias": P("x"),
+    "embed": P("x", None),
+}
+
+
+def two_devices(kind=AxisType.Auto):
+    return jax.make_mesh((2,), ("x",), axis_types=(kind,))
+
+
+def place(tree, mesh):
+    return {
+        k: jax.device_put(x, NamedSharding(mesh, SPECS[k])) for k, x in tree.items()
+    }
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("name", METHODS)
+def test_sharded_steps_equal_unsharded_ones_and_keep_their_shardings(name, kind):
+    tx, mesh = METHODS[name], two_devices(kind)
+    plain = random_like(SHAPES, 0)
+    plain_grads = random_grads(plain, 4)
+    expected, _ = run(tx, plain, plain_grads)
+
+    with jax.set_mesh(mesh):
+        params = place(plain, mesh)
+        shardings = lro.state_shardings(tx, params, mesh)
+        state = jax.jit(tx.init, out_shardings=shardings)(params)
+        param_shardings = jax.tree.map(lambda x: x.sharding, params)
+        update = tx.update
+        step = jax.jit(update, out_shardings=(param_shardings, shardings))
+        before = jax.tree.map(jax.typeof, state)
+        for g, want in zip(plain_grads, expected, strict=True):
+            updates, state = step(place(g, mesh), state, params)
+            assert_close(updates, want, rtol=1e-3, atol=1e-4)
+        assert jax.tree.map(jax.typeof, state) == before
+        for x, sharding in zip(
+            jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True
+        ):
+            assert x.sharding.is_equivalent_to(sharding, x.ndim)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_types_are_kept_on_explicit_axes(name):
+    tx, mesh = METHODS[name], two_devices(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        params = place(random_like(SHAPES, 0), mesh)
+        for init in (tx.init, jax.jit(tx.init)):
+            before = init(params)
+            updates, after = jax.jit(tx.update)(params, before, params)
+            assert jax.tree.map(jax.typeof, updates) == jax.tree.map(jax.typeof, params)
+            assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, before)
+
+
+# Placements, on a mesh of 4 x 2
+
+BIG = AbstractMesh((4, 2), ("fsdp", "tp"))
+
+
+def abstract(shape, *spec):
+    return jax.ShapeDtypeStruct(
+        shape, jnp.float32, sharding=NamedSharding(BIG, P(*spec))
+    )
+
+
+def specs(tx, leaf):
+    """By field: the spec of the state of one leaf, a full tuple for each array."""
+    params = {"w": leaf, "b": abstract((12,), "tp")}
+    shardings = lro.state_shardings(tx, params, BIG)
+    shapes = jax.eval_shape(tx.init, params)
+
+    def of(field):
+        found, like = (optax.tree.get(tree, field)["w"] for tree in (shardings, shapes))
+        return jax.tree.map(
+            lambda s, x: (*s.spec, *(None,) * x.ndim)[: x.ndim], found, like
+        )
+
+    return of, shardings
+
+
+GALORE = dict(rank=3, matrices=MATRICES)
+ROWS, COLUMNS = ("fsdp", None), (None, "tp")
+
+
+@pytest.mark.parametrize(
+    ("side", "shape", "basis", "moments"),
+    [
+        ("short", (8, 12), ("fsdp", None), (None, "tp")),
+        ("short", (12, 8), ("tp", None), (None, "fsdp")),
+        ("long", (8, 12), ("tp", None), (None, "fsdp")),
+        ("left", (12, 8), ("fsdp", None), (None, "tp")),
+    ],
+)
+def test_the_basis_has_one_axis_of_the_weight_and_the_moments_the_other(
+    side, shape, basis, moments
+):
+    tx = lro.galore_project(optax.scale_by_adam(), rank=3, side=side)
+    of, shardings = specs(tx, abstract(shape, "fsdp", "tp"))
+    assert of("basis") == basis
+    assert of("mu") == of("nu") == moments
+    assert shardings.step.spec == shardings.inner_state.count.spec == P()
+    assert shardings.inner_state.mu["b"].spec == P("tp")
+    assert isinstance(shardings.basis["b"], optax.MaskedNode)
+
+
+@pytest.mark.parametrize(
+    ("shape", "left", "right"),
+    [
+        ((8, 12), ("fsdp", None), (None, "tp")),
+        ((12, 8), ("tp", None), (None, "fsdp")),
+    ],
+)
+def test_factors_have_one_axis_of_the_weight_each(shape, left, right):
+    tx = lro.mlorc_adamw(0.1, 3)
+    of, shardings = specs(tx, abstract(shape, "fsdp", "tp"))
+    for field in ("mu", "nu"):
+        assert (of(field).left, of(field).right) == (left, right)
+        assert optax.tree.get(shardings, field)["b"].spec == P("tp")
+
+
+@pytest.mark.parametrize(
+    ("leaf", "axes", "basis", "moments"),
+    [
+        (
+            abstract((4, 8, 12), "fsdp", None, "tp"),
+            lro.MatrixAxes(),
+            ("fsdp", None, None),
+            ("fsdp", None, "tp"),
+        ),
+        (
+            abstract((8, 4, 6, 2), "fsdp", None, "tp", None),
+            lro.MatrixAxes(rows=0, cols=(2, 3)),
+            (None, "fsdp", None),
+            (None, None, "tp"),
+        ),
+        (
+            abstract((8, 6, 2), "fsdp", None, "tp"),
+            lro.MatrixAxes(rows=0, cols=(1, 2)),
+            ("fsdp", None),
+            # The merged axis is sharded within each of its blocks: no spec says so.
+            (None, None),
+        ),
+        (
+            abstract((8, 16), None, ("fsdp", "tp")),
+            None,
+            (None, None),
+            (None, ("fsdp", "tp")),
+        ),
+        (abstract((8, 12)), None, (None, None), (None, None)),
+    ],
+    ids=["stack", "layers in the middle", "heads", "two mesh axes", "replicated"],
+)
+def test_batch_axes_keep_theirs_and_merged_axes_that_of_the_first(
+    leaf, axes, basis, moments
+):
+    tx = lro.galore_project(
+        optax.scale_by_adam(), rank=3, matrices={"w": axes or MATRICES}
+    )
+    of, _ = specs(tx, leaf)
+    assert of("basis") == basis
+    assert of("mu") == moments
+
+
+def test_what_a_spec_does_not_fit_is_replicated():
+    # Ten rows cannot be split in four: only an abstract weight can claim it.
+    of, _ = specs(lro.mlorc_scale_by_lion(3), abstract((10, 12), "fsdp", "tp"))
+    assert of("mu").left == (None, None)
+    assert of("mu").right == (None, "tp")
+    # Optax's factored moments are vectors, which have no spec of their own.
+    of, _ = specs(lro.galore_adafactor(0.1, 3), abstract((8, 12), "fsdp", "tp"))
+    assert of("basis") == ("fsdp", None)
+    assert of("v_row") == of("v_col") == (None,)
+
+
+def test_wrapped_optimizers_are_seen_through():
+    method = lro.inject_hyperparams(lro.galore_adamw)(learning_rate=0.1, rank=3)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), method)
+    of, shardings = specs(tx, abstract((8, 12), "fsdp", "tp"))
+    assert of("basis") == ("fsdp", None)
+    assert of("mu") == (None, "tp")
+    assert shardings[1].hyperparams["learning_rate"].spec == P()
+
+
+def test_memory_on_the_fullest_device():
+    params = {"w": abstract((8, 12), "fsdp", "tp")}
+    weights, _, state = lro.memory_report(lro.mlorc_scale_by_lion(4), params, BIG)
+    assert (weights.bytes, weights.bytes_per_device) == (4 * 96, 4 * 12)
+    # 8 x 4 numbers on four devices, 4 x 12 on two, and two counters.
+    assert state.bytes == 4 * (8 * 4 + 4 * 12 + 2)
+    assert state.bytes_per_device == 4 * (2 * 4 + 4 * 6 + 2)
+
+
+# Annotated NNX parameters
+
+
+class Annotated(nnx.Module):
+    def __init__(self):
+        def linear(m, n, *spec):
+            init = nnx.with_partitioning(nnx.initializers.normal(1.0), spec)
+            return nnx.Linear(m, n, use_bias=False, kernel_init=init, rngs=nnx.Rngs(m))
+
+        self.rows = linear(8, 12, "x", None)
+        self.columns = linear(8, 14, None, "x")
+        self.norm = nnx.LayerNorm(8, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_nnx_factors_get_specs_that_fit(name, kind):
+    tx, mesh = METHODS[name], two_devices(kind)
+    with jax.set_mesh(mesh):
+        model = Annotated()
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        assert params["rows"]["kernel"].sharding.spec == P("x", None)
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+        # Each where the functional interface would put it: on its own shape's axes.
+        shardings = lro.state_shardings(tx, params, mesh)
+        state = jax.tree.leaves(nnx.as_pure(optimizer.opt_state))
+        for x, sharding in zip(state, jax.tree.leaves(shardings), strict=True):
+            assert x.sharding.is_equivalent_to(sharding, x.ndim)
+        assert any(not x.sharding.is_fully_replicated for x in state)
+
+        grads = jax.tree.map(np.asarray, random_grads(params, 1)[0])
+        into = nnx.state(model, nnx.Param)
+        nnx.replace_by_pure_dict(
+            into,
+            jax.tree.map(lambda g, p: jax.device_put(g, p.sharding), grads, params),
+        )
+        nnx.jit(lambda model, optimizer, grads: optimizer.update(model, grads))(
+            model, optimizer, into
+        )
+        after = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    expected, _ = run(tx, jax.tree.map(np.asarray, params), [grads])
+    change = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), after, params)
+    assert_close(change, expected[0], rtol=1e-3, atol=1e-4)
+
+
+# Communication
+
+COLLECTIVE = re.compile(
+    r"= (?P<shapes>[^=]*?) (?P<operation>all-gather|all-reduce|all-to-all|"
+    r"collective-permute|reduce-scatter)(?:-start)?\("
+)
+
+
+def collectives(tx, spec):
+    """What a compiled step on a sharded (M, N) matrix moves between devices.
+
+    ``(operation, elements of its largest result)`` of each collective.
+    """
+    mesh = two_devices()
+    grads = {"w": jax.device_put(jnp.ones((M, N)), NamedSharding(mesh, spec))}
+    shardings = lro.state_shardings(tx, grads, mesh)
+    state = jax.device_put(tx.init(grads), shardings)
+    places = {"w": grads["w"].sharding}, shardings
+    step = jax.jit(tx.update, out_shardings=places).lower(grads, state).compile()
+    found = []
+    for match in COLLECTIVE.finditer(step.as_text()):
+        shapes = re.findall(r"\[([\d,]*)\]", match["shapes"])
+        sizes = [math.prod(int(d) for d in s.split(",") if d) for s in shapes]
+        found.append((match["operation"], max(sizes)))
+    return found
+
+
+M, N, THIN_RANK = 64, 96, 4
+# Their sketches have 8 and 4 columns more than the rank.
+NO_GATHER = {
+    "galore, short": (
+        lro.galore_project(optax.scale_by_adam(), rank=THIN_RANK),
+        THIN_RANK + 8,
+    ),
+    "galore, long": (
+        lro.galore_project(optax.scale_by_adam(), rank=THIN_RANK, side="long"),
+        THIN_RANK + 8,
+    ),
+    "mlorc_adam": (lro.mlorc_scale_by_adam(THIN_RANK), THIN_RANK + 4),
+    "mlorc_lion": (lro.mlorc_scale_by_lion(THIN_RANK), THIN_RANK + 4),
+}
+SPLIT = [P("x", None), P(None, "x")]
+
+
+@pytest.mark.parametrize("spec", SPLIT, ids=str)
+@pytest.mark.parametrize("name", NO_GATHER)
+def test_a_step_moves_thin_sums_only(name, spec):
+    # The refresh is part of the compiled program, so it moves no more either.
+    tx, columns = NO_GATHER[name]
+    moved = collectives(tx, spec)
+    assert moved
+    assert {operation for operation, _ in moved} == {"all-reduce"}
+    assert max(size for _, size in moved) <= columns * N
+
+
+@pytest.mark.parametrize("spec", SPLIT, ids=str)
+def test_an_exact_svd_would_gather_the_gradient(spec):
+    # So the test above can see a gather.
+    svd = lro.TopSingular("svd")
+    tx = lro.galore_project(optax.scale_by_adam(), rank=THIN_RANK, subspace=svd)
+    assert ("all-gather", M * N) in collectives(tx, spec)
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("name", ["galore, short", "mlorc_adam"])
+def test_a_checkpoint_restored_onto_another_mesh(name, tmp_path):
+    tx = METHODS[name]
+    plain = random_like(SHAPES, 0)
+    grads = random_grads(plain, 4)
+    expected, last = run(tx, plain, grads)
+
+    rows = two_devices()
+    params = place(plain, rows)
+    _, state = run(tx, params, [place(g, rows) for g in grads[:2]], tx.init(params))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+
+    # The same two devices as one row of another mesh, the weights split elsewhere.
+    other = jax.make_mesh((1, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    spec = {k: P(*(None,) * (len(s) - 1), "b") for k, s in SHAPES.items()}
+    params = {
+        k: jax.device_put(x, NamedSharding(other, spec[k])) for k, x in plain.items()
+    }
+    shardings = lro.state_shardings(tx, params, other)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        jax.eval_shape(tx.init, params),
+        shardings,
+    )
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(tmp_path / "state", abstract)
+    chex.assert_trees_all_equal(restored, state)
+    for x, s in zip(jax.tree.leaves(restored), jax.tree.leaves(shardings), strict=True):
+        assert x.sharding == s
+    placed = [
+        {k: jax.device_put(x, params[k].sharding) for k, x in g.items()} for g in grads
+    ]
+    resumed, finished = run(tx, params, placed[2:], restored)
+    assert_close(resumed, expected[2:], rtol=1e-3, atol=1e-4)
+    assert int(finished.step) == int(last.step) == 4
