@@ -126,7 +126,7 @@ class Rule(Protocol):
     def update(
         self, key: Key[Array, ""], step: Step, grad: Float[Array, "*b m n"], state: Any
     ) -> Any:
-        """``(update, next state)``, shaped as ``grad`` and ``state``; ``step`` counts from 0.
+        """``(update, next state)``, shaped as ``grad`` and ``state``; ``step`` from 0.
 
         May be a generator, ``x, = yield [(function, array)]``, to have small problems
         of all leaves solved as one batch: see `lowrank_optax._src.batching`.
