@@ -1,0 +1,66 @@
+"""Where a measurement is kept: JSON for machines, Markdown for people."""
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+RECORDS = Path(__file__).parent / "records"
+
+
+def machine() -> dict[str, Any]:
+    """The machine and the versions that a figure was measured with."""
+
+    def installed(name):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "not installed"
+
+    return {
+        "date": datetime.date.today().isoformat(),
+        "devices": sorted({d.device_kind for d in jax.devices()}),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **{name: installed(name) for name in ("jax", "jaxlib", "optax", "flax")},
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
+    return next(names, platform.processor())
+
+
+def write_record(
+    name: str, settings: Any, figures: Any, text: str, out: Path | None = None
+) -> None:
+    """Print a measurement, and write ``name.json`` and ``name.md`` to the records.
+
+    Args:
+      name: of the files.
+      settings: a dataclass, kept beside the figures.
+      figures: anything that JSON can hold.
+      text: the same for people, in Markdown.
+      out: another directory than ``benchmarks/records``.
+    """
+    directory = out or RECORDS
+    directory.mkdir(parents=True, exist_ok=True)
+    about = machine()
+    kept = {k: str(v) for k, v in dataclasses.asdict(settings).items() if k != "out"}
+    record = {"machine": about, "settings": kept, "figures": figures}
+    (directory / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    facts = ", ".join(f"{k} {v}" for k, v in about.items())
+    (directory / f"{name}.md").write_text(f"# {name}\n\n{facts}\n\n{text}\n")
+    print(text)
+    print(f"\nWritten: {directory / name}.json, {directory / name}.md")
