@@ -16,12 +16,13 @@ from lowrank_optax._src.typing import Subspace, Transfer
 LearningRate = float | jax.Array | Callable[[Any], Any]
 
 
-def _optimizer(
+def optimizer(
     method: optax.GradientTransformation,
     learning_rate: LearningRate,
     weight_decay: Any,
     mask: Any,
 ) -> optax.GradientTransformationExtraArgs:
+    """A method, decoupled weight decay (``mask`` as in optax), and a learning rate."""
     return optax.chain(
         method,
         optax.add_decayed_weights(weight_decay, mask),
@@ -73,7 +74,7 @@ def galore_adamw(
         matrices=matrices,
         key=key,
     )
-    return _optimizer(method, learning_rate, weight_decay, mask)
+    return optimizer(method, learning_rate, weight_decay, mask)
 
 
 def galore_adafactor(
@@ -130,7 +131,7 @@ def galore_adafactor(
         matrices=matrices,
         key=key,
     )
-    return _optimizer(method, learning_rate, weight_decay, mask)
+    return optimizer(method, learning_rate, weight_decay, mask)
 
 
 def mlorc_adamw(
@@ -175,7 +176,7 @@ def mlorc_adamw(
         matrices=matrices,
         key=key,
     )
-    return _optimizer(method, learning_rate, weight_decay, mask)
+    return optimizer(method, learning_rate, weight_decay, mask)
 
 
 def mlorc_lion(
@@ -216,4 +217,4 @@ def mlorc_lion(
         matrices=matrices,
         key=key,
     )
-    return _optimizer(method, learning_rate, weight_decay, mask)
+    return optimizer(method, learning_rate, weight_decay, mask)
