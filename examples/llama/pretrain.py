@@ -123,6 +123,7 @@ SMOKE = Pretrain(
     steps=20,
     batch_size=4,
     seq_len=32,
+    rank=4,
     update_every=5,
     eval_every=5,
     checkpoint_every=10,

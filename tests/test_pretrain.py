@@ -1,0 +1,356 @@
+"""The pre-training job: what it writes, what it refuses, stopping and resuming."""
+
+import ast
+import dataclasses
+import inspect
+import io
+import json
+import math
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from examples.common.data import load_corpus
+from examples.common.metrics import read_metrics
+from examples.common.schedule import warmup_cosine
+from examples.common.tokens import Packed
+from examples.llama import pretrain
+from examples.llama.pretrain import CONFIGS, Pretrain, main
+
+METHODS = Pretrain().methods
+STEPS = pretrain.SMOKE.steps
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """A finished run of `--smoke`, and beside it what it printed."""
+    out = tmp_path_factory.mktemp("smoke") / "run"
+    printed = {"out": io.StringIO(), "err": io.StringIO()}
+    with redirect_stdout(printed["out"]), redirect_stderr(printed["err"]):
+        assert main(["--smoke", "--out", str(out)]) == 0
+    for name, text in printed.items():
+        (out.parent / name).write_text(text.getvalue())
+    return out
+
+
+def metrics_of(out, method):
+    """The metrics but for the measured times."""
+    records = read_metrics(out / method / "metrics.jsonl")
+    assert all(record.pop("seconds", 1) > 0 for record in records)
+    return records
+
+
+def result_of(out):
+    """The result but for the measured times."""
+    result = json.loads((out / "result.json").read_text())
+    for run in result["runs"].values():
+        assert run.pop("timing")["step_seconds"] > 0
+    return result
+
+
+def final_checkpoint(out, method):
+    """Every array of the last checkpoint, by its path."""
+    directory = (out / method / "checkpoints" / str(STEPS) / "default").resolve()
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore(directory)
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+# A finished run
+
+
+def test_every_method_learns_from_the_same_start(smoke):
+    runs = result_of(smoke)["runs"]
+    assert tuple(runs) == METHODS
+    starts = {run["initial_validation_loss"] for run in runs.values()}
+    assert len(starts) == 1
+    assert starts.pop() == pytest.approx(math.log(512), abs=0.1)
+    for method, run in runs.items():
+        assert run["validation_loss"] < run["initial_validation_loss"] - 0.1, method
+        assert run["perplexity"] == pytest.approx(math.exp(run["validation_loss"]))
+
+
+def test_every_method_sees_the_same_batches(smoke):
+    # The loss of the first step is taken before any method has moved.
+    first = {metrics_of(smoke, method)[1]["loss"] for method in METHODS}
+    assert len(first) == 1
+
+
+def test_metrics_have_a_line_a_step_and_validations_in_time(smoke):
+    for method in METHODS:
+        records = metrics_of(smoke, method)
+        assert [record["step"] for record in records] == list(range(STEPS + 1))
+        validated = [r["step"] for r in records if "validation_loss" in r]
+        assert validated == [0, 5, 10, 15, 20]
+        for record in records[1:]:
+            assert math.isfinite(record["loss"]) and record["grad_norm"] > 0
+        overlaps = [r["probe"].get("overlap") for r in records if "probe" in r]
+        assert overlaps[0] is None
+        assert all(0 < overlap <= 1.0001 for overlap in overlaps[1:])
+    moments = metrics_of(smoke, "adamw")[-1]["probe"]
+    assert set(moments) == {"overlap", "gradient", "first_moment", "second_moment"}
+
+
+def test_the_result_says_what_it_was_measured_on(smoke):
+    result = result_of(smoke)
+    corpus = load_corpus("stdlib", 0)
+    assert result["data"]["source"] == "stdlib"
+    assert result["data"]["sha256"] == corpus.sha256
+    assert result["data"]["python"] == platform.python_version()
+    assert result["versions"]["jax"] == jax.__version__
+    assert result["settings"]["steps"] == STEPS
+    assert result["model"]["vocab_size"] == 512
+
+
+def test_state_bytes_are_those_of_the_checkpoint(smoke):
+    for method, run in result_of(smoke)["runs"].items():
+        arrays = final_checkpoint(smoke, method)
+        state = sum(a.nbytes for path, a in arrays.items() if "opt_state" in path)
+        assert run["state_bytes"] == state, method
+        assert 0 < run["matrix_state_bytes"] < run["state_bytes"]
+    adamw, *low_rank = result_of(smoke)["runs"].values()
+    assert all(run["state_bytes"] < adamw["state_bytes"] for run in low_rank)
+
+
+def test_the_report_is_written_and_its_paths_printed(smoke):
+    printed = (smoke.parent / "out").read_text()
+    for name in (
+        "result.json",
+        "report.md",
+        "loss.png",
+        "memory.png",
+        "subspace_overlap.png",
+        "singular_values.png",
+    ):
+        assert (smoke / name).stat().st_size > 0
+        assert str(smoke / name) in printed
+    report = (smoke / "report.md").read_text()
+    assert "from scratch" in report
+    for method, run in result_of(smoke)["runs"].items():
+        row = next(line for line in report.splitlines() if f"| `{method}`" in line)
+        assert f"{run['validation_loss']:.3f} |" in row
+        assert f"{run['state_bytes']:,} B" in row
+        assert row in printed
+
+
+def test_there_is_a_progress_bar(smoke):
+    printed = (smoke.parent / "err").read_text()
+    for method in METHODS:
+        assert re.search(rf"{method}: 20/20.*ETA.*loss \d.*tokens/s", printed)
+
+
+# Stopping and resuming
+
+
+def signal_at(monkeypatch, step, number):
+    """Has the process signal itself when the batch of a step is first asked for."""
+    original = Packed.batch
+
+    def batch(self, seed, at, batch_size):
+        if at == step:
+            monkeypatch.setattr(Packed, "batch", original)
+            os.kill(os.getpid(), number)
+        return original(self, seed, at, batch_size)
+
+    monkeypatch.setattr(Packed, "batch", batch)
+
+
+def test_a_run_stopped_in_every_method_resumes_bit_for_bit(
+    smoke, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "run"
+    argv = ["--smoke", "--out", str(out)]
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGINT)
+    for method, number in zip(METHODS, numbers, strict=True):
+        signal_at(monkeypatch, 12, number)
+        assert main(argv) == 130
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert f"{method} stopped after step 13" in last
+        assert f"python -m examples.llama.pretrain --resume --out {out}" in last
+        assert metrics_of(out, method)[-1]["step"] == 13
+        assert not (out / "result.json").exists()
+        # The settings, --smoke's too, come from the record.
+        argv = ["--resume", "--out", str(out)]
+    assert main(argv) == 0
+
+    assert result_of(out) == result_of(smoke)
+    for method in METHODS:
+        assert metrics_of(out, method) == metrics_of(smoke, method)
+        expected, found = final_checkpoint(smoke, method), final_checkpoint(out, method)
+        assert len(expected) > 20 and expected.keys() == found.keys()
+        for path, array in expected.items():
+            assert array.dtype == found[path].dtype
+            assert array.tobytes() == found[path].tobytes(), (method, path)
+
+
+def test_a_killed_run_resumes_from_its_last_checkpoint(smoke, tmp_path):
+    out = tmp_path / "run"
+    argv = ["--smoke", "--methods", "adamw", "--out", str(out)]
+    program = (
+        "import os, signal, sys\n"
+        "from examples.common.tokens import Packed\n"
+        "from examples.llama.pretrain import main\n"
+        "original = Packed.batch\n"
+        "def batch(self, seed, step, size):\n"
+        "    if step == 13:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return original(self, seed, step, size)\n"
+        "Packed.batch = batch\n"
+        f"main({argv!r})\n"
+    )
+    root = Path(pretrain.__file__).parents[2]
+    killed = subprocess.run([sys.executable, "-c", program], cwd=root, timeout=300)
+    assert killed.returncode == -signal.SIGKILL
+    # Steps past the checkpoint are on record, and have to be taken back.
+    assert metrics_of(out, "adamw")[-1]["step"] == 13
+    assert main([*argv, "--resume"]) == 0
+    assert metrics_of(out, "adamw") == metrics_of(smoke, "adamw")
+    expected, found = final_checkpoint(smoke, "adamw"), final_checkpoint(out, "adamw")
+    assert all(expected[path].tobytes() == found[path].tobytes() for path in expected)
+
+
+def test_a_finished_run_resumes_to_its_report(smoke):
+    before = metrics_of(smoke, "adamw"), result_of(smoke)
+    (smoke / "report.md").unlink()
+    assert main(["--resume", "--out", str(smoke)]) == 0
+    assert (smoke / "report.md").exists()
+    assert (metrics_of(smoke, "adamw"), result_of(smoke)) == before
+
+
+def test_resume_without_a_directory_takes_the_latest(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for date in ("20260101-000000", "20260102-000000"):
+        run = tmp_path / "runs" / f"pretrain-{date}"
+        run.mkdir(parents=True)
+        settings = dataclasses.asdict(Pretrain()) | {"steps": 7}
+        del settings["out"], settings["resume"], settings["smoke"]
+        (run / "run.json").write_text(json.dumps({"settings": settings}))
+    assert main(["--resume", "--steps", "8"]) == 2
+    said = capsys.readouterr().err
+    assert "runs/pretrain-20260102-000000 with steps = 8" in said
+    assert "started with 7" in said
+
+
+# What is refused
+
+
+def small_text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("A short text, line by line.\n" * 40)
+    return f"path:{file}"
+
+
+def broken_config(tmp_path):
+    config = json.loads((CONFIGS / "smoke.json").read_text())
+    file = tmp_path / "broken.json"
+    file.write_text(json.dumps(config | {"num_attention_heads": 3}))
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--methods", "adamw", "sgdd"], "'sgdd': choose from adamw, galore_adamw"),
+        (["--methods", "adamw", "adamw"], "each at most once"),
+        (["--data", "path:nowhere/at/all"], "nowhere/at/all': no such path"),
+        (["--data", "nonsense"], "expected auto, stdlib"),
+        (["--data", small_text], "batch of 8 rows"),
+        (["--rank", "0"], "rank 0"),
+        (["--rank", "-3"], "rank -3"),
+        (["--model", broken_config], "num_attention_heads=3 does not divide"),
+        (["--model", "huge"], "'huge': choose from"),
+        (["--seq-len", "9999"], "9999 tokens: the model takes"),
+        (["--steps", "0"], "steps must be at least 1"),
+        (["--learning-rate", "-1"], "learning_rate must be above 0"),
+        (["--weight-decay", "-1"], "weight_decay must be at least 0"),
+        (["--resume"], "no run"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_what_cannot_work_is_refused_in_one_line(
+    flags, said, tmp_path, monkeypatch, capsys
+):
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    flags = [flag if isinstance(flag, str) else flag(inputs) for flag in flags]
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    assert main(flags) == 2
+    printed = capsys.readouterr()
+    lines = printed.err.splitlines()
+    assert len(lines) == 1 and said in lines[0]
+    assert printed.out == ""
+    assert list(work.iterdir()) == []
+
+
+def test_a_directory_in_use_is_not_overwritten(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("keep me")
+    assert main(["--smoke", "--out", str(tmp_path)]) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_resumed_run_keeps_its_settings(smoke, capsys):
+    assert main(["--resume", "--out", str(smoke), "--rank", "2"]) == 2
+    said = capsys.readouterr().err
+    assert "rank = 2" in said and "started with 4" in said
+    assert main(["--resume", "--out", str(smoke / "adamw")]) == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_bad_flags_exit_with_status_2(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for flags in (["--steps", "many"], ["--stepz", "3"]):
+        with pytest.raises(SystemExit) as caught:
+            main(flags)
+        assert caught.value.code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_explains_every_flag(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    shown = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
+    body = ast.parse(inspect.getsource(Pretrain)).body[0].body
+    explained = {
+        field.target.id: " ".join(text.value.value.split())
+        for field, text in zip(body, body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign)
+    }
+    assert explained.keys() == {field.name for field in dataclasses.fields(Pretrain)}
+    for name, text in explained.items():
+        assert f"--{name.replace('_', '-')}" in shown
+        assert text in shown
+
+
+# The schedule
+
+
+def test_the_rate_warms_up_and_decays_to_a_tenth():
+    schedule = warmup_cosine(1.0, 100)
+    rates = np.array([float(schedule(step)) for step in range(101)])
+    assert rates[0] == pytest.approx(0.1)
+    assert rates.argmax() == 10 and rates[10] == pytest.approx(1.0)
+    assert np.all(np.diff(rates[:11]) > 0) and np.all(np.diff(rates[10:]) < 0)
+    assert rates[55] == pytest.approx(0.55, abs=1e-6)  # half-way between 1 and 0.1
+    assert rates[100] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9])
+def test_short_runs_have_a_schedule_too(steps):
+    rates = [float(warmup_cosine(2.0, steps)(step)) for step in range(steps)]
+    assert all(0 < rate <= 2 for rate in rates)
