@@ -67,6 +67,8 @@ def compress_state(
     >>> code = state.inner_state.trace["w"]
     >>> code.left.shape, code.right.shape
     ((6, 2), (2, 8))
+    >>> codecs = {"mu": lro.Cast(jnp.bfloat16), "nu": lro.LowRank(2, nonnegative=True)}
+    >>> tx = lro.compress_state(optax.scale_by_adam(), codecs)
     """
 
     def choose(names):

@@ -32,6 +32,9 @@ def inject_hyperparams(
       factory: such as ``lro.galore_adamw``.
       static_args: names of further arguments to keep out of the state.
 
+    Returns:
+      A factory with the same arguments, whose state has ``hyperparams``, a dictionary.
+
     >>> import jax.numpy as jnp, lowrank_optax as lro
     >>> tx = lro.inject_hyperparams(lro.galore_adamw)(learning_rate=1e-2, rank=2)
     >>> state = tx.init({"w": jnp.ones((4, 6))})

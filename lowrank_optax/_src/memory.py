@@ -20,6 +20,13 @@ def _bytes(x: Any) -> int:
 def state_bytes(tx: Any, params: Any) -> int:
     """Exact size of ``tx.init(params)`` in bytes, from shapes alone.
 
+    Args:
+      tx: any Optax transformation.
+      params: arrays or abstract ones.
+
+    Returns:
+      The sum over all arrays of the state, counters included.
+
     >>> import jax.numpy as jnp, lowrank_optax as lro
     >>> params = {"w": jnp.ones((64, 32))}
     >>> tx = lro.mlorc_scale_by_adam(rank=4)
@@ -81,6 +88,9 @@ def describe(tx: Any, params: Any) -> Table:
     Args:
       tx: any Optax transformation, chains and wrappers included.
       params: arrays or abstract ones.
+
+    Returns:
+      A tuple of `Row`, one a parameter, that prints as a table.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro
     >>> params = {"w": jnp.ones((64, 32)), "b": jnp.ones(32)}
@@ -148,6 +158,9 @@ def memory_report(tx: Any, params: Any, mesh: jax.sharding.Mesh | None = None) -
       tx: any Optax transformation.
       params: arrays or abstract ones; their shardings count.
       mesh: where the state is sharded as `state_shardings` says; None for one device.
+
+    Returns:
+      A tuple of three `MemoryRow`, that prints as a table.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro
     >>> params = {"w": jnp.ones((64, 32))}

@@ -92,6 +92,14 @@ def project_gradients(
     >>> updates, state = tx.update(params, state, params)
     >>> updates["w"].shape
     (6, 8)
+    >>> tx = lro.project_gradients(  # all parts
+    ...     optax.scale_by_adam(),
+    ...     rank=2,
+    ...     subspace=lro.TopSingular("warm"),
+    ...     refresh=lro.Staggered(100),
+    ...     transfer=lro.Rotate(),
+    ...     recovery=lro.Drop(),
+    ... )
     """
     rank = engine.check_rank(rank)
     inner = optax.with_extra_args_support(inner)

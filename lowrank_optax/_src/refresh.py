@@ -18,6 +18,10 @@ class Every:
 
     Args:
       update_every: T.
+
+    >>> import optax, lowrank_optax as lro
+    >>> every = lro.Every(500)
+    >>> tx = lro.project_gradients(optax.scale_by_adam(), rank=4, refresh=every)
     """
 
     update_every: Any
@@ -43,6 +47,10 @@ class Staggered:
 
     Args:
       update_every: T.
+
+    >>> import optax, lowrank_optax as lro
+    >>> one_by_one = lro.Staggered(500)
+    >>> tx = lro.project_gradients(optax.scale_by_adam(), rank=4, refresh=one_by_one)
     """
 
     update_every: Any

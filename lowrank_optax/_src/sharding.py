@@ -22,6 +22,9 @@ def state_shardings(tx: Any, params: Any, mesh: jax.sharding.Mesh) -> Any:
       params: arrays, or `jax.ShapeDtypeStruct` with shardings, or annotated NNX state.
       mesh: of the result.
 
+    Returns:
+      A tree like ``tx.init(params)``, for ``jax.jit(tx.init, out_shardings=...)``.
+
     >>> import jax, jax.numpy as jnp, lowrank_optax as lro
     >>> from jax.sharding import NamedSharding, PartitionSpec as P
     >>> mesh = jax.make_mesh((1,), ("data",))

@@ -18,6 +18,9 @@ class Keep:
 
     The engine gives each new basis vector the sign of the one that it replaces, which
     undoes the arbitrary signs of singular vectors, if not their order.
+
+    >>> import optax, lowrank_optax as lro
+    >>> tx = lro.galore_project(optax.scale_by_adam(), rank=4, transfer=lro.Keep())
     """
 
     def carry(self, moments, overlap):
@@ -26,7 +29,11 @@ class Keep:
 
 @dataclasses.dataclass(frozen=True)
 class Reset:
-    """Moments start again from zero."""
+    """Moments start again from zero.
+
+    >>> import optax, lowrank_optax as lro
+    >>> tx = lro.galore_project(optax.trace(0.9), rank=4, transfer=lro.Reset())
+    """
 
     def carry(self, moments, overlap):
         _refuse_codes(moments, self)
@@ -43,6 +50,9 @@ class Rotate:
     Args:
       first: names of further state fields that are linear in the gradient.
       second: names of further state fields that are quadratic in it.
+
+    >>> import optax, lowrank_optax as lro
+    >>> tx = lro.galore_project(optax.scale_by_adam(), rank=4, transfer=lro.Rotate())
     """
 
     first: tuple[str, ...] = ()
