@@ -32,7 +32,8 @@ def leafwise(
     Args:
       rule: see `Rule`.
       dense: for the leaves that are not matrices.
-      side: which side of a matrix comes first, see `project_gradients`.
+      side: which side of a matrix comes first, see `project_gradients`; "short_left"
+        is "short" with square matrices left as they are.
       matrices: which leaves are matrices, see `default_matrices`.
       key: a seed or a key for randomized rules.
 

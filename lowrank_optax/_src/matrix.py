@@ -8,15 +8,15 @@ paths and shapes wherever they are needed, and never stored in a state.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-Side = Literal["short", "long", "left", "right"]
-SIDES = ("short", "long", "left", "right")
+Side = Literal["short", "short_left", "long", "left", "right"]
+SIDES = get_args(Side)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,8 +204,13 @@ def view_by(path, shape, dtype, axes: MatrixAxes, side: Side, source) -> MatrixV
             f"{dtype} is not floating. Give None for it in `matrices`."
         )
     m, n = (math.prod(shape[a] for a in group) for group in (rows, cols))
-    # A square matrix goes to the right as "short" (GaLore), to the left as "long".
-    right = {"left": False, "right": True, "short": m >= n, "long": m < n}[side]
+    right = {
+        "short": m >= n,  # a square matrix goes to the right, as GaLore has it
+        "short_left": m > n,  # to the left, as LDAdam has it
+        "long": m < n,
+        "left": False,
+        "right": True,
+    }[side]
     left, other = (cols, rows) if right else (rows, cols)
     batch = tuple(a for a in range(ndim) if a not in both)
     return MatrixView(path, shape, dtype, tuple(left), tuple(other), batch, source)

@@ -90,7 +90,8 @@ def views(
       matrices: None for the default rule; one `MatrixAxes` for every float leaf of two
         axes or more that the rule does not call dense by its name; a callable
         ``tree -> specs``; or a tree of ``MatrixAxes | None``, matched by path.
-      side: which side the basis spans: "short", "long", "left" (rows) or "right".
+      side: which side the basis spans: "short", "short_left" (the same with square
+        matrices by their rows), "long", "left" (rows) or "right".
       creating: whether state is about to be created beside the leaves (at init).
 
     Raises:
