@@ -23,6 +23,8 @@ from lowrank_optax._src.memory import describe as describe
 from lowrank_optax._src.memory import memory_report as memory_report
 from lowrank_optax._src.memory import state_bytes as state_bytes
 from lowrank_optax._src.methods.galore import galore_project as galore_project
+from lowrank_optax._src.methods.ldadam import ldadamw as ldadamw
+from lowrank_optax._src.methods.ldadam import scale_by_ldadam as scale_by_ldadam
 from lowrank_optax._src.methods.mlorc import mlorc_compress as mlorc_compress
 from lowrank_optax._src.methods.mlorc import mlorc_scale_by_adam as mlorc_scale_by_adam
 from lowrank_optax._src.methods.mlorc import mlorc_scale_by_lion as mlorc_scale_by_lion
@@ -74,6 +76,7 @@ __all__ = [
     "galore_adamw",
     "galore_project",
     "inject_hyperparams",
+    "ldadamw",
     "leafwise",
     "linalg",
     "memory_report",
@@ -83,6 +86,7 @@ __all__ = [
     "mlorc_scale_by_adam",
     "mlorc_scale_by_lion",
     "project_gradients",
+    "scale_by_ldadam",
     "state_bytes",
     "state_shardings",
 ]

@@ -191,6 +191,27 @@ METHODS = [
         ("mu",),
         optax.chain(optax.scale_by_lion(), optax.scale_by_learning_rate(0.02)),
     ),
+    Method(
+        "scale_by_ldadam",
+        lro.scale_by_ldadam,
+        dict(rank=RANK),
+        ("mu", "nu", "basis", "error"),
+        optax.scale_by_adam(b1=0.908, b2=0.99),
+    ),
+    Method(
+        "scale_by_ldadam-without-error",
+        lro.scale_by_ldadam,
+        dict(rank=RANK, error_feedback=False),
+        ("mu", "nu", "basis"),
+        optax.scale_by_adam(b1=0.908, b2=0.99),
+    ),
+    Method(
+        "ldadamw",
+        lro.ldadamw,
+        dict(learning_rate=0.02, rank=RANK),
+        ("mu", "nu"),
+        optax.adam(0.02, b1=0.908, b2=0.99),
+    ),
 ]
 
 

@@ -36,6 +36,11 @@ def mlorc_adam(meta):
     return lro.mlorc_scale_by_adam(meta["rank"], meta["b1"], meta["b2"], meta["eps"])
 
 
+def ldadam(meta):
+    numbers = [meta[name] for name in ("rank", "b1", "b2", "rho", "eps")]
+    return lro.scale_by_ldadam(*numbers, meta["error_feedback"])
+
+
 def mlorc_lion(meta):
     return lro.mlorc_scale_by_lion(meta["rank"], meta["b1"], meta["b2"])
 
@@ -44,6 +49,8 @@ TRAJECTORIES = {
     "galore_scale0.25_wd0.0_gap5": (galore, 1e-4),
     "galore_scale0.25_wd0.0_gap50": (galore, 1e-4),
     "galore_scale1.0_wd0.1_gap50": (galore, 1e-4),
+    "ldadamw_ef0": (ldadam, 1e-4),
+    "ldadamw_ef1": (ldadam, 1e-4),
     "mlorc_adamw_lowrank": (mlorc_adam, 1e-3),
     "mlorc_lion_lowrank": (mlorc_lion, 1e-5),
 }

@@ -59,6 +59,11 @@ METHODS = {
         1e-3,
         rank=4,
     ),
+    "ldadamw": Method(
+        lambda lr, rank, every, decay: lro.ldadamw(lr, rank=rank, weight_decay=decay),
+        3e-3,
+        rank=32,
+    ),
 }
 
 

@@ -1,0 +1,188 @@
+"""LDAdam (Robert et al. 2024): Adam in a subspace that turns at every step."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax._src import engine, linalg
+from lowrank_optax._src.aliases import LearningRate, optimizer
+from lowrank_optax._src.leafwise import leafwise
+from lowrank_optax._src.linalg import matmul
+from lowrank_optax._src.matrix import Matrices
+
+
+def scale_by_ldadam(
+    rank: int = 16,
+    b1: Any = 0.908,
+    b2: Any = 0.99,
+    rho: Any = 0.908,
+    eps: Any = 1e-8,
+    error_feedback: bool = True,
+    *,
+    matrices: Matrices = None,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""LDAdam: Adam in a subspace renewed at every step, what it misses fed back.
+
+    With A = G + E the gradient and the error kept from the step before, hats for bias
+    correction, primes for the new basis and the moments carried to it:
+
+    .. math::
+      B &= \rho\, P \hat M + (1 - \rho) A, \quad
+      P' = \mathrm{orth}(B B^\top P), \quad C = P'^\top P, \quad R = P'^\top A \\
+      M' &= C M, \quad V' = \left| (C \circ C) V + (1 - \beta_2^{t-1})
+          \left( (C \hat M)^{\circ 2} - (C \circ C) \hat M^{\circ 2} \right) \right| \\
+      E &\leftarrow A - P' R + \tfrac{\beta_1}{1 - \beta_1} (P M - P' M') \\
+      M &\leftarrow \beta_1 M' + (1 - \beta_1) R, \quad
+      V \leftarrow \beta_2 V' + (1 - \beta_2) R \circ R, \quad
+      \Delta = P' \hat M / (\sqrt{\hat V} + \epsilon)
+
+    The first basis is that of the leading singular vectors of the gradient. A matrix
+    is seen with its shorter side in front, a square one by its rows. Leaves that are
+    not matrices get Adam.
+
+    State of a matrix: ``s r + 2 l r`` numbers, s and l its shorter and longer side,
+    and ``m n`` more for the error. To keep the error at a width of its own, wrap:
+    ``compress_state(scale_by_ldadam(), {"error": Cast(jnp.bfloat16)})``.
+
+    Args:
+      rank: r; the effective rank of a leaf is ``min(rank, m, n)``.
+      b1, b2: decays of the moments; also of Adam on the other leaves.
+      rho: weight of the old momentum in the choice of the subspace.
+      eps: added outside of the root, after the bias correction.
+      error_feedback: keep what the subspace misses and add it to the next gradient. A
+        clip of gradients chained before this does not see the error.
+      matrices: see `project_gradients`.
+      key: nothing here is random; as in all methods.
+
+    Returns:
+      A transformation without a learning rate.
+
+    Raises:
+      TypeError, ValueError: for a rank below 1 or not an int.
+
+    Differs from the reference code in: the error is part of the state, where that code
+    keeps it in the gradient's buffer and loses it with a checkpoint; a rank above the
+    shorter side is reduced to it.
+
+    References:
+      Robert et al., LDAdam: Adaptive Optimization from Low-Dimensional Gradient
+      Statistics, ICLR 2025.
+
+    >>> import jax.numpy as jnp, lowrank_optax as lro
+    >>> tx = lro.scale_by_ldadam(rank=2)
+    >>> params = {"w": jnp.ones((4, 6)), "b": jnp.ones(6)}
+    >>> updates, state = tx.update(params, tx.init(params), params)
+    >>> state.own["basis"]["w"].shape, state.inner_state.mu["w"].shape
+    ((4, 2), (2, 6))
+    """
+    rule = LDAdam(engine.check_rank(rank), b1, b2, rho, eps, error_feedback)
+    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+    return leafwise(rule, dense=adam, side="short_left", matrices=matrices, key=key)
+
+
+class LDAdamState(NamedTuple):
+    """State of one matrix; moments as `optax.ScaleByAdamState` names them.
+
+    Attributes:
+      basis: (*batch, m, r).
+      error: (*batch, m, n), or ``MaskedNode()`` without error feedback.
+      mu, nu: (*batch, r, n).
+    """
+
+    basis: jax.Array
+    error: Any
+    mu: jax.Array
+    nu: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class LDAdam:
+    """The algorithm on one matrix."""
+
+    rank: int
+    b1: Any
+    b2: Any
+    rho: Any
+    eps: Any
+    error_feedback: bool
+
+    def init(self, view):
+        r = view.rank(self.rank)
+        return LDAdamState(
+            basis=view.zeros("m", r),
+            error=view.zeros("m", "n") if self.error_feedback else optax.MaskedNode(),
+            mu=view.zeros(r, "n"),
+            nu=view.zeros(r, "n"),
+        )
+
+    def update(self, key, step, grad, state):
+        b1, b2, t = self.b1, self.b2, step + 1
+        old, error, mu, nu = state
+        a = grad + error if self.error_feedback else grad
+
+        # Moments start at zero, where the bias correction is 0 / 0.
+        mu_hat = mu / jnp.where(step > 0, 1 - b1**step, 1.0)
+        basis = self._turn(a, old, mu_hat)
+        r, c = matmul(basis.mT, a), matmul(basis.mT, old)
+        carried = matmul(c, mu)
+        if self.error_feedback:
+            lost = matmul(old, mu) - matmul(basis, carried)
+            error = a - matmul(basis, r) + b1 / (1 - b1) * lost
+
+        mean, square = matmul(c, mu_hat) ** 2, matmul(c * c, mu_hat**2)
+        nu = jnp.abs(matmul(c * c, nu) + (1 - b2**step) * (mean - square))
+        mu = b1 * carried + (1 - b1) * r
+        nu = b2 * nu + (1 - b2) * r**2
+        direction = mu / (1 - b1**t) / (jnp.sqrt(nu / (1 - b2**t)) + self.eps)
+        return matmul(basis, direction), LDAdamState(basis, error, mu, nu)
+
+    def _turn(self, a, old, mu_hat):
+        """One block power step from the old basis; singular vectors to begin with."""
+
+        def start():
+            return linalg.gram_eigh(a, old.shape[-1])[0]
+
+        def turn():
+            b = self.rho * matmul(old, mu_hat) + (1 - self.rho) * a
+            b, _ = linalg.unit_scale(b)  # squares of extreme entries leave the range
+            return linalg.orthonormalize(matmul(b, matmul(b.mT, old)))
+
+        # After an unusable first gradient the basis still is zero, whatever the step.
+        return jax.lax.cond(jnp.all(old == 0), start, turn)
+
+
+def ldadamw(
+    learning_rate: LearningRate,
+    rank: int = 16,
+    *,
+    b1: Any = 0.908,
+    b2: Any = 0.99,
+    rho: Any = 0.908,
+    eps: Any = 1e-8,
+    error_feedback: bool = True,
+    weight_decay: Any = 0.0,
+    mask: Any = None,
+    matrices: Matrices = None,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """LDAdamW, see `scale_by_ldadam`.
+
+    Args:
+      learning_rate: a float or a schedule.
+      rank, b1, b2, rho, eps, error_feedback: of the method.
+      weight_decay, mask: decoupled, on the full weights, times the learning rate.
+      matrices, key: see `scale_by_ldadam`.
+
+    >>> import jax.numpy as jnp, lowrank_optax as lro
+    >>> tx = lro.ldadamw(1e-3, rank=2)
+    >>> params = {"w": jnp.ones((4, 6))}
+    >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    method = scale_by_ldadam(
+        rank, b1, b2, rho, eps, error_feedback, matrices=matrices, key=key
+    )
+    return optimizer(method, learning_rate, weight_decay, mask)
