@@ -22,6 +22,8 @@ from lowrank_optax._src.matrix import MatrixView as MatrixView
 from lowrank_optax._src.memory import describe as describe
 from lowrank_optax._src.memory import memory_report as memory_report
 from lowrank_optax._src.memory import state_bytes as state_bytes
+from lowrank_optax._src.methods.fira import fira_adamw as fira_adamw
+from lowrank_optax._src.methods.fira import fira_project as fira_project
 from lowrank_optax._src.methods.galore import galore_project as galore_project
 from lowrank_optax._src.methods.ldadam import ldadamw as ldadamw
 from lowrank_optax._src.methods.ldadam import scale_by_ldadam as scale_by_ldadam
@@ -31,6 +33,7 @@ from lowrank_optax._src.methods.mlorc import mlorc_scale_by_lion as mlorc_scale_
 from lowrank_optax._src.project import ProjectState as ProjectState
 from lowrank_optax._src.project import project_gradients as project_gradients
 from lowrank_optax._src.recovery import Drop as Drop
+from lowrank_optax._src.recovery import FiraResidual as FiraResidual
 from lowrank_optax._src.refresh import Every as Every
 from lowrank_optax._src.refresh import Staggered as Staggered
 from lowrank_optax._src.sharding import state_shardings as state_shardings
@@ -54,6 +57,7 @@ __all__ = [
     "CompressState",
     "Drop",
     "Every",
+    "FiraResidual",
     "Keep",
     "LowRank",
     "MatrixAxes",
@@ -72,6 +76,8 @@ __all__ = [
     "default_matrices",
     "describe",
     "diagnostics",
+    "fira_adamw",
+    "fira_project",
     "galore_adafactor",
     "galore_adamw",
     "galore_project",

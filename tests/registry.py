@@ -192,6 +192,27 @@ METHODS = [
         optax.chain(optax.scale_by_lion(), optax.scale_by_learning_rate(0.02)),
     ),
     Method(
+        "fira_project",
+        lro.fira_project,
+        dict(inner=_ADAM, **_GALORE),
+        ("mu", "nu"),
+        _ADAM,
+    ),
+    Method(
+        "fira_project-reference",
+        lro.fira_project,
+        dict(inner=_ADAM, reference=(0.9, 0.999), scale=0.5, **_GALORE),
+        ("mu", "nu"),
+        _ADAM,
+    ),
+    Method(
+        "fira_adamw",
+        lro.fira_adamw,
+        dict(learning_rate=0.02, scale=1.0, **_GALORE),
+        ("mu", "nu"),
+        optax.adam(0.02),
+    ),
+    Method(
         "scale_by_ldadam",
         lro.scale_by_ldadam,
         dict(rank=RANK),

@@ -45,6 +45,20 @@ def mlorc_lion(meta):
     return lro.mlorc_scale_by_lion(meta["rank"], meta["b1"], meta["b2"])
 
 
+def fira(meta):
+    # Whose limiter is on is the reference form, which sees the uncorrected moments.
+    limited = meta["limiter"] is not None
+    return lro.fira_project(
+        optax.scale_by_adam(meta["b1"], meta["b2"], meta["eps"]),
+        rank=meta["rank"],
+        update_every=meta["update_every"],
+        scale=meta["alpha"],
+        limiter=meta["limiter"] if limited else float("inf"),
+        reference=(meta["b1"], meta["b2"]) if limited else None,
+        subspace=lro.TopSingular("svd"),
+    )
+
+
 TRAJECTORIES = {
     "galore_scale0.25_wd0.0_gap5": (galore, 1e-4),
     "galore_scale0.25_wd0.0_gap50": (galore, 1e-4),
@@ -53,6 +67,8 @@ TRAJECTORIES = {
     "ldadamw_ef1": (ldadam, 1e-4),
     "mlorc_adamw_lowrank": (mlorc_adam, 1e-3),
     "mlorc_lion_lowrank": (mlorc_lion, 1e-5),
+    "fira": (fira, 1e-4),
+    "fira_nolimiter": (fira, 1e-4),
 }
 
 

@@ -59,6 +59,13 @@ METHODS = {
         1e-3,
         rank=4,
     ),
+    "fira_adamw": Method(
+        lambda lr, rank, every, decay: lro.fira_adamw(
+            lr, rank=rank, update_every=every, weight_decay=decay
+        ),
+        1e-2,
+        rank=32,
+    ),
     "ldadamw": Method(
         lambda lr, rank, every, decay: lro.ldadamw(lr, rank=rank, weight_decay=decay),
         3e-3,

@@ -1,0 +1,137 @@
+"""Fira (Chen et al. 2024): GaLore that keeps what the projection leaves out."""
+
+from typing import Any
+
+import jax
+import optax
+
+from lowrank_optax._src.aliases import LearningRate, optimizer
+from lowrank_optax._src.matrix import Matrices, Side
+from lowrank_optax._src.project import project_gradients
+from lowrank_optax._src.recovery import FiraResidual
+from lowrank_optax._src.refresh import Every
+from lowrank_optax._src.subspace import TopSingular
+from lowrank_optax._src.transfer import Keep
+from lowrank_optax._src.typing import Subspace, Transfer
+
+
+def fira_project(
+    inner: optax.GradientTransformation,
+    *,
+    rank: int,
+    update_every: Any = 200,
+    limiter: Any = 1.01,
+    reference: tuple[Any, Any] | None = None,
+    subspace: Subspace = TopSingular(),
+    transfer: Transfer = Keep(),
+    scale: Any = 1.0,
+    side: Side = "short",
+    matrices: Matrices = None,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Fira: GaLore's update, and the residual scaled as the inner optimizer scales.
+
+    .. math::
+      R = P^\top G,\quad N = \rho(R),\quad S = (I - P P^\top)\, G,\quad
+      \phi_j = \frac{\lVert N_{:j} \rVert}{\lVert R_{:j} \rVert},\quad
+      \Delta = s\, P N + \mathrm{limit}(S\, \mathrm{diag}(\phi))
+
+    (Section 2.2 of the I3S paper.) The limiter lets the norm of the scaled residual
+    grow by at most a factor from one step to the next. State of a matrix with an Adam
+    inner: ``s r + 2 l r + 1`` numbers, one less without the limiter.
+
+    Args:
+      inner: such as ``optax.scale_by_adam()``.
+      rank: r.
+      update_every: T; the first update always refreshes.
+      limiter, reference: see `FiraResidual`.
+      subspace: which subspace; ``ImportanceSampled()`` makes this Fira-I3S.
+      transfer: the papers keep the moments.
+      scale: s, the papers' alpha; it does not scale the residual.
+      side, matrices, key: see `project_gradients`.
+
+    Returns:
+      A transformation without a learning rate.
+
+    Raises:
+      ValueError: for a limiter below 1.
+
+    Differs from the reference code in: the residual is that of the paper, which the
+    code computes with alpha (``reference=(b1, b2)`` does so too); a zero gradient does
+    not lock the limiter; what differs for `galore_project`.
+
+    References:
+      Chen et al., Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank
+      Constraint?, 2024.
+
+    >>> import jax.numpy as jnp, optax, lowrank_optax as lro
+    >>> tx = optax.chain(
+    ...     lro.fira_project(optax.scale_by_adam(), rank=2, scale=0.25),
+    ...     optax.scale_by_learning_rate(1e-2),
+    ... )
+    >>> params = {"w": jnp.ones((4, 6))}
+    >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    return project_gradients(
+        inner,
+        rank=rank,
+        subspace=subspace,
+        refresh=Every(update_every),
+        transfer=transfer,
+        recovery=FiraResidual(limiter, reference),
+        scale=scale,
+        side=side,
+        matrices=matrices,
+        key=key,
+    )
+
+
+def fira_adamw(
+    learning_rate: LearningRate,
+    rank: int = 128,
+    update_every: Any = 200,
+    scale: Any = 0.25,
+    *,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    weight_decay: Any = 0.0,
+    mask: Any = None,
+    limiter: Any = 1.01,
+    reference: tuple[Any, Any] | None = None,
+    subspace: Subspace = TopSingular(),
+    transfer: Transfer = Keep(),
+    side: Side = "short",
+    matrices: Matrices = None,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Fira with AdamW, see `fira_project`.
+
+    Args:
+      learning_rate: a float or a schedule.
+      rank, update_every, scale: r, T and alpha; the papers pre-train LLaMA at rate 0.01
+        with alpha 0.25 up to 350M parameters, 0.0625 beyond.
+      b1, b2, eps: of Adam.
+      weight_decay, mask: decoupled, on the full weights, times the learning rate.
+      limiter, reference, subspace, transfer: see `fira_project`.
+      side, matrices, key: see `project_gradients`.
+
+    >>> import jax.numpy as jnp, lowrank_optax as lro
+    >>> tx = lro.fira_adamw(1e-2, rank=2)
+    >>> params = {"w": jnp.ones((4, 6))}
+    >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    method = fira_project(
+        optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+        rank=rank,
+        update_every=update_every,
+        limiter=limiter,
+        reference=reference,
+        subspace=subspace,
+        transfer=transfer,
+        scale=scale,
+        side=side,
+        matrices=matrices,
+        key=key,
+    )
+    return optimizer(method, learning_rate, weight_decay, mask)
