@@ -10,6 +10,7 @@ import optax
 
 from lowrank_optax._src import engine, matrix, trees
 from lowrank_optax._src.matrix import MatrixView
+from lowrank_optax._src.transfer import FIRST_MOMENTS, SECOND_MOMENTS
 from lowrank_optax._src.typing import Codec
 
 # Smaller leaves stay as they are under an element-wise codec (int8, cast).
@@ -52,7 +53,8 @@ def compress_state(
         every field of that name in the state, or give a full path such as ``"0/mu"``.
       matrices: which leaves are matrices, see `default_matrices`. A moment of another
         shape than its parameter (factored, or projected) is seen by its own last two
-        axes.
+        axes; codecs that work element by element (`Cast`) ask for no matrices and
+        take every leaf of 4,096 numbers or more.
       key: a seed or a key for randomized codecs.
 
     Returns:
@@ -87,6 +89,31 @@ def compress_state(
     return compress_fields(inner, choose, matrices=matrices, key=key)
 
 
+def by_moment(
+    first: Codec, second: Codec, fields: tuple[str, ...] | None
+) -> Callable[[list[str]], Mapping[str, Codec]]:
+    """A choice for `compress_fields`: one codec for first, one for second moments.
+
+    Args:
+      fields: names of the fields; None for all that are known as moments.
+    """
+
+    def choose(names):
+        wanted = FIRST_MOMENTS | SECOND_MOMENTS if fields is None else set(fields)
+        chosen = [name for name in names if {name, engine.last(name)} & wanted]
+        if not chosen:
+            raise ValueError(
+                "Cannot compress the momentum of an optimizer without any: its state "
+                f"has the fields {', '.join(names)}. Name some of them in `fields`."
+            )
+        return {
+            name: second if engine.last(name) in SECOND_MOMENTS else first
+            for name in chosen
+        }
+
+    return choose
+
+
 def compress_fields(
     inner: optax.GradientTransformation,
     choose: Callable[[list[str]], Mapping[str, Codec]],
@@ -98,10 +125,14 @@ def compress_fields(
     inner = optax.with_extra_args_support(inner)
     fields = engine.StateFields(inner)
 
-    def code_views(layout, views):
-        """The codec of each moment that is to be coded, and how it sees it."""
-        codec_of = choose(layout.names) if views else {}
-        return {
+    def see(tree, layout, creating=False):
+        """How each leaf is seen, and the codec of each coded moment with its view."""
+        codec_of = choose(layout.names) if trees.flatten(tree)[1] else {}
+        if all(map(_elementwise, codec_of.values())):
+            views = trees.dense_views(tree, creating)
+        else:
+            views = trees.views(tree, matrices, creating=creating)
+        return views, {
             (name, i): (codec_of[name], view)
             for (name, i), x in layout.abstract.items()
             if name in codec_of
@@ -109,11 +140,10 @@ def compress_fields(
         }
 
     def init(params):
-        views = trees.views(params, matrices, creating=True)
         _, leaves, treedef = trees.flatten(params)
         whole = treedef.unflatten([trees.full_precision(x) for x in leaves])
         layout = fields.layout(whole)
-        coded = code_views(layout, views)
+        views, coded = see(params, layout, creating=True)
 
         def without_codes(whole):
             state = inner.init(whole)
@@ -139,10 +169,9 @@ def compress_fields(
         return CompressState(jnp.zeros([], jnp.int32), inner_state, {})
 
     def update(updates, state, params=None, **extra):
-        views = trees.views(updates, matrices)
         grads = jax.tree.map(trees.full_precision, updates)
         layout = fields.layout(grads)
-        coded = code_views(layout, views)
+        views, coded = see(updates, layout)
         keys = trees.leaf_keys(key, [v.path for v in views], state.step)
         old = layout.get(state.inner_state)
         directions, inner_state = inner.update(
@@ -185,11 +214,15 @@ def _encode(codec, key, x, old):
     return codec.encode(key, x, old)
 
 
+def _elementwise(codec: Codec) -> bool:
+    return getattr(codec, "elementwise", False)
+
+
 def _code_view(codec: Codec, view: Any, moment: Any) -> MatrixView | None:
     """How a codec sees a moment, or None where it stays as it is."""
     if not jnp.issubdtype(moment.dtype, jnp.floating):
         return None
-    if getattr(codec, "elementwise", False):
+    if _elementwise(codec):
         if moment.size < ELEMENTWISE_MIN_SIZE:
             return None
     elif not isinstance(view, MatrixView) or moment.ndim < 2:

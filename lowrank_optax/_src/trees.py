@@ -133,6 +133,18 @@ def views(
     return result
 
 
+def dense_views(tree: Any, creating: bool = False) -> list[DenseLeaf]:
+    """`views` for what treats every leaf element by element and asks for no matrix."""
+    paths, leaves, _ = flatten(tree)
+    result = []
+    for parts, leaf in zip(paths, leaves, strict=True):
+        x, source = value_of(leaf), leaf if creating else None
+        why = "it is treated element by element"
+        leaf = DenseLeaf("/".join(parts), tuple(np.shape(x)), x.dtype, why, source)
+        result.append(leaf)
+    return result
+
+
 def _by_rule(parts: tuple[str, ...], x: Any, matrices: Matrices):
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return None, f"its dtype {x.dtype} is not floating"

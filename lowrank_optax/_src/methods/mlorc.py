@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax._src import batching, engine
+from lowrank_optax._src import batching
 from lowrank_optax._src.codec import LowRank, LowRankCode
-from lowrank_optax._src.compress import compress_fields
+from lowrank_optax._src.compress import by_moment, compress_fields
 from lowrank_optax._src.leafwise import leafwise
 from lowrank_optax._src.linalg import matmul
 from lowrank_optax._src.matrix import Matrices
-from lowrank_optax._src.transfer import FIRST_MOMENTS, SECOND_MOMENTS
 
 
 def mlorc_compress(
@@ -57,19 +56,7 @@ def mlorc_compress(
     first = LowRank(rank, False, oversample, power_iters, warm_start)
     second = dataclasses.replace(first, nonnegative=True)
 
-    def choose(names):
-        wanted = FIRST_MOMENTS | SECOND_MOMENTS if fields is None else set(fields)
-        chosen = [name for name in names if {name, engine.last(name)} & wanted]
-        if not chosen:
-            raise ValueError(
-                "Cannot compress the momentum of an optimizer without any: its state "
-                f"has the fields {', '.join(names)}. Name some of them in `fields`."
-            )
-        return {
-            name: second if engine.last(name) in SECOND_MOMENTS else first
-            for name in chosen
-        }
-
+    choose = by_moment(first, second, fields)
     return compress_fields(inner, choose, matrices=matrices, key=key)
 
 
