@@ -2,6 +2,7 @@
 
 import hypothesis
 import jax
+import jaxtyping
 
 # Before any test module can initialise a backend: the number is fixed from then on.
 jax.config.update("jax_num_cpu_devices", 2)
@@ -11,3 +12,7 @@ hypothesis.settings.register_profile(
     "few", max_examples=20, deadline=None, derandomize=True
 )
 hypothesis.settings.load_profile("few")
+
+# The shapes in the signatures of the linear algebra are its contract: checked at every
+# call of every test, where they would otherwise be comments.
+jaxtyping.install_import_hook("lowrank_optax._src.linalg", "beartype.beartype")

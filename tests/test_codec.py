@@ -185,7 +185,7 @@ def test_warm_start_tracks_a_turning_matrix():
 def test_algorithm_3_obeys_the_bound_of_the_rsvd():
     """Lemma A.1 of MLorc holds for the codec: rank 4, oversampling 3."""
     values = np.r_[np.full(4, 20.0), np.full(20, 1.0)]
-    x = spectrum(32, 24, values)
+    x = jnp.asarray(spectrum(32, 24, values))
     codec = lro.LowRank(4, oversample=3, warm_start=False)
     old = codec.init(view_of(32, 24))
 

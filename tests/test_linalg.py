@@ -4,10 +4,12 @@ import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
 from lowrank_optax import linalg
+from lowrank_optax._src.linalg import filler
 
 
 def normal(*shape, seed=0):
@@ -115,6 +117,19 @@ over_keys = {
 @pytest.mark.parametrize("name", WORST)
 def test_orthonormalize_completes_the_worst_columns(name):
     check_orthonormalize(WORST[name], orthonormalize(WORST[name]))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (3, 2), (4, 4), (10, 10)], ids=str)
+def test_orthonormalize_completes_nothing_at_all(shape):
+    a = np.zeros(shape, np.float32)
+    check_orthonormalize(a, orthonormalize(a))
+
+
+def test_the_completing_directions_are_independent():
+    # A fixed matrix of random signs is singular for one small shape in four.
+    for rows in range(1, 17):
+        directions = np.asarray(filler(rows, rows), np.float64)
+        assert np.linalg.matrix_rank(directions) == rows, rows
 
 
 @hypothesis.settings(max_examples=100)
@@ -412,3 +427,9 @@ def test_batched_equals_loop(name, stack):
     elif name != "range_basis":
         result, loop = result[..., :3], loop[..., :3]
     np.testing.assert_allclose(result, loop, rtol=0, atol=1e-5)
+
+
+def test_shapes_are_checked_at_every_call():
+    """By the import hook of the tests' configuration: it must be in force."""
+    with pytest.raises(jaxtyping.TypeCheckError):
+        linalg.range_finder(jax.random.key(0), jnp.ones(3), 1)
