@@ -11,6 +11,7 @@ from lowrank_optax._src.aliases import galore_adafactor as galore_adafactor
 from lowrank_optax._src.aliases import galore_adamw as galore_adamw
 from lowrank_optax._src.aliases import mlorc_adamw as mlorc_adamw
 from lowrank_optax._src.aliases import mlorc_lion as mlorc_lion
+from lowrank_optax._src.codec import BlockInt8 as BlockInt8
 from lowrank_optax._src.codec import Cast as Cast
 from lowrank_optax._src.codec import LowRank as LowRank
 from lowrank_optax._src.compress import CompressState as CompressState
@@ -30,6 +31,9 @@ from lowrank_optax._src.methods.ldadam import scale_by_ldadam as scale_by_ldadam
 from lowrank_optax._src.methods.mlorc import mlorc_compress as mlorc_compress
 from lowrank_optax._src.methods.mlorc import mlorc_scale_by_adam as mlorc_scale_by_adam
 from lowrank_optax._src.methods.mlorc import mlorc_scale_by_lion as mlorc_scale_by_lion
+from lowrank_optax._src.methods.quantize import adamw_8bit as adamw_8bit
+from lowrank_optax._src.methods.quantize import galore_adamw_8bit as galore_adamw_8bit
+from lowrank_optax._src.methods.quantize import quantize_state as quantize_state
 from lowrank_optax._src.project import ProjectState as ProjectState
 from lowrank_optax._src.project import project_gradients as project_gradients
 from lowrank_optax._src.recovery import Drop as Drop
@@ -52,6 +56,7 @@ from lowrank_optax._src.typing import Transfer as Transfer
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockInt8",
     "Cast",
     "Codec",
     "CompressState",
@@ -72,6 +77,7 @@ __all__ = [
     "Subspace",
     "TopSingular",
     "Transfer",
+    "adamw_8bit",
     "compress_state",
     "default_matrices",
     "describe",
@@ -80,6 +86,7 @@ __all__ = [
     "fira_project",
     "galore_adafactor",
     "galore_adamw",
+    "galore_adamw_8bit",
     "galore_project",
     "inject_hyperparams",
     "ldadamw",
@@ -92,6 +99,7 @@ __all__ = [
     "mlorc_scale_by_adam",
     "mlorc_scale_by_lion",
     "project_gradients",
+    "quantize_state",
     "scale_by_ldadam",
     "state_bytes",
     "state_shardings",

@@ -30,6 +30,7 @@ class Method:
       kwargs: all of its arguments, by name.
       moments: names of the state fields that have an entry for each parameter.
       dense: the optimizer that a leaf which is not a matrix must get.
+      elementwise: whether matrices get it too, as long as they are small.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Method:
     kwargs: dict[str, Any]
     moments: tuple[str, ...]
     dense: optax.GradientTransformation
+    elementwise: bool = False
 
     def make(self, **changes) -> optax.GradientTransformationExtraArgs:
         return self.factory(**self.kwargs | changes)
@@ -232,6 +234,28 @@ METHODS = [
         dict(learning_rate=0.02, rank=RANK),
         ("mu", "nu"),
         optax.adam(0.02, b1=0.908, b2=0.99),
+    ),
+    Method(
+        "quantize_state",
+        lro.quantize_state,
+        dict(inner=lro.galore_project(_ADAM, **_GALORE)),
+        ("mu", "nu"),
+        _ADAM,
+    ),
+    Method(
+        "galore_adamw_8bit",
+        lro.galore_adamw_8bit,
+        dict(learning_rate=0.02, scale=1.0, **_GALORE),
+        ("mu", "nu"),
+        optax.adam(0.02),
+    ),
+    Method(
+        "adamw_8bit",
+        lro.adamw_8bit,
+        dict(learning_rate=0.02),
+        ("mu", "nu"),
+        optax.adam(0.02),
+        elementwise=True,
     ),
 ]
 

@@ -71,6 +71,16 @@ METHODS = {
         3e-3,
         rank=32,
     ),
+    "adamw_8bit": Method(
+        lambda lr, rank, every, decay: lro.adamw_8bit(lr, weight_decay=decay), 3e-3
+    ),
+    "galore_adamw_8bit": Method(
+        lambda lr, rank, every, decay: lro.galore_adamw_8bit(
+            lr, rank=rank, update_every=every, weight_decay=decay
+        ),
+        1e-2,
+        rank=32,
+    ),
 }
 
 

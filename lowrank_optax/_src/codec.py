@@ -7,7 +7,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, UInt8
 
 from lowrank_optax._src import batching, linalg
 from lowrank_optax._src.engine import check_rank
@@ -193,3 +194,99 @@ class Cast:
 
     def decode(self, code):
         return linalg.at_least_float32(code.value)
+
+
+class BlockInt8Code(NamedTuple):
+    """A matrix as bytes and the largest magnitude of each block.
+
+    Attributes:
+      index: (*batch, m, n), into the map.
+      largest: (*batch, m, n / block) where blocks fit into rows, else (*batch, blocks).
+    """
+
+    index: UInt8[Array, "*b m n"]
+    largest: Float[Array, "..."]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockInt8:
+    """Block-wise dynamic quantization (Dettmers et al. 2022): a byte a number.
+
+    Each block is divided by its largest magnitude and rounded to the nearest of 256
+    numbers: 0, 1, and in each of seven decades the midpoints of a linear grid whose
+    resolution doubles from decade to decade. Blocks run along the rows, over their
+    ends only where `block` does not divide the row. A matrix takes ``m n`` bytes and 4
+    for each started block.
+
+    Args:
+      signed: whether the map has negative numbers; without, it is twice as fine.
+      block: numbers a block.
+    """
+
+    signed: bool
+    block: int = 256
+    elementwise: ClassVar[bool] = True
+
+    def __post_init__(self):
+        check_rank(self.block, "block")
+
+    @property
+    def nonnegative(self) -> bool:
+        """Whether it decodes to non-negative numbers only."""
+        return not self.signed
+
+    def init(self, view):
+        index = view.zeros("m", "n", dtype=jnp.uint8)
+        blocks: tuple[int | str, ...] = (-(-view.m * view.n // self.block),)
+        if view.n % self.block == 0:
+            blocks = ("m", view.n // self.block)
+        return BlockInt8Code(index, view.zeros(*blocks, dtype=jnp.float32))
+
+    def encode(self, key, x, old):
+        blocks = self._cut(x)
+        largest = jnp.max(jnp.abs(blocks), axis=-1)
+        unit = x / self._join(_divisor(largest)[..., None], x)
+        numbers = dynamic_map(self.signed)
+        middle = jnp.asarray((numbers[1:] + numbers[:-1]) / 2, x.dtype)
+        index = jnp.searchsorted(middle, unit, method="scan_unrolled")
+        # A second moment of zero below a momentum that is not would be a division by
+        # epsilon: what is not zero keeps its sign, as the smallest number.
+        zero = int(np.argmin(np.abs(numbers)))
+        index = jnp.where(index == zero, zero + jnp.sign(unit).astype(int), index)
+        return BlockInt8Code(index.astype(jnp.uint8), largest.astype(jnp.float32))
+
+    def decode(self, code):
+        numbers = jnp.asarray(dynamic_map(self.signed), jnp.float32)
+        unit = numbers[code.index]
+        return unit * self._join(code.largest[..., None], unit)
+
+    def _cut(self, x: Array) -> Array:
+        """``(*batch, ..., block)``; where blocks run over rows, the last is padded."""
+        *batch, m, n = x.shape
+        if n % self.block == 0:  # no row is left, so no axis need be gathered
+            return x.reshape(*batch, m, n // self.block, self.block)
+        pad = [(0, 0)] * len(batch) + [(0, -m * n % self.block)]
+        return jnp.pad(x.reshape(*batch, m * n), pad).reshape(*batch, -1, self.block)
+
+    def _join(self, of_block: Array, x: Array) -> Array:
+        """A number a block, ``(*batch, ..., 1)``, for each entry of x."""
+        *batch, m, n = x.shape
+        spread = jnp.broadcast_to(of_block, (*of_block.shape[:-1], self.block))
+        if n % self.block == 0:
+            return spread.reshape(x.shape)
+        return spread.reshape(*batch, -1)[..., : m * n].reshape(x.shape)
+
+
+def _divisor(largest: Array) -> Array:
+    return jnp.where(largest > 0, largest, 1.0)
+
+
+@functools.cache
+def dynamic_map(signed: bool) -> np.ndarray:
+    """The 256 numbers of dynamic quantization in [-1, 1] or [0, 1], ascending."""
+    numbers = [np.array([0.0, 1.0])]
+    for decade in range(7):
+        grid = np.linspace(0.1, 1.0, 2 ** (decade + (not signed)) + 1)
+        middle = (grid[1:] + grid[:-1]) / 2 * 10.0 ** (decade - 6)
+        numbers += [middle, -middle] if signed else [middle]
+    return np.sort(np.concatenate(numbers))

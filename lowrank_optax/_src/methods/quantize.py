@@ -1,0 +1,150 @@
+"""8-bit optimizer states (Dettmers et al. 2022): any optimizer, moments in bytes."""
+
+from typing import Any
+
+import jax
+import optax
+
+from lowrank_optax._src.aliases import LearningRate, optimizer
+from lowrank_optax._src.codec import BlockInt8
+from lowrank_optax._src.compress import by_moment, compress_fields
+from lowrank_optax._src.matrix import Matrices, Side
+from lowrank_optax._src.methods.galore import galore_project
+from lowrank_optax._src.subspace import TopSingular
+from lowrank_optax._src.transfer import Keep
+from lowrank_optax._src.typing import Subspace, Transfer
+
+
+def quantize_state(
+    inner: optax.GradientTransformation,
+    *,
+    bits: int = 8,
+    block: int = 256,
+    fields: tuple[str, ...] | None = None,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Store an optimizer's moments in bytes, by block-wise dynamic quantization.
+
+    .. math::
+      q = \mathrm{nearest}(x / \max_{\text{block}} |x|), \quad
+      \Delta, x' = \rho(G, q \max_{\text{block}} |x|)
+
+    Every floating-point moment of 4,096 numbers or more takes ``N + 4 ceil(N / block)``
+    bytes instead of ``4 N``, embeddings included; smaller ones stay as they are.
+    Around `galore_project` and its like, the moments in the subspace are quantized and
+    the basis is not.
+
+    Args:
+      inner: any Optax transformation, such as ``optax.scale_by_adam()``.
+      bits: 8.
+      block: numbers that share one float32 scale, see `BlockInt8`.
+      fields: names of the state fields to store in bytes; by default all those known
+        as first (``mu``, ``trace``, ...) or second moments (``nu``, ...), the latter
+        without a sign.
+      key: nothing here is random; as in all methods.
+
+    Returns:
+      A transformation without a learning rate, if ``inner`` is one.
+
+    Raises:
+      TypeError, ValueError: for other bits, a block below 1, or an inner optimizer
+        without the fields.
+
+    Differs from bitsandbytes in: what is too small for the map becomes its smallest
+    number of that sign, where bitsandbytes rounds second moments to zero; epsilon is
+    the inner optimizer's.
+
+    References:
+      Dettmers et al., 8-bit Optimizers via Block-wise Quantization, ICLR 2022.
+
+    >>> import jax.numpy as jnp, optax, lowrank_optax as lro
+    >>> tx = lro.quantize_state(optax.scale_by_lion())
+    >>> params = {"w": jnp.ones((64, 256))}
+    >>> code = tx.init(params).inner_state.mu["w"]
+    >>> code.index.dtype, code.largest.shape
+    (dtype('uint8'), (64, 1))
+    """
+    if bits != 8:
+        raise ValueError(f"`bits` must be 8, the only width there is; got {bits!r}.")
+    choose = by_moment(BlockInt8(True, block), BlockInt8(False, block), fields)
+    return compress_fields(inner, choose, matrices=None, key=key)
+
+
+def adamw_8bit(
+    learning_rate: LearningRate,
+    *,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    weight_decay: Any = 0.0,
+    mask: Any = None,
+    block: int = 256,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW with both moments in bytes, see `quantize_state`.
+
+    Args:
+      learning_rate: a float or a schedule.
+      b1, b2, eps: of Adam.
+      weight_decay, mask: decoupled, times the learning rate.
+      block, key: see `quantize_state`.
+
+    >>> import jax.numpy as jnp, lowrank_optax as lro
+    >>> tx = lro.adamw_8bit(1e-3)
+    >>> params = {"w": jnp.ones((64, 64))}
+    >>> lro.state_bytes(tx, params)  # 2 (N + N / 64) and two counters
+    8328
+    """
+    method = quantize_state(
+        optax.scale_by_adam(b1=b1, b2=b2, eps=eps), block=block, key=key
+    )
+    return optimizer(method, learning_rate, weight_decay, mask)
+
+
+def galore_adamw_8bit(
+    learning_rate: LearningRate,
+    rank: int = 128,
+    update_every: Any = 200,
+    scale: Any = 0.25,
+    *,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    weight_decay: Any = 0.0,
+    mask: Any = None,
+    subspace: Subspace = TopSingular(),
+    transfer: Transfer = Keep(),
+    block: int = 256,
+    side: Side = "short",
+    matrices: Matrices = None,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """GaLore with the moments of its Adam in bytes, see `galore_project`.
+
+    Args:
+      learning_rate: a float or a schedule.
+      rank, update_every, scale: r, T and alpha, as in `galore_adamw`.
+      b1, b2, eps: of Adam.
+      weight_decay, mask: decoupled, on the full weights, times the learning rate.
+      subspace, transfer, side, matrices, key: see `galore_project`.
+      block: see `quantize_state`.
+
+    >>> import jax.numpy as jnp, lowrank_optax as lro
+    >>> tx = lro.galore_adamw_8bit(1e-2, rank=64)
+    >>> state = tx.init({"w": jnp.ones((64, 128))})
+    >>> state[0].inner_state.inner_state.nu["w"].index.shape
+    (64, 128)
+    """
+    method = galore_project(
+        optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+        rank=rank,
+        update_every=update_every,
+        subspace=subspace,
+        transfer=transfer,
+        scale=scale,
+        side=side,
+        matrices=matrices,
+        key=key,
+    )
+    method = quantize_state(method, block=block, key=key)
+    return optimizer(method, learning_rate, weight_decay, mask)
