@@ -214,6 +214,12 @@ def default_matrices(params: Any) -> Any:
     word that starts with "embed" or is wte, wpe, shared, logits, score, classifier or
     pooler, or with a part lm_head, head, heads or predictions, or that end in output.
 
+    Args:
+      params: arrays or abstract ones.
+
+    Returns:
+      A tree like ``params``.
+
     >>> import jax.numpy as jnp, lowrank_optax as lro
     >>> params = {"embed": jnp.ones((9, 4)), "w": jnp.ones((4, 4)), "b": jnp.ones(4)}
     >>> lro.default_matrices(params)
