@@ -203,7 +203,7 @@ def test_a_bad_gradient_of_a_matrix_leaves_a_usable_state(method, kind, when):
     grads[when]["up"]["kernel"] = BAD[kind](grads[when]["up"]["kernel"])
     updates, state = run(method.tx, params, grads)
     assert_finite(state)
-    if kind not in ("nan", "inf"):
+    if kind in ("zero", "rank 1", "tiny"):
         assert_finite(updates)
     after, state = descend(method, params, state, 60)
     assert_finite(state)
