@@ -71,6 +71,8 @@ def compress_state(
     ((6, 2), (2, 8))
     >>> codecs = {"mu": lro.Cast(jnp.bfloat16), "nu": lro.LowRank(2, nonnegative=True)}
     >>> tx = lro.compress_state(optax.scale_by_adam(), codecs)
+    >>> codecs = {"mu": lro.BlockInt8(signed=True), "nu": lro.BlockInt8(signed=False)}
+    >>> tx = lro.compress_state(optax.scale_by_adam(), codecs)
     """
 
     def choose(names):
