@@ -1,0 +1,233 @@
+"""The public names: what they are, that they are documented, and their signatures."""
+
+import ast
+import dataclasses
+import doctest
+import inspect
+import re
+import types
+from pathlib import Path
+
+import pytest
+from registry import METHODS
+
+import lowrank_optax as lro
+
+MODULES = {
+    name: getattr(lro, name)
+    for name in lro.__all__
+    if inspect.ismodule(getattr(lro, name))
+}
+PUBLIC = {
+    f"{prefix}{name}": getattr(module, name)
+    for prefix, module in {"": lro, **{f"{k}.": m for k, m in MODULES.items()}}.items()
+    for name in module.__all__
+    if not inspect.ismodule(getattr(module, name))
+}
+FUNCTIONS = {k: x for k, x in PUBLIC.items() if inspect.isfunction(x)}
+# A protocol says what others must do, and a state what others made: neither is called.
+PROTOCOLS = {k: x for k, x in PUBLIC.items() if getattr(x, "_is_protocol", False)}
+STATES = {k: x for k, x in PUBLIC.items() if hasattr(x, "_fields")}
+CLASSES = {
+    k: x
+    for k, x in PUBLIC.items()
+    if inspect.isclass(x) and k not in PROTOCOLS and k not in STATES
+}
+
+
+def test_all_is_complete_and_sorted():
+    for module in (lro, *MODULES.values()):
+        tree = ast.parse(Path(module.__file__).read_text())
+        imported = [
+            alias.asname
+            for node in tree.body
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        ]
+        # `X as X` is how a name is re-exported on purpose.
+        assert module.__all__ == sorted(imported)
+
+
+def test_every_public_name_is_of_a_kind():
+    assert not FUNCTIONS.keys() & CLASSES.keys()
+    assert len(PUBLIC) == sum(map(len, (FUNCTIONS, PROTOCOLS, STATES, CLASSES)))
+    assert isinstance(lro.__version__, str)
+
+
+def documented_arguments(doc):
+    _, _, arguments = doc.partition("Args:\n")
+    return {
+        name.strip()
+        for line in arguments.splitlines()
+        if line.startswith("  ") and ":" in line
+        for name in line.partition(":")[0].split(",")
+    }
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_are_documented(name):
+    doc = inspect.getdoc(FUNCTIONS[name])
+    parameters = inspect.signature(FUNCTIONS[name]).parameters
+    assert set(parameters) <= documented_arguments(doc)
+    # A whole optimizer returns what every optimizer of Optax is.
+    assert "Returns:" in doc or "learning_rate" in parameters
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_parts_are_documented(name):
+    doc = inspect.getdoc(CLASSES[name])
+    fields = {field.name for field in dataclasses.fields(CLASSES[name])}
+    assert fields <= documented_arguments(doc.replace("Attributes:", "Args:"))
+
+
+def test_every_name_is_shown_in_use():
+    documented = [lro, *MODULES.values(), *PUBLIC.values()]
+    parser = doctest.DocTestParser()
+    code = "".join(
+        example.source
+        for x in documented
+        for example in parser.get_examples(inspect.getdoc(x))
+    )
+    # Views and states are made by the library.
+    used = FUNCTIONS.keys() | CLASSES.keys() - {"MatrixView"}
+    assert [k for k in used if not re.search(rf"\b{k.split('.')[-1]}\(", code)] == []
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_fields_of_states_are_documented(name):
+    doc = inspect.getdoc(STATES[name])
+    assert "Attributes:" in doc
+    for field in STATES[name]._fields:
+        assert f"\n  {field}:" in doc
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_methods_of_protocols_are_documented(name):
+    assert inspect.getdoc(PROTOCOLS[name])
+    methods = [x for x in vars(PROTOCOLS[name]).values() if inspect.isfunction(x)]
+    documented = [m for m in methods if not m.__name__.startswith("_")]
+    assert documented
+    assert all(inspect.getdoc(method) for method in documented)
+
+
+def test_parts_are_frozen_and_not_callable():
+    for cls in CLASSES.values():
+        assert cls.__dataclass_params__.frozen
+        # A callable would be taken for a schedule by `inject_hyperparams`.
+        assert not callable(object.__new__(cls))
+
+
+def is_factory(x):
+    annotation = str(inspect.signature(x).return_annotation)
+    return "GradientTransformation" in annotation and "Callable" not in annotation
+
+
+def test_every_transformation_is_in_the_registry():
+    factories = {k for k, x in FUNCTIONS.items() if is_factory(x)}
+    assert len(factories) >= 10
+    assert {method.factory.__name__ for method in METHODS} == factories
+    for method in METHODS:
+        name, _, variant = method.name.partition("-")
+        assert getattr(lro, name) is method.factory
+    assert len({method.name for method in METHODS}) == len(METHODS)
+
+
+def kinds(function):
+    return {p.kind for p in inspect.signature(function).parameters.values()}
+
+
+def test_signatures_are_explicit():
+    star = {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}
+    # `inject_hyperparams` reads the arguments' names, so there must be some.
+    assert not [name for name, f in FUNCTIONS.items() if kinds(f) & star]
+    assert kinds(lambda *args, **kwargs: None) == star
+
+
+def without_annotations(function):
+    signature = inspect.signature(function)
+    parameters = [
+        p.replace(annotation=inspect.Parameter.empty)
+        for p in signature.parameters.values()
+    ]
+    return str(
+        signature.replace(
+            parameters=parameters, return_annotation=inspect.Signature.empty
+        )
+    )
+
+
+TOP = "TopSingular(method='rsvd')"
+GALORE = f"rank, update_every=200, subspace={TOP}, transfer=Keep(), scale=1.0"
+COMMON = "side='short', matrices=None, key=0"
+SKETCH = "oversample=4, power_iters=0, warm_start=True"
+ALIAS = f"weight_decay=0.0, mask=None, subspace={TOP}, transfer=Keep(), {COMMON}"
+# Users, benchmarks and acceptance checks call these: nothing here may change, and a
+# new argument may only come with a default.
+FROZEN = {
+    "project_gradients": (
+        f"(inner, *, rank, subspace={TOP}, refresh=Every(update_every=200), "
+        f"transfer=Keep(), recovery=Drop(), scale=1.0, {COMMON})"
+    ),
+    "compress_state": "(inner, codecs, *, matrices=None, key=0)",
+    "leafwise": f"(rule, *, dense, {COMMON})",
+    "galore_project": f"(inner, *, {GALORE}, {COMMON})",
+    "mlorc_scale_by_adam": (
+        f"(rank=4, b1=0.8, b2=0.999, eps=1e-08, *, {SKETCH}, "
+        "compress=('mu', 'nu'), matrices=None, key=0)"
+    ),
+    "mlorc_scale_by_lion": (
+        f"(rank=4, b1=0.9, b2=0.99, *, {SKETCH}, matrices=None, key=0)"
+    ),
+    "mlorc_compress": (
+        f"(inner, *, rank=4, fields=None, {SKETCH}, matrices=None, key=0)"
+    ),
+    "inject_hyperparams": "(factory, static_args=())",
+    "mlorc_adamw": (
+        "(learning_rate, rank=4, *, b1=0.8, b2=0.999, eps=1e-08, weight_decay=0.0, "
+        f"mask=None, {SKETCH}, compress=('mu', 'nu'), matrices=None, key=0)"
+    ),
+    "mlorc_lion": (
+        "(learning_rate, rank=4, *, b1=0.9, b2=0.99, weight_decay=0.0, "
+        f"mask=None, {SKETCH}, matrices=None, key=0)"
+    ),
+    "galore_adamw": (
+        "(learning_rate, rank=128, update_every=200, scale=0.25, *, b1=0.9, b2=0.999, "
+        f"eps=1e-08, {ALIAS})"
+    ),
+    "galore_adafactor": (
+        "(learning_rate, rank=128, update_every=200, scale=0.25, *, decay_rate=0.8, "
+        f"clipping_threshold=1.0, momentum=None, {ALIAS})"
+    ),
+    "default_matrices": "(params)",
+    "describe": "(tx, params)",
+    "state_bytes": "(tx, params)",
+    "memory_report": "(tx, params, mesh=None)",
+    "state_shardings": "(tx, params, mesh)",
+}
+
+
+def test_frozen_signatures():
+    assert {k: without_annotations(getattr(lro, k)) for k in FROZEN} == FROZEN
+
+
+def test_names_of_submodules():
+    assert set(lro.linalg.__all__) >= {
+        "orthonormalize",
+        "range_finder",
+        "randomized_svd",
+        "subspace_iteration",
+    }
+    assert set(lro.diagnostics.__all__) >= {
+        "singular_value_ratio",
+        "effective_rank",
+        "stable_rank",
+        "subspace_overlap",
+        "captured_energy",
+    }
+
+
+def test_the_package_is_typed_and_private_below():
+    assert (Path(lro.__file__).parent / "py.typed").exists()
+    public = {name for name in vars(lro) if not name.startswith("_")}
+    assert public == set(lro.__all__)
+    assert isinstance(lro._src, types.ModuleType)
