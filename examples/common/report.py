@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from examples.common.metrics import Record
 
 _STYLE = {
+    "axes.axisbelow": True,
     "axes.grid": True,
     "axes.spines.right": False,
     "axes.spines.top": False,

@@ -307,7 +307,8 @@ def finish(job: Job, runs: list[Run]) -> list[Path]:
         f" {data['sha256'][:16]}), {data['train_tokens']:,} tokens to train on,"
         f" {data['validation_tokens']:,} held out by document",
         "training": f"{s.steps} steps of {s.batch_size} x {s.seq_len} tokens, seed"
-        f" {s.seed}, equal batches for every method",
+        f" {s.seed}, equal batches for every method; one seed and learning rates from"
+        " a coarse search do not rank methods",
         "machine": job.facts["device"],
         "versions": ", ".join(f"{k} {v}" for k, v in job.facts["versions"].items()),
     }
