@@ -1,4 +1,4 @@
-"""The Python blocks of README and CONTRIBUTING run in order, as a reader pastes them."""
+"""The Python blocks of README and CONTRIBUTING run, as a reader pastes them."""
 
 import re
 from pathlib import Path
