@@ -128,3 +128,32 @@ def test_a_stack_is_one_leaf():
     changed = refreshed_steps(tx, params, 9)
     assert [len(steps) for steps in changed.values()] == [3, 3]
     assert not set(changed["stack"][1:]) & set(changed["w"][1:])
+
+
+@pytest.mark.parametrize("missing", [0.0, np.nan])
+def test_an_expert_without_a_gradient_at_first_does_not_wait_for_a_refresh(missing):
+    params = {"experts": jnp.ones((2, 8, 12))}
+    tx = lro.project_gradients(
+        optax.sgd(1.0), rank=3, refresh=lro.Every(100), matrices=lro.MatrixAxes()
+    )
+    grads = {"experts": jnp.ones((2, 8, 12)).at[0].set(missing)}
+    _, state = tx.update(grads, tx.init(params))
+    basis = np.asarray(state.basis["experts"])
+    np.testing.assert_allclose(basis.mT @ basis, [np.eye(3)] * 2, atol=1e-5)
+    grads = {
+        "experts": jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 12)))
+    }
+    updates, _ = tx.update(grads, state)
+    assert np.all(np.linalg.norm(updates["experts"], axis=(1, 2)) > 0.1)
+
+
+def test_a_leaf_starts_with_its_first_usable_gradient():
+    params = {"w": jnp.ones((8, 12))}
+    tx = lro.project_gradients(optax.sgd(1.0), rank=3, refresh=lro.Every(100))
+    state = tx.init(params)
+    for _ in range(3):
+        updates, state = tx.update({"w": jnp.zeros((8, 12))}, state)
+        np.testing.assert_array_equal(updates["w"], 0.0)
+    grad = jnp.asarray(np.random.default_rng(0).standard_normal((8, 3)) @ np.eye(3, 12))
+    updates, _ = tx.update({"w": grad}, state)
+    np.testing.assert_allclose(updates["w"], -grad, rtol=0, atol=1e-5)

@@ -253,6 +253,10 @@ def _safe_select(subspace: Subspace, key, grad, old, step):
     )
     inner_product = jnp.sum(new * old, axis=-2, keepdims=True)
     new = jnp.where(inner_product < 0, -new, new)
+    # In a stack of which others start, a matrix without a usable gradient starts too,
+    # anywhere: with a basis of zero it would stand still until the next refresh.
+    unset = jnp.all(old == 0, axis=(-2, -1), keepdims=True)
+    usable |= unset & jnp.any(usable)
     usable &= jnp.all(jnp.isfinite(new), axis=(-2, -1), keepdims=True)
     return jnp.where(usable, new, old)
 
