@@ -179,3 +179,14 @@ def test_warm_bases_improve_with_every_refresh():
         basis = select("warm", grad, basis, jax.random.key(i))
         shares.append(captured(basis))
     assert shares[-1] > 0.99 > np.mean([captured(b) for b in cold])
+
+
+def test_warm_starts_are_per_matrix():
+    """An expert that has had no gradient yet starts as if it stood alone."""
+    grad = spectrum(40, 48, 0.9 ** np.arange(40))
+    energy = np.sum((0.9 ** np.arange(16)) ** 2)
+    old = np.stack([no_basis(40, 16), select("svd", grad, no_basis(40, 16))])
+    bases = select("warm", np.stack([grad, grad]), old)
+    check_law(bases)
+    shares = np.sum((np.swapaxes(bases, -1, -2) @ grad) ** 2, axis=(-2, -1)) / energy
+    assert np.all(shares > 0.95)

@@ -44,9 +44,9 @@ class TopSingular:
             return linalg.gram_eigh(grad, rank)[0]
         if self.method == "warm":
             # At the start there is no old basis: a zero column would waste its place.
-            start = jnp.where(
-                jnp.any(old != 0), old, jax.random.normal(key, old.shape, old.dtype)
-            )
+            started = jnp.any(old != 0, axis=(-2, -1), keepdims=True)
+            random = jax.random.normal(key, old.shape, old.dtype)
+            start = jnp.where(started, old, random)
             return linalg.subspace_iteration(key, grad, rank, iters=1, start=start)
         iters = 1 if self.method == "rsvd" else 2
         return linalg.subspace_iteration(key, grad, rank, iters)
