@@ -26,6 +26,11 @@ from lowrank_optax._src.memory import state_bytes as state_bytes
 from lowrank_optax._src.methods.fira import fira_adamw as fira_adamw
 from lowrank_optax._src.methods.fira import fira_project as fira_project
 from lowrank_optax._src.methods.galore import galore_project as galore_project
+from lowrank_optax._src.methods.golore import golore_adamw as golore_adamw
+from lowrank_optax._src.methods.golore import golore_project as golore_project
+from lowrank_optax._src.methods.i3s import hybrid_subspace as hybrid_subspace
+from lowrank_optax._src.methods.i3s import i3s_adamw as i3s_adamw
+from lowrank_optax._src.methods.i3s import i3s_subspace as i3s_subspace
 from lowrank_optax._src.methods.ldadam import ldadamw as ldadamw
 from lowrank_optax._src.methods.ldadam import scale_by_ldadam as scale_by_ldadam
 from lowrank_optax._src.methods.mlorc import mlorc_compress as mlorc_compress
@@ -41,7 +46,12 @@ from lowrank_optax._src.recovery import FiraResidual as FiraResidual
 from lowrank_optax._src.refresh import Every as Every
 from lowrank_optax._src.refresh import Staggered as Staggered
 from lowrank_optax._src.sharding import state_shardings as state_shardings
+from lowrank_optax._src.subspace import Hybrid as Hybrid
+from lowrank_optax._src.subspace import ImportanceSampled as ImportanceSampled
+from lowrank_optax._src.subspace import RandomOrthonormal as RandomOrthonormal
+from lowrank_optax._src.subspace import Switch as Switch
 from lowrank_optax._src.subspace import TopSingular as TopSingular
+from lowrank_optax._src.subspace import UniformSampled as UniformSampled
 from lowrank_optax._src.transfer import Keep as Keep
 from lowrank_optax._src.transfer import Reset as Reset
 from lowrank_optax._src.transfer import Rotate as Rotate
@@ -63,11 +73,14 @@ __all__ = [
     "Drop",
     "Every",
     "FiraResidual",
+    "Hybrid",
+    "ImportanceSampled",
     "Keep",
     "LowRank",
     "MatrixAxes",
     "MatrixView",
     "ProjectState",
+    "RandomOrthonormal",
     "Recovery",
     "Refresh",
     "Reset",
@@ -75,8 +88,10 @@ __all__ = [
     "Rule",
     "Staggered",
     "Subspace",
+    "Switch",
     "TopSingular",
     "Transfer",
+    "UniformSampled",
     "adamw_8bit",
     "compress_state",
     "default_matrices",
@@ -88,6 +103,11 @@ __all__ = [
     "galore_adamw",
     "galore_adamw_8bit",
     "galore_project",
+    "golore_adamw",
+    "golore_project",
+    "hybrid_subspace",
+    "i3s_adamw",
+    "i3s_subspace",
     "inject_hyperparams",
     "ldadamw",
     "leafwise",

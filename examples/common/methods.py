@@ -66,6 +66,24 @@ METHODS = {
         1e-2,
         rank=32,
     ),
+    "i3s_adamw": Method(
+        lambda lr, rank, every, decay: lro.i3s_adamw(
+            lr, rank=rank, update_every=every, weight_decay=decay
+        ),
+        1e-2,
+        rank=32,
+    ),
+    "fira_i3s_adamw": Method(
+        lambda lr, rank, every, decay: lro.fira_adamw(
+            lr,
+            rank=rank,
+            update_every=every,
+            weight_decay=decay,
+            subspace=lro.ImportanceSampled(),
+        ),
+        1e-2,
+        rank=32,
+    ),
     "ldadamw": Method(
         lambda lr, rank, every, decay: lro.ldadamw(lr, rank=rank, weight_decay=decay),
         3e-3,

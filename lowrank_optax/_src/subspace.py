@@ -1,12 +1,14 @@
 """Which subspace a gradient is projected to."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from lowrank_optax._src import linalg
+from lowrank_optax._src.engine import check_rank
+from lowrank_optax._src.typing import Subspace
 
 Method = Literal["svd", "gram_eigh", "rsvd", "subspace_iteration", "warm"]
 
@@ -50,3 +52,139 @@ class TopSingular:
             return linalg.subspace_iteration(key, grad, rank, iters=1, start=start)
         iters = 1 if self.method == "rsvd" else 2
         return linalg.subspace_iteration(key, grad, rank, iters)
+
+
+# Relative to the largest singular value: with fewer non-zero ones than the rank, the
+# rest is drawn from the others (I3-5).
+_WEIGHT_FLOOR = 1e-30
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportanceSampled:
+    """Singular vectors drawn with their singular values as weights: I3S.
+
+    Without replacement, one after the other among those that are left; in the order of
+    the singular values. All min(m, n) vectors can be drawn, those of zero singular
+    values only where the others do not suffice.
+
+    Args:
+      pool: None draws among all singular vectors, by `gram_eigh`. A number draws among
+        so many leading ones (the rank at least) of a randomized SVD instead: cheaper,
+        and an approximation that leaves the tail of the spectrum out.
+
+    >>> import optax, lowrank_optax as lro
+    >>> tx = lro.project_gradients(
+    ...     optax.scale_by_adam(), rank=4, subspace=lro.ImportanceSampled(pool=16)
+    ... )
+    """
+
+    pool: int | None = None
+
+    def __post_init__(self):
+        if self.pool is not None:
+            check_rank(self.pool, "pool")
+
+    def select(self, key, grad, old, step):
+        rank = old.shape[-1]
+        sketch_key, key = jax.random.split(key)
+        if self.pool is None:
+            vectors, values = linalg.gram_eigh(grad)
+        else:
+            size = max(self.pool, rank)
+            within = linalg.range_finder(sketch_key, grad, size + 8, power_iters=1)
+            coeff = linalg.matmul(within.mT, grad)
+            vectors, values = linalg.gram_eigh(coeff, size)
+            vectors = linalg.matmul(within, vectors)
+        # The largest k of log w + Gumbel noise are k draws without replacement.
+        weights = jnp.log(values + _WEIGHT_FLOOR)
+        noise = jax.random.gumbel(key, values.shape, values.dtype)
+        return _take(vectors, weights + noise, rank)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hybrid:
+    """The leading singular vectors, and others drawn uniformly: Algorithm 3 of I3S.
+
+    Args:
+      leading: how many are taken from the top; the remaining ones, up to the rank, are
+        drawn among all others without replacement.
+
+    >>> import optax, lowrank_optax as lro
+    >>> tx = lro.project_gradients(
+    ...     optax.trace(0.9), rank=4, subspace=lro.Hybrid(leading=2)
+    ... )
+    """
+
+    leading: int
+
+    def __post_init__(self):
+        if self.leading < 0:
+            raise ValueError(f"`leading` must be at least 0, got {self.leading}.")
+
+    def select(self, key, grad, old, step):
+        vectors, values = linalg.gram_eigh(grad)
+        score = jax.random.uniform(key, values.shape, values.dtype)
+        first = jnp.arange(values.shape[-1]) < self.leading
+        return _take(vectors, jnp.where(first, 2.0, score), old.shape[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class UniformSampled:
+    """Singular vectors drawn uniformly without replacement: `Hybrid` without leaders.
+
+    >>> import optax, lowrank_optax as lro
+    >>> tx = lro.project_gradients(
+    ...     optax.scale_by_adam(), rank=4, subspace=lro.UniformSampled()
+    ... )
+    """
+
+    def select(self, key, grad, old, step):
+        return Hybrid(0).select(key, grad, old, step)
+
+
+def _take(vectors, score, rank):
+    """The columns of the highest scores, in their order; ties go to the first."""
+    chosen = jnp.sort(jax.lax.top_k(score, rank)[1], axis=-1)
+    return jnp.take_along_axis(vectors, chosen[..., None, :], axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomOrthonormal:
+    """A uniformly random subspace, whatever the gradient: GoLore's.
+
+    The orthonormal factor of a Gaussian matrix, with the signs of a triangular factor
+    of positive diagonal, is uniform on the Stiefel manifold.
+
+    >>> import optax, lowrank_optax as lro
+    >>> tx = lro.project_gradients(
+    ...     optax.scale_by_adam(), rank=4, subspace=lro.RandomOrthonormal()
+    ... )
+    """
+
+    def select(self, key, grad, old, step):
+        return linalg.orthonormalize(jax.random.normal(key, old.shape, old.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class Switch:
+    """One subspace up to a step, another one from then on.
+
+    Args:
+      step: the first step at which ``after`` chooses; it is asked at a refresh only.
+      before, after: the subspaces.
+
+    >>> import optax, lowrank_optax as lro
+    >>> late = lro.Switch(8000, lro.TopSingular(), lro.RandomOrthonormal())
+    >>> tx = lro.project_gradients(optax.scale_by_adam(), rank=4, subspace=late)
+    """
+
+    step: Any
+    before: Subspace
+    after: Subspace
+
+    def select(self, key, grad, old, step):
+        return jax.lax.cond(
+            step >= self.step,
+            lambda: self.after.select(key, grad, old, step),
+            lambda: self.before.select(key, grad, old, step),
+        )

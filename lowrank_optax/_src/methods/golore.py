@@ -1,0 +1,133 @@
+"""GoLore (He et al. 2024): GaLore that ends in random subspaces."""
+
+from typing import Any
+
+import jax
+import optax
+
+from lowrank_optax._src.aliases import LearningRate, optimizer
+from lowrank_optax._src.matrix import Matrices, Side
+from lowrank_optax._src.project import project_gradients
+from lowrank_optax._src.refresh import Every
+from lowrank_optax._src.subspace import RandomOrthonormal, Switch, TopSingular
+from lowrank_optax._src.transfer import Rotate
+from lowrank_optax._src.typing import Subspace, Transfer
+
+
+def golore_project(
+    inner: optax.GradientTransformation,
+    *,
+    rank: int,
+    switch_step: Any,
+    update_every: Any = 200,
+    subspace: Subspace = TopSingular(),
+    transfer: Transfer = Rotate(),
+    scale: Any = 1.0,
+    side: Side = "short",
+    matrices: Matrices = None,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""GoLore: GaLore's subspace at first, uniformly random ones in the end.
+
+    .. math::
+      P \leftarrow \begin{cases}
+        \text{top-}r\text{ left singular vectors of } G & k < k_0 \\
+        \text{uniform on the Stiefel manifold} & k \ge k_0
+      \end{cases},\quad
+      M \leftarrow P^\top P_{\mathrm{old}} M,\quad \Delta = s\, P\, \rho(P^\top G)
+
+    at steps k = 0, T, 2T, ... Near a minimum the leading singular vectors of a noisy
+    gradient are those of the noise, and GaLore need not converge; random subspaces see
+    every direction. State as `galore_project`.
+
+    Args:
+      inner: such as ``optax.scale_by_adam()``, ``optax.trace(0.9)``.
+      rank: r.
+      switch_step: k0, such as 80% of the training steps; it acts from the next
+        refresh on.
+      update_every: T; the first update always refreshes.
+      subspace: the one before the switch.
+      transfer: the paper projects the momentum to the new basis.
+      scale: s.
+      side, matrices, key: see `project_gradients`.
+
+    Returns:
+      A transformation without a learning rate.
+
+    Differs from the reference code in: the rotated momentum is really used, which the
+    code computes and drops together with the gradient of that step; second moments are
+    transformed with the squares of the coefficients, where the code keeps them.
+
+    References:
+      He et al., Subspace Optimization for Large Language Models with Convergence
+      Guarantees, 2024.
+
+    >>> import jax.numpy as jnp, optax, lowrank_optax as lro
+    >>> tx = optax.chain(
+    ...     lro.golore_project(optax.scale_by_adam(), rank=2, switch_step=800),
+    ...     optax.scale_by_learning_rate(1e-2),
+    ... )
+    >>> params = {"w": jnp.ones((4, 6))}
+    >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    return project_gradients(
+        inner,
+        rank=rank,
+        subspace=Switch(switch_step, subspace, RandomOrthonormal()),
+        refresh=Every(update_every),
+        transfer=transfer,
+        scale=scale,
+        side=side,
+        matrices=matrices,
+        key=key,
+    )
+
+
+def golore_adamw(
+    learning_rate: LearningRate,
+    switch_step: Any,
+    rank: int = 128,
+    update_every: Any = 200,
+    scale: Any = 1.0,
+    *,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    weight_decay: Any = 0.0,
+    mask: Any = None,
+    subspace: Subspace = TopSingular(),
+    transfer: Transfer = Rotate(),
+    side: Side = "short",
+    matrices: Matrices = None,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW in GoLore's subspaces, see `golore_project`.
+
+    Args:
+      learning_rate: a float or a schedule.
+      switch_step: from when on the subspaces are random; the paper's choice is 80% of
+        the training steps.
+      rank, update_every, scale: r, T and alpha.
+      b1, b2, eps: of Adam.
+      weight_decay, mask: decoupled, on the full weights, times the learning rate.
+      subspace, transfer: see `golore_project`.
+      side, matrices, key: see `project_gradients`.
+
+    >>> import jax.numpy as jnp, lowrank_optax as lro
+    >>> tx = lro.golore_adamw(1e-2, switch_step=800, rank=2)
+    >>> params = {"w": jnp.ones((4, 6))}
+    >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    method = golore_project(
+        optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+        rank=rank,
+        switch_step=switch_step,
+        update_every=update_every,
+        subspace=subspace,
+        transfer=transfer,
+        scale=scale,
+        side=side,
+        matrices=matrices,
+        key=key,
+    )
+    return optimizer(method, learning_rate, weight_decay, mask)
