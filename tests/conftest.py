@@ -1,5 +1,8 @@
 """What all tests share: two simulated devices and reproducible hypothesis examples."""
 
+import gc
+import itertools
+
 import hypothesis
 import jax
 import jaxtyping
@@ -16,3 +19,16 @@ hypothesis.settings.load_profile("few")
 # The shapes in the signatures of the linear algebra are its contract: checked at every
 # call of every test, where they would otherwise be comments.
 jaxtyping.install_import_hook("lowrank_optax._src.linalg", "beartype.beartype")
+
+_tests_run = itertools.count(1)
+
+
+def pytest_runtest_teardown():
+    """Drop compiled programs now and then: each holds memory mappings.
+
+    A worker that keeps thousands of them runs into the system's limit on mappings
+    (65,530 on Linux by default), and every later compilation fails.
+    """
+    if next(_tests_run) % 40 == 0:
+        jax.clear_caches()
+        gc.collect()

@@ -127,9 +127,9 @@ def test_orthonormalize_completes_nothing_at_all(shape):
 
 def test_the_completing_directions_are_independent():
     # A fixed matrix of random signs is singular for one small shape in four.
-    for rows in range(1, 17):
+    for rows in range(1, 65):
         directions = np.asarray(filler(rows, rows), np.float64)
-        assert np.linalg.matrix_rank(directions) == rows, rows
+        assert np.linalg.cond(directions) <= 50 * rows, rows
 
 
 @hypothesis.settings(max_examples=100)
@@ -259,12 +259,15 @@ def test_range_finder_finds_a_low_rank_range(shape):
 def test_range_finder_starts_warm():
     a = spectrum(24, 16, SPECTRA["root"][:16]).astype(np.float32)
     u, _, vt = np.linalg.svd(a.astype(np.float64))
-    start = jnp.asarray(vt[:3].T * [1e3, 1.0, 1e-3], jnp.float32)  # its scale is moot
+    start = jnp.asarray(vt[:3].T, jnp.float32)
     both = [range_finder(jax.random.key(i), a, 3, 0, start) for i in (0, 1)]
     np.testing.assert_array_equal(*both)
     np.testing.assert_allclose(
         projector(both[0]), projector(u[:, :3]), rtol=0, atol=1e-5
     )
+    scaled = start * jnp.asarray([1e6, 1.0, 1e-6])
+    same = [range_finder(jax.random.key(0), a, 5, 1, x) for x in (start, scaled)]
+    np.testing.assert_allclose(*map(projector, same), rtol=0, atol=1e-4)
     more = range_finder(jax.random.key(0), a, 5, 0, start)
     np.testing.assert_allclose(projector(more) @ u[:, :3], u[:, :3], rtol=0, atol=1e-5)
     check_orthonormal(more)

@@ -94,9 +94,15 @@ def test_sharded_steps_equal_unsharded_ones_and_keep_their_shardings(name, kind)
             assert x.sharding.is_equivalent_to(sharding, x.ndim)
 
 
-@pytest.mark.parametrize("name", METHODS)
+INJECTED = lro.inject_hyperparams(lro.mlorc_lion)(
+    learning_rate=lambda count: 0.1 / (count + 1), rank=3, matrices=MATRICES
+)
+
+
+@pytest.mark.parametrize("name", [*METHODS, "injected"])
 def test_types_are_kept_on_explicit_axes(name):
-    tx, mesh = METHODS[name], two_devices(AxisType.Explicit)
+    tx = METHODS.get(name, INJECTED)
+    mesh = two_devices(AxisType.Explicit)
     with jax.set_mesh(mesh):
         params = place(random_like(SHAPES, 0), mesh)
         for init in (tx.init, jax.jit(tx.init)):
@@ -257,6 +263,15 @@ class Annotated(nnx.Module):
         self.columns = linear(8, 14, None, "x")
         self.norm = nnx.LayerNorm(8, rngs=nnx.Rngs(0))
 
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap
+        def layer(rngs):
+            init = nnx.with_partitioning(nnx.initializers.normal(1.0), (None, "x"))
+            return nnx.Linear(8, 12, use_bias=False, kernel_init=init, rngs=rngs)
+
+        # Whose annotation knows nothing of the axis of layers.
+        self.layers = layer(nnx.Rngs(3))
+
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
@@ -275,7 +290,7 @@ def test_nnx_factors_get_specs_that_fit(name, kind):
             assert x.sharding.is_equivalent_to(sharding, x.ndim)
         assert any(not x.sharding.is_fully_replicated for x in state)
 
-        grads = jax.tree.map(np.asarray, random_grads(params, 1)[0])
+        grads = random_grads(params, 1)[0]
         into = nnx.state(model, nnx.Param)
         nnx.replace_by_pure_dict(
             into,
@@ -285,7 +300,9 @@ def test_nnx_factors_get_specs_that_fit(name, kind):
             model, optimizer, into
         )
         after = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    expected, _ = run(tx, jax.tree.map(np.asarray, params), [grads])
+    # From the host, and so onto one device.
+    plain, grads = jax.tree.map(jnp.asarray, jax.device_get((params, grads)))
+    expected, _ = run(tx, plain, [grads])
     change = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), after, params)
     assert_close(change, expected[0], rtol=1e-3, atol=1e-4)
 
