@@ -2,10 +2,14 @@
 
 import gc
 import itertools
+import os
 
 import hypothesis
 import jax
 import jaxtyping
+
+# Nearly all of the time goes into compiling; what is compiled runs for milliseconds.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 # Before any test module can initialise a backend: the number is fixed from then on.
 jax.config.update("jax_num_cpu_devices", 2)
@@ -24,11 +28,11 @@ _tests_run = itertools.count(1)
 
 
 def pytest_runtest_teardown():
-    """Drop compiled programs now and then: each holds memory mappings.
+    """Drop compiled programs now and then: each holds memory and memory mappings.
 
-    A worker that keeps thousands of them runs into the system's limit on mappings
-    (65,530 on Linux by default), and every later compilation fails.
+    A worker that keeps all of them takes gigabytes, and comes near the system's limit
+    on mappings (65,530 on Linux by default), where compilation fails.
     """
-    if next(_tests_run) % 40 == 0:
+    if next(_tests_run) % 300 == 0:
         jax.clear_caches()
         gc.collect()
