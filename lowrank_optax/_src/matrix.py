@@ -56,6 +56,7 @@ class MatrixView:
       left, right: the leaf's axes that make up m and n.
       batch: the remaining axes, in their order.
       source: the leaf itself where state is to be created beside it, else None.
+      limit: the largest rank of that state, None for any.
     """
 
     path: str
@@ -65,6 +66,7 @@ class MatrixView:
     right: tuple[int, ...]
     batch: tuple[int, ...]
     source: Any = dataclasses.field(default=None, compare=False, repr=False)
+    limit: int | None = None
 
     @property
     def m(self) -> int:
@@ -88,8 +90,8 @@ class MatrixView:
         return jnp.promote_types(jnp.float32, self.dtype)
 
     def rank(self, rank: int) -> int:
-        """The effective rank, ``min(rank, m, n)``."""
-        return min(rank, self.m, self.n)
+        """The effective rank, ``min(rank, m, n)``, and at most the limit."""
+        return min(rank, self.m, self.n, *([] if self.limit is None else [self.limit]))
 
     def matrix(self, leaf: jax.Array) -> jax.Array:
         """The leaf as ``(*batch, m, n)`` in the compute dtype."""

@@ -151,7 +151,7 @@ def project_gradients(
         for i, view in at_matrix.items():
             own = {name: x for (name, j), x in moments.items() if j == i}
             low[i], bases[i], refreshes[i], own = _down(
-                (subspace, refresh, transfer, recovery),
+                (subspace, refresh, transfer, recovery, view.rank(rank)),
                 keys[i],
                 state.step,
                 phases[i],
@@ -211,7 +211,7 @@ def project_gradients(
 @engine.compiled
 def _down(parts, key, step, phase, grad, basis, refresh_state, recovery_state, moments):
     """Renew the basis if due, and project the gradient to it."""
-    subspace, refresh, transfer, recovery = parts
+    subspace, refresh, transfer, recovery, rank = parts
     grad = recovery.prepare(grad, recovery_state)
     coeff = matmul(basis.mT, grad)
     size = jnp.linalg.norm(coeff)
@@ -219,15 +219,20 @@ def _down(parts, key, step, phase, grad, basis, refresh_state, recovery_state, m
     due = jnp.all(basis == 0) | refresh.due(refresh_state, step, phase, size)
 
     def renew():
-        new = _safe_select(subspace, key, grad, basis, step)
+        # A shrunk basis is renewed as a whole one is, and cut off again: its columns
+        # stay those that it would have without.
+        missing = rank - basis.shape[-1]
+        old = jnp.pad(basis, [(0, 0)] * (basis.ndim - 1) + [(0, missing)])
+        new = _safe_select(subspace, key, grad, old, step)[..., : basis.shape[-1]]
         overlap = matmul(new.mT, basis)
         share = jnp.sum(overlap**2) / overlap[..., 0].size
-        return matmul(new.mT, grad), new, transfer.carry(moments, overlap), share
+        carried = transfer.carry(moments, overlap)
+        return matmul(new.mT, grad), new, carried, share, jnp.linalg.norm(grad)
 
     def keep():
-        return coeff, basis, moments, jnp.ones([], basis.dtype)
+        return coeff, basis, moments, jnp.ones([], basis.dtype), size
 
-    coeff, basis, moments, share = jax.lax.cond(due, renew, keep)
+    coeff, basis, moments, share, size = jax.lax.cond(due, renew, keep)
     after = refresh.after(refresh_state, due, size, share)
     return coeff, basis, engine.accept(after, refresh_state), moments
 

@@ -4,6 +4,7 @@ The only code that walks a parameter tree or reads its paths.
 """
 
 import contextlib
+import dataclasses
 import operator
 import re
 import warnings
@@ -114,7 +115,11 @@ def views(
         if axes is None:
             result.append(DenseLeaf(path, shape, dtype, why, source))
         else:
-            result.append(view_by(path, shape, dtype, axes, side, source))
+            view = view_by(path, shape, dtype, axes, side, source)
+            if creating:
+                limits = [limit[path] for limit in _limits if path in limit]
+                view = dataclasses.replace(view, limit=min(limits, default=None))
+            result.append(view)
     found = any(isinstance(view, MatrixView) for view in result)
     if matrices is not None and result and not found and not _placeholders(tree):
         raise ValueError(
@@ -262,6 +267,19 @@ def record_views() -> Iterator[list[MatrixView | DenseLeaf]]:
         yield _logs[-1]
     finally:
         _logs.pop()
+
+
+_limits: list[dict[str, int]] = []
+
+
+@contextlib.contextmanager
+def limited_ranks(limits: dict[str, int]) -> Iterator[None]:
+    """Let state that is created within have at most these ranks, by path."""
+    _limits.append(limits)
+    try:
+        yield
+    finally:
+        _limits.pop()
 
 
 @contextlib.contextmanager

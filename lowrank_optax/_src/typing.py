@@ -51,7 +51,11 @@ class Refresh(Protocol):
         ...
 
     def after(self, state: Any, due: Array, size: Array, overlap: Array) -> Any:
-        """The next state; ``overlap`` is ``||new^T old||_F^2 / r``, 1 if not due."""
+        """The next state; ``overlap`` is ``||new^T old||_F^2 / r``, 1 if not due.
+
+        ``size`` is as above, or that of the whole gradient if due: what the new basis
+        was chosen for.
+        """
         ...
 
 
