@@ -23,6 +23,10 @@ from lowrank_optax._src.matrix import MatrixView as MatrixView
 from lowrank_optax._src.memory import describe as describe
 from lowrank_optax._src.memory import memory_report as memory_report
 from lowrank_optax._src.memory import state_bytes as state_bytes
+from lowrank_optax._src.methods.adarankgrad import adaptive_rank as adaptive_rank
+from lowrank_optax._src.methods.adarankgrad import (
+    adarankgrad_adamw as adarankgrad_adamw,
+)
 from lowrank_optax._src.methods.fira import fira_adamw as fira_adamw
 from lowrank_optax._src.methods.fira import fira_project as fira_project
 from lowrank_optax._src.methods.galore import galore_project as galore_project
@@ -44,8 +48,10 @@ from lowrank_optax._src.project import project_gradients as project_gradients
 from lowrank_optax._src.recovery import Drop as Drop
 from lowrank_optax._src.recovery import FiraResidual as FiraResidual
 from lowrank_optax._src.refresh import Every as Every
+from lowrank_optax._src.refresh import OnConvergence as OnConvergence
 from lowrank_optax._src.refresh import Staggered as Staggered
 from lowrank_optax._src.sharding import state_shardings as state_shardings
+from lowrank_optax._src.subspace import EnergyRank as EnergyRank
 from lowrank_optax._src.subspace import Hybrid as Hybrid
 from lowrank_optax._src.subspace import ImportanceSampled as ImportanceSampled
 from lowrank_optax._src.subspace import RandomOrthonormal as RandomOrthonormal
@@ -71,6 +77,7 @@ __all__ = [
     "Codec",
     "CompressState",
     "Drop",
+    "EnergyRank",
     "Every",
     "FiraResidual",
     "Hybrid",
@@ -79,6 +86,7 @@ __all__ = [
     "LowRank",
     "MatrixAxes",
     "MatrixView",
+    "OnConvergence",
     "ProjectState",
     "RandomOrthonormal",
     "Recovery",
@@ -93,6 +101,8 @@ __all__ = [
     "Transfer",
     "UniformSampled",
     "adamw_8bit",
+    "adaptive_rank",
+    "adarankgrad_adamw",
     "compress_state",
     "default_matrices",
     "describe",

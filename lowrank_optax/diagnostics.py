@@ -4,6 +4,7 @@ from lowrank_optax._src.diagnostics import captured_energy as captured_energy
 from lowrank_optax._src.diagnostics import effective_rank as effective_rank
 from lowrank_optax._src.diagnostics import singular_value_ratio as singular_value_ratio
 from lowrank_optax._src.diagnostics import stable_rank as stable_rank
+from lowrank_optax._src.diagnostics import state_metrics as state_metrics
 from lowrank_optax._src.diagnostics import subspace_overlap as subspace_overlap
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "effective_rank",
     "singular_value_ratio",
     "stable_rank",
+    "state_metrics",
     "subspace_overlap",
 ]

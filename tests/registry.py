@@ -299,6 +299,20 @@ METHODS = [
         optax.adam(0.02),
         elementwise=True,
     ),
+    Method(
+        "adaptive_rank",
+        lro.adaptive_rank,
+        dict(inner=_ADAM, max_rank=RANK, max_interval=PERIOD),
+        ("mu", "nu"),
+        _ADAM,
+    ),
+    Method(
+        "adarankgrad_adamw",
+        lro.adarankgrad_adamw,
+        dict(learning_rate=0.02, max_rank=RANK, scale=1.0, max_interval=PERIOD),
+        ("mu", "nu"),
+        optax.adam(0.02),
+    ),
 ]
 
 

@@ -99,6 +99,13 @@ METHODS = {
         1e-2,
         rank=32,
     ),
+    "adarankgrad_adamw": Method(
+        lambda lr, rank, every, decay: lro.adarankgrad_adamw(
+            lr, max_rank=rank, max_interval=every, weight_decay=decay
+        ),
+        1e-2,
+        rank=32,
+    ),
 }
 
 

@@ -5,10 +5,15 @@ least, and gives one float32 number a matrix. All but ``subspace_overlap`` are
 unchanged by scaling, and all are finite for zero input.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lowrank_optax._src import linalg
+from lowrank_optax._src import linalg, trees
+from lowrank_optax._src.project import ProjectState
 
 
 def _unit_matrix(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
@@ -202,3 +207,60 @@ def captured_energy(
     kept = _sum_squares(linalg.matmul(basis.mT, x))
     # Rounding can carry a full basis a few units above 1.
     return jnp.minimum(_share(kept, _sum_squares(x)), 1.0)
+
+
+def state_metrics(opt_state: Any) -> dict[str, Array]:
+    """What a low-rank optimizer's state says of its ranks, to be logged with a loss.
+
+    For each basis P (m, r) of a `ProjectState`, wherever it stands in the state:
+    ``rank/<path>``, the number of its columns that are not zero (the mean over a
+    stack). Over all of them: ``rank``, the mean weighted with m + n (AdaRankGrad,
+    Section 4; AR-16), and ``memory_reduction``, the numbers that a basis and one moment
+    at these ranks have less than at the fixed ones, ``sum (r - rank) (m + n)``. The
+    averages over time of the paper are those of what is logged.
+
+    Args:
+      opt_state: any Optax state.
+
+    Returns:
+      ``{name: scalar}`` in float32, empty without a basis.
+
+    >>> import jax.numpy as jnp, optax, lowrank_optax as lro
+    >>> tx = lro.adaptive_rank(optax.scale_by_adam(), max_rank=3)
+    >>> params = {"w": jnp.ones((4, 6))}
+    >>> _, state = tx.update(params, tx.init(params))
+    >>> metrics = lro.diagnostics.state_metrics(state)
+    >>> {name: int(x) for name, x in metrics.items()}
+    {'rank/w': 1, 'rank': 1, 'memory_reduction': 20}
+    """
+    metrics, weights, unused = {}, [], []
+    for path, basis, n in _bases(opt_state):
+        used = jnp.any(basis != 0, axis=-2).astype(jnp.float32)
+        metrics[f"rank/{path}"] = jnp.mean(jnp.sum(used, axis=-1))
+        weights.append(used[..., 0].size * (basis.shape[-2] + n))
+        unused.append(basis.shape[-1] - metrics[f"rank/{path}"])
+    if not metrics:
+        return {}
+    weight = jnp.array(weights, jnp.float32)
+    ranks = jnp.stack(list(metrics.values()))
+    return metrics | {
+        "rank": jnp.sum(weight * ranks) / jnp.sum(weight),
+        "memory_reduction": jnp.sum(weight * jnp.stack(unused)),
+    }
+
+
+def _bases(opt_state: Any) -> Iterator[tuple[str, Array, int]]:
+    """Path, basis and n of each matrix; n of a moment that stands at the same path."""
+
+    def is_engine(x):
+        return isinstance(x, ProjectState)
+
+    for state in jax.tree.leaves(opt_state, is_leaf=is_engine):
+        if is_engine(state):
+            inner = jax.tree_util.tree_flatten_with_path(state.inner_state)[0]
+            for key, basis in jax.tree_util.tree_flatten_with_path(state.basis)[0]:
+                moments = (x for k, x in inner if k[len(k) - len(key) :] == key)
+                rank = basis.shape[-1]
+                widths = [x.shape[-1] for x in moments if x.shape[-2:-1] == (rank,)]
+                path = "/".join(trees.path_parts(key))
+                yield path, basis, max(widths, default=0)

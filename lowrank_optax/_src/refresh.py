@@ -1,8 +1,9 @@
 """When a basis is renewed."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -67,3 +68,71 @@ class Staggered:
 
     def after(self, state, due, size, overlap):
         return state
+
+
+class ConvergenceState(NamedTuple):
+    """State of `OnConvergence`, one scalar each a leaf.
+
+    Attributes:
+      age: steps since the last renewal, int32.
+      average: of the projected gradient's norm; starts at the reference.
+      reference: norm of the whole gradient at the last renewal.
+    """
+
+    age: jax.Array
+    average: jax.Array
+    reference: jax.Array
+
+
+# Of the average; single norms of stochastic gradients cross any line by chance (AR-12).
+_DECAY = 0.9
+
+
+@dataclasses.dataclass(frozen=True)
+class OnConvergence:
+    """When the projected gradient has become small, within bounds: AdaRankGrad's rule.
+
+    A leaf is due once an average of ``||P^T G||_F`` is at most ``threshold`` times
+    ``||G||_F`` of its last renewal (AR-11, AR-12), but not before ``min_interval``
+    steps (AR-9) and always after ``max_interval``.
+
+    Args:
+      threshold: c, in [0, 1]; with 0 only ``max_interval`` counts.
+      max_interval: the most steps from one renewal to the next.
+      min_interval: the fewest, unless ``max_interval`` is below.
+
+    >>> import optax, lowrank_optax as lro
+    >>> tx = lro.project_gradients(
+    ...     optax.scale_by_adam(), rank=4, refresh=lro.OnConvergence(0.5)
+    ... )
+    """
+
+    threshold: Any
+    max_interval: Any = 200
+    min_interval: Any = 20
+
+    def __post_init__(self):
+        for name in ("max_interval", "min_interval"):
+            value = getattr(self, name)
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if isinstance(self.threshold, float) and not 0 <= self.threshold <= 1:
+            raise ValueError(f"`threshold` must be in [0, 1], got {self.threshold}.")
+
+    def init(self, view):
+        return ConvergenceState(jnp.zeros([], jnp.int32), jnp.zeros([]), jnp.zeros([]))
+
+    def due(self, state, step, phase, size):
+        converged = self._average(state, size) <= self.threshold * state.reference
+        converged &= state.age >= self.min_interval
+        return converged | (state.age >= self.max_interval)
+
+    def after(self, state, due, size, overlap):
+        return ConvergenceState(
+            age=jnp.where(due, 1, state.age + 1),
+            average=jnp.where(due, size, self._average(state, size)),
+            reference=jnp.where(due, size, state.reference),
+        )
+
+    def _average(self, state, size):
+        return _DECAY * state.average + (1 - _DECAY) * size

@@ -188,3 +188,45 @@ class Switch:
             lambda: self.after.select(key, grad, old, step),
             lambda: self.before.select(key, grad, old, step),
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class EnergyRank:
+    """As many leading singular vectors as the energy asks for: AdaRankGrad's IASS.
+
+    The engine's rank is the maximum. Of a randomized SVD with one power iteration
+    (AR-6), rotated to singular directions (AR-5), those columns are kept that bring the
+    residual ``||G - Q Q^T G||_F^2 / ||G||_F^2`` to the threshold; the others are zero.
+    The residual falls with every column, so no search is needed (AR-1).
+
+    Args:
+      min_rank: the least number of columns.
+      max_residual_energy: the residual that is allowed, of squares (AR-3); in [0, 1].
+
+    >>> import optax, lowrank_optax as lro
+    >>> tx = lro.project_gradients(
+    ...     optax.scale_by_adam(), rank=16, subspace=lro.EnergyRank(min_rank=2)
+    ... )
+    """
+
+    min_rank: int = 1
+    max_residual_energy: Any = 0.48
+
+    def __post_init__(self):
+        check_rank(self.min_rank, "min_rank")
+        allowed = self.max_residual_energy
+        if isinstance(allowed, (int, float)) and not 0 <= allowed <= 1:
+            raise ValueError(
+                f"`max_residual_energy` must be in [0, 1], got {allowed}: it is the "
+                "share of the squared gradient that may be left out."
+            )
+
+    def select(self, key, grad, old, step):
+        rank = old.shape[-1]
+        basis = linalg.subspace_iteration(key, grad, rank, iters=1)
+        energy = jnp.sum(linalg.matmul(basis.mT, grad) ** 2, axis=-1)
+        total = jnp.sum(grad**2, axis=(-2, -1))[..., None]
+        residual = total - jnp.cumsum(energy, axis=-1)
+        too_few = jnp.sum(residual > self.max_residual_energy * total, axis=-1)
+        used = jnp.maximum(too_few + 1, self.min_rank)[..., None, None]
+        return jnp.where(jnp.arange(rank) < used, basis, 0.0)

@@ -1,0 +1,161 @@
+"""AdaRankGrad (Refael et al. 2024): the rank follows the gradient's."""
+
+from typing import Any
+
+import jax
+import optax
+
+from lowrank_optax._src.aliases import LearningRate, optimizer
+from lowrank_optax._src.engine import check_rank
+from lowrank_optax._src.matrix import Matrices, Side
+from lowrank_optax._src.project import project_gradients
+from lowrank_optax._src.recovery import Drop
+from lowrank_optax._src.refresh import OnConvergence
+from lowrank_optax._src.subspace import EnergyRank
+from lowrank_optax._src.transfer import Rotate
+from lowrank_optax._src.typing import Recovery, Transfer
+
+
+def adaptive_rank(
+    inner: optax.GradientTransformation,
+    *,
+    max_rank: int,
+    min_rank: int = 1,
+    max_residual_energy: Any = 0.48,
+    max_interval: Any = 200,
+    min_interval: Any = 20,
+    transfer: Transfer = Rotate(),
+    recovery: Recovery = Drop(),
+    scale: Any = 1.0,
+    side: Side = "long",
+    matrices: Matrices = None,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdaRankGrad: a subspace as large as the gradient needs, kept until it converges.
+
+    .. math::
+      r \leftarrow \min \Bigl\{ k : \frac{\lVert G - Q_{:k} Q_{:k}^\top G \rVert_F^2}
+        {\lVert G \rVert_F^2} \le \eta \Bigr\},\quad
+      C = Q^\top Q_{\mathrm{old}},\quad M \leftarrow C M,\quad
+      V \leftarrow (C \circ C)\, V,\quad \Delta = s\, Q\, \rho(Q^\top G)
+
+    (equation 2, Algorithms 1 to 3). A matrix is refreshed once an average of
+    ``||Q^T G||_F`` is at most ``sqrt(1 - eta) ||G||_F`` of its last refresh, within the
+    bounds. State of a matrix with an Adam inner: ``l r + 2 s r`` numbers, r the maximal
+    rank and l the longer side; columns beyond the present rank are zero, and
+    `lowrank_optax.rank.shrink` frees their memory (AR-19). `diagnostics.state_metrics`
+    tells the present ranks.
+
+    Args:
+      inner: such as ``optax.scale_by_adam()``.
+      max_rank: the largest rank, and that of the memory; the paper's initial rank
+        (AR-13).
+      min_rank: the least rank.
+      max_residual_energy: eta, the share of the squared gradient that may be left out.
+      max_interval: the most steps between two refreshes.
+      min_interval: the fewest; the gradient of another batch is seldom captured as
+        well as that of the refresh, so the criterion alone would often be met at once.
+      transfer: the moments move with the basis.
+      recovery: `FiraResidual` adds what the projection leaves out.
+      scale: s (AR-15).
+      side: "long" as in the paper's Table 1 (AR-14), see `project_gradients`.
+      matrices, key: see `project_gradients`.
+
+    Returns:
+      A transformation without a learning rate.
+
+    Raises:
+      TypeError, ValueError: for ranks that are not ints of at least 1, a minimum above
+        the maximum, a share outside [0, 1], or an interval below 1.
+
+    Differs from the paper in: the rank comes from the squared residual in closed form,
+    where the search as printed does not end (AR-1 to AR-4); second moments are
+    transformed with the squares of the coefficients and stay non-negative (AR-7);
+    convergence is judged by an average, between two bounds (AR-9 to AR-12); training
+    is never stopped (AR-22).
+
+    References:
+      Refael et al., AdaRankGrad: Adaptive Gradient-Rank and Moments for
+      Memory-Efficient LLMs Training and Fine-Tuning, 2024.
+
+    >>> import jax.numpy as jnp, optax, lowrank_optax as lro
+    >>> tx = optax.chain(
+    ...     lro.adaptive_rank(optax.scale_by_adam(), max_rank=3),
+    ...     optax.scale_by_learning_rate(1e-2),
+    ... )
+    >>> params = {"w": jnp.ones((4, 6))}
+    >>> updates, state = tx.update(params, tx.init(params), params)
+    >>> float(lro.diagnostics.state_metrics(state)["rank/w"])  # ones are of rank 1
+    1.0
+    """
+    if check_rank(min_rank, "min_rank") > check_rank(max_rank, "max_rank"):
+        raise ValueError(
+            f"`min_rank` must be at most `max_rank` = {max_rank}, got {min_rank}."
+        )
+    subspace = EnergyRank(min_rank, max_residual_energy)
+    threshold = (1 - max_residual_energy) ** 0.5
+    return project_gradients(
+        inner,
+        rank=max_rank,
+        subspace=subspace,
+        refresh=OnConvergence(threshold, max_interval, min_interval),
+        transfer=transfer,
+        recovery=recovery,
+        scale=scale,
+        side=side,
+        matrices=matrices,
+        key=key,
+    )
+
+
+def adarankgrad_adamw(
+    learning_rate: LearningRate,
+    max_rank: int = 128,
+    scale: Any = 0.25,
+    *,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    weight_decay: Any = 0.0,
+    mask: Any = None,
+    min_rank: int = 1,
+    max_residual_energy: Any = 0.48,
+    max_interval: Any = 200,
+    min_interval: Any = 20,
+    transfer: Transfer = Rotate(),
+    recovery: Recovery = Drop(),
+    side: Side = "long",
+    matrices: Matrices = None,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """AdaRankGrad with AdamW, see `adaptive_rank`.
+
+    Args:
+      learning_rate: a float or a schedule.
+      max_rank: the largest rank, and that of the memory.
+      scale: of projected matrices, as in `galore_adamw`.
+      b1, b2, eps: of Adam.
+      weight_decay, mask: decoupled, on the full weights, times the learning rate.
+      min_rank, max_residual_energy, max_interval, min_interval: see `adaptive_rank`.
+      transfer, recovery, side, matrices, key: see `adaptive_rank`.
+
+    >>> import jax.numpy as jnp, lowrank_optax as lro
+    >>> tx = lro.adarankgrad_adamw(1e-2, max_rank=2)
+    >>> params = {"w": jnp.ones((4, 6))}
+    >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    method = adaptive_rank(
+        optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+        max_rank=max_rank,
+        min_rank=min_rank,
+        max_residual_energy=max_residual_energy,
+        max_interval=max_interval,
+        min_interval=min_interval,
+        transfer=transfer,
+        recovery=recovery,
+        scale=scale,
+        side=side,
+        matrices=matrices,
+        key=key,
+    )
+    return optimizer(method, learning_rate, weight_decay, mask)

@@ -1,0 +1,397 @@
+"""AdaRankGrad against its formulas: rank, refresh rule, trajectory, sizes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from running import assert_close, random_grads, random_like, relative_error, run
+
+import lowrank_optax as lro
+
+ADAM = optax.scale_by_adam()
+KEY = jax.random.key(0)
+
+
+def spectrum(m, n, values, seed=0):
+    rng = np.random.default_rng(seed)
+    u = np.linalg.qr(rng.standard_normal((m, len(values))))[0]
+    v = np.linalg.qr(rng.standard_normal((n, len(values))))[0]
+    return (u * values) @ v.T
+
+
+_select = jax.jit(
+    lambda key, grad, old, allowed, min_rank: lro.EnergyRank(min_rank, allowed).select(
+        key, grad, old, 0
+    ),
+    static_argnums=4,
+)
+
+
+def select(grad, max_rank, allowed=0.48, min_rank=1, key=KEY):
+    """The basis that a gradient is given, without an older one."""
+    grad = np.asarray(grad, np.float32)
+    old = jnp.zeros((*grad.shape[:-1], max_rank))
+    return np.asarray(_select(key, grad, old, allowed, min_rank), np.float64)
+
+
+def ranks(basis):
+    return np.any(basis != 0, axis=-2).sum(-1)
+
+
+# The rank
+
+
+def residual_energy(a, q):
+    return np.linalg.norm(a - q @ (q.T @ a)) ** 2 / np.linalg.norm(a) ** 2
+
+
+def searched_rank(a, min_rank, max_rank, allowed):
+    """Algorithm 2 with what AR-1 to AR-3 mend: midpoints, branches, squared norms."""
+    q = np.linalg.svd(a)[0]
+    while max_rank - min_rank >= 1:
+        middle = (min_rank + max_rank) // 2
+        if residual_energy(a, q[:, :middle]) > allowed:
+            min_rank = middle + 1
+        else:
+            max_rank = middle
+    return min_rank
+
+
+@pytest.mark.parametrize("min_rank", [1, 3])
+def test_the_rank_is_that_of_the_search(min_rank):
+    seen = set()
+    for seed in range(24):
+        decay = [0.5, 0.7, 0.9][seed % 3]
+        a = spectrum(16, 20, decay ** np.arange(16), seed)
+        for allowed in (0.9, 0.48, 0.1, 0.003):
+            want = searched_rank(a, min_rank, 8, allowed)
+            singular = np.linalg.svd(a)[0]
+            residuals = [residual_energy(a, singular[:, :r]) for r in range(1, 9)]
+            if np.min(np.abs(np.array(residuals) - allowed)) < 0.02 * allowed:
+                continue  # the sketch may see the other side of the threshold
+            basis = select(a / np.abs(a).max(), 8, allowed, min_rank)
+            assert ranks(basis) == want
+            seen.add(want)
+    assert len(seen) >= 4 and {min_rank, 8} <= seen
+
+
+def test_kept_columns_are_the_leading_singular_vectors_in_order():
+    a = spectrum(16, 20, 0.5 ** np.arange(16))
+    basis = select(a, 8, 0.05)
+    r = ranks(basis)
+    assert 1 < r < 8 and not np.any(basis[:, r:])
+    cosines = np.sum(basis[:, :r] * reference.top_singular(a, r), axis=0)
+    np.testing.assert_allclose(np.abs(cosines), 1, atol=1e-4)
+
+
+@pytest.mark.parametrize("allowed", [0.0, 1e-9, 0.48, 1.0])
+def test_bases_are_orthonormal_or_zero_for_any_gradient(allowed):
+    rng = np.random.default_rng(0)
+    grads = [
+        np.zeros((12, 20)),
+        np.ones((12, 20)),
+        np.outer(rng.standard_normal(12), rng.standard_normal(20)),
+        np.eye(12, 20),
+        1e-30 * rng.standard_normal((12, 20)),
+    ]
+    basis = select(
+        np.stack([g / max(np.abs(g).max(), 1e-38) for g in grads]), 6, allowed
+    )
+    gram = basis.mT @ basis
+    eye = np.eye(6) * np.any(basis != 0, axis=-2)[..., None]
+    np.testing.assert_allclose(gram, eye, rtol=0, atol=1e-5)
+    assert np.all((1 <= ranks(basis)) & (ranks(basis) <= 6))
+    assert ranks(basis)[0] == 1
+    if allowed == 0.48:
+        assert list(ranks(basis)[1:4]) == [
+            1,
+            1,
+            6,
+        ]  # 48% of 12 equal values: at least 7
+
+
+def test_the_matrices_of_a_stack_have_their_own_ranks():
+    grads = [spectrum(12, 20, decay ** np.arange(12)) for decay in (0.3, 0.8)]
+    stacked = select(np.stack(grads), 8, 0.1)
+    alone = [ranks(select(g, 8, 0.1)) for g in grads]
+    assert list(ranks(stacked)) == alone and alone[0] < alone[1]
+
+
+# The refresh rule
+
+
+def convergence_steps(sizes, whole, threshold, max_interval, min_interval, decay=0.9):
+    """AR-9 to AR-12 in plain Python: the steps at which a basis is renewed."""
+    due, age, average, level = [], None, 0.0, 0.0
+    for step, (size, norm) in enumerate(zip(sizes, whole, strict=True)):
+        average = decay * average + (1 - decay) * size
+        converged = age is not None and age >= min_interval and average <= level
+        if age is None or converged or age >= max_interval:
+            due.append(step)
+            age, average, level = 1, norm, threshold * norm
+        else:
+            age += 1
+    return due
+
+
+CONVERGENCE = {
+    "flat": (np.full(60, 0.9), 0.5, 12, 2, [0, 12, 24, 36, 48]),
+    "falling": (0.9 * 0.95 ** np.arange(60), 0.72, 100, 2, None),
+    "small at once": (
+        np.full(60, 0.1),
+        0.72,
+        100,
+        7,
+        [0, 7, 14, 21, 28, 35, 42, 49, 56],
+    ),
+    "one dip": (np.where(np.arange(60) == 9, 0.0, 0.9), 0.72, 100, 1, [0]),
+    "maximum below minimum": (np.full(60, 0.1), 0.72, 20, 30, [0, 20, 40]),
+}
+
+
+@pytest.mark.parametrize("case", CONVERGENCE)
+def test_refreshes_on_convergence(case):
+    sizes, threshold, longest, shortest, expected = CONVERGENCE[case]
+    whole = np.full(60, 1.0) * (0.95 ** np.arange(60) if case == "falling" else 1)
+    want = convergence_steps(sizes, whole, threshold, longest, shortest)
+    assert len(want) >= 1 and want == (expected or want)
+    rule = lro.OnConvergence(threshold, longest, shortest)
+    state, due_steps = rule.init(None), []
+    for step in range(60):
+        # A basis of zero, as at the start, is always due.
+        due = rule.due(state, step, 0.0, jnp.asarray(sizes[step])) | (step == 0)
+        size = jnp.asarray(whole[step] if due else sizes[step])
+        state = rule.after(state, due, size, jnp.ones([]))
+        due_steps += [step] if due else []
+    assert due_steps == want
+    if case == "falling":
+        assert 3 < len(want) < 20
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: lro.OnConvergence(0.5, max_interval=0), "`max_interval`.*at least 1"),
+        (lambda: lro.OnConvergence(0.5, min_interval=0), "`min_interval`.*at least 1"),
+        (lambda: lro.OnConvergence(1.5), "`threshold`"),
+        (lambda: lro.EnergyRank(0), "`min_rank`.*at least 1"),
+        (lambda: lro.EnergyRank(max_residual_energy=1.5), r"\[0, 1\]"),
+        (lambda: lro.adaptive_rank(ADAM, max_rank=2, min_rank=3), "at most `max_rank`"),
+        (lambda: lro.adaptive_rank(ADAM, max_rank=0), "`max_rank`.*at least 1"),
+    ],
+)
+def test_errors(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# The trajectory
+
+STEPS, MAX_RANK, ALLOWED, LONGEST, SHORTEST = 50, 5, 0.1, 14, 4
+
+
+def gradients(shape):
+    """A signal that fades and turns, and a little noise."""
+    rng = np.random.default_rng(1)
+    grads = []
+    for t in range(STEPS):
+        values = (0.8 - 0.012 * t) ** np.arange(6)
+        signal = np.cos(t / 40) * spectrum(*shape, values, 1)
+        signal += np.sin(t / 40) * spectrum(*shape, values, 3)
+        noise = 0.01 * rng.standard_normal(shape)
+        grads.append((signal + noise) * 1.03 ** -abs(t - 20))  # grows, then fades
+    return [jnp.asarray(g, jnp.float32) for g in grads]
+
+
+def adarankgrad_adam(grads, bases, scale, b1=0.9, b2=0.999, eps=1e-8):
+    """Algorithm 3 on one matrix with its basis on the left, as AR-1 to AR-12 have it.
+
+    Args:
+      bases: the basis that each step would be given if it refreshes.
+    """
+    q = m = v = age = None
+    average = level = 0.0
+    directions, refreshed = [], []
+    for step, g in enumerate(map(reference.wide, grads)):
+        if q is not None:
+            average = 0.9 * average + 0.1 * np.linalg.norm(q.T @ g)
+        if q is None or age >= LONGEST or (age >= SHORTEST and average <= level):
+            old, q = q, reference.wide(bases[step])
+            r = ranks(q)
+            assert residual_energy(g, q) <= ALLOWED or r == MAX_RANK
+            assert r == 1 or residual_energy(g, q[:, : r - 1]) > ALLOWED
+            if old is None:
+                m = v = np.zeros_like(q.T @ g)
+            else:
+                m, v = reference.rotate(m, v, q.T @ old)
+            average = np.linalg.norm(g)
+            level = np.sqrt(1 - ALLOWED) * average
+            age = 0
+            refreshed.append(step)
+        age += 1
+        x = q.T @ g
+        m = b1 * m + (1 - b1) * x
+        v = b2 * v + (1 - b2) * x**2
+        t = step + 1
+        n = m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps)
+        directions.append(scale * q @ n)
+    return directions, refreshed
+
+
+@pytest.mark.parametrize("shape", [(9, 6), (6, 9)], ids=str)
+def test_adarankgrad_adam_follows_the_formulas(shape):
+    # An epsilon that hides what float32 leaves of moments that should be zero.
+    inner = optax.scale_by_adam(eps=1e-4)
+    tx = lro.adaptive_rank(
+        inner,
+        max_rank=MAX_RANK,
+        max_residual_energy=ALLOWED,
+        max_interval=LONGEST,
+        min_interval=SHORTEST,
+        scale=0.5,
+    )
+    grads = gradients(shape)
+    state, update = tx.init(grads[0]), jax.jit(tx.update)
+    updates, bases, changed = [], [], []
+    for step, g in enumerate(grads):
+        u, new = update(g, state)
+        updates.append(u)
+        bases.append(np.asarray(new.basis))
+        changed += [step] if np.any(new.basis != state.basis) else []
+        state = new
+        assert np.all(np.asarray(state.inner_state.nu) >= 0)
+        assert bases[-1].shape == (9, MAX_RANK)
+    turned = shape[0] < shape[1]
+    expected, refreshed = adarankgrad_adam(
+        [g.T for g in grads] if turned else grads, bases, 0.5, eps=1e-4
+    )
+    assert changed == refreshed
+    intervals = set(np.diff(refreshed))
+    assert len(refreshed) >= 4 and len(intervals) > 1
+    assert len({int(ranks(b)) for b in bases}) >= 3
+    for u, want in zip(updates, expected, strict=True):
+        assert relative_error(u, want.T if turned else want) < 1e-4
+
+
+def test_at_a_fixed_rank_and_interval_it_is_galore_with_rotation():
+    params = random_like({"w": (6, 9), "v": (9, 6), "b": (9,)}, 0)
+    grads = random_grads(params, 12)
+    tx = lro.adaptive_rank(ADAM, max_rank=3, min_rank=3, max_interval=5, scale=0.5)
+    galore = lro.galore_project(
+        ADAM, rank=3, update_every=5, transfer=lro.Rotate(), side="long", scale=0.5
+    )
+    got, _ = run(tx, params, grads)
+    want, _ = run(galore, params, grads)
+    for u, v in zip(got, want, strict=True):
+        assert_close(u, v)
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
+def test_an_unusable_gradient_leaves_a_usable_state(value):
+    grads = random_grads({"w": jnp.ones((6, 9))}, 4)
+    tx = lro.adaptive_rank(ADAM, max_rank=3, max_interval=2)
+    bad = {"w": jnp.full((6, 9), value)}
+    for when in (0, 2):  # both are refreshes
+        _, state = run(tx, grads[0], [*grads[:when], bad, *grads[when:]])
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state))
+        assert ranks(np.asarray(state.basis["w"])) >= 1
+        updates, _ = run(tx, grads[0], grads[:1], state)
+        assert np.linalg.norm(updates[0]["w"]) > 0.1
+
+
+# Sizes (M-7) and measures
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda r, **kw: lro.adaptive_rank(ADAM, max_rank=r, **kw),
+        lambda r, **kw: lro.adarankgrad_adamw(0.1, r, **kw),
+    ],
+    ids=["method", "optimizer"],
+)
+def test_state_size(make):
+    params = {"w": jax.ShapeDtypeStruct((40, 24), jnp.float32)}
+    counters, scalars = 2, 3  # of the engine and of Adam; of the refresh
+    for r in (4, 30):
+        rank = min(r, 24)
+        long, short = 40 * rank + 2 * 24 * rank, 24 * rank + 2 * 40 * rank
+        assert lro.state_bytes(make(r), params) == 4 * (long + counters + scalars)
+        short_side = lro.state_bytes(make(r, side="short"), params)
+        assert short_side == 4 * (short + counters + scalars)
+
+
+def test_metrics_of_the_state_within_jit():
+    low, high = spectrum(12, 8, 0.2 ** np.arange(8)), spectrum(6, 10, np.ones(6))
+    params = {
+        "low": jnp.asarray(low, jnp.float32),
+        "stack": jnp.asarray(np.stack([high, 0.1 * np.outer(high[:, 0], high[0])])),
+        "bias": jnp.ones(3),
+    }
+    params["stack"] = params["stack"].astype(jnp.float32)
+    tx = lro.adarankgrad_adamw(0.1, 4, matrices=lro.MatrixAxes())
+
+    @jax.jit
+    def step(grads, state):
+        _, state = tx.update(grads, state, params)
+        return lro.diagnostics.state_metrics(state), state
+
+    state = tx.init(params)
+    metrics, state = step(params, state)
+    want = {
+        "rank/low": 1,
+        "rank/stack": (4 + 1) / 2,  # 48% of six equal values need four of them
+        "rank": (20 * 1 + 16 * (4 + 1)) / (20 + 2 * 16),
+        "memory_reduction": 20 * 3 + 16 * 3,
+    }
+    assert metrics.keys() == want.keys()
+    for name, value in want.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-6)
+    assert lro.diagnostics.state_metrics(optax.adam(0.1).init(params)) == {}
+
+
+def test_adarankgrad_adamw_is_its_parts():
+    params = random_like({"w": (6, 9), "b": (9,), "frozen": (6, 9)}, 0)
+    grads = random_grads(params, 6)
+    tx = lro.adarankgrad_adamw(
+        0.1,
+        3,
+        0.5,
+        b1=0.8,
+        b2=0.9,
+        eps=1e-3,
+        weight_decay=0.5,
+        mask={"w": True, "b": True, "frozen": False},
+        min_rank=2,
+        max_residual_energy=0.6,
+        max_interval=4,
+        min_interval=2,
+        transfer=lro.Reset(),
+        recovery=lro.FiraResidual(),
+        side="short",
+        key=3,
+    )
+    updates, _ = run(tx, params, grads)
+    method = lro.adaptive_rank(
+        optax.scale_by_adam(b1=0.8, b2=0.9, eps=1e-3),
+        max_rank=3,
+        min_rank=2,
+        max_residual_energy=0.6,
+        max_interval=4,
+        min_interval=2,
+        transfer=lro.Reset(),
+        recovery=lro.FiraResidual(),
+        scale=0.5,
+        side="short",
+        key=3,
+    )
+    directions, _ = run(method, params, grads)
+    for u, d in zip(updates, directions, strict=True):
+        expected = {
+            "w": -0.1 * (d["w"] + 0.5 * params["w"]),
+            "b": -0.1 * (d["b"] + 0.5 * params["b"]),
+            "frozen": -0.1 * d["frozen"],
+        }
+        assert_close(u, expected)
