@@ -135,8 +135,12 @@ def _rank(view: MatrixView | None, own: list[Any]) -> int | None:
     """The rank of a leaf's state: the side that its (m, r) and (r, n) arrays share."""
     if view is None:
         return None
-    bases = [x.shape[-1] for x in own if x.shape[:-1] == (*view.batch_shape, view.m)]
-    return min(bases, default=None)
+    batch = view.batch_shape
+    columns = [x.shape[-1] for x in own if x.shape[:-1] == (*batch, view.m)]
+    # Where no basis is stored, the moments alone tell it.
+    matrices = [x for x in own if x.ndim == len(batch) + 2]
+    rows = [x.shape[-2] for x in matrices if x.shape[-1] == view.n]
+    return min(columns + rows, default=None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The gradient-space engine: an optimizer that runs inside a low-rank subspace."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ class ProjectState(NamedTuple):
     Attributes:
       step: updates made so far, int32.
       basis: (*batch, m, r) at matrices, ``MaskedNode()`` elsewhere; set at a refresh.
+        Of a subspace that is not stored, the step at which it was drawn, int32.
       refresh: scalars of the refresh rule at matrices.
       recovery: state of the recovery at matrices.
       inner_state: of the inner optimizer, on (*batch, r, n) at matrices and on the
@@ -104,6 +106,19 @@ def project_gradients(
     rank = engine.check_rank(rank)
     inner = optax.with_extra_args_support(inner)
     fields = engine.StateFields(inner)
+    stored = _is_stored(subspace)
+
+    def load(views, kept):
+        """For each matrix a function to its basis: as it is kept, or drawn again."""
+        if stored:
+            return {i: functools.partial(kept.__getitem__, i) for i in views}
+        paths = [view.path for view in views.values()]
+        keys = trees.leaf_keys(key, paths, [kept[i] for i in views])
+        shapes = ((*v.batch_shape, v.m, v.rank(rank)) for v in views.values())
+        return {
+            i: functools.partial(_draw, (subspace, shape, view.compute_dtype), k)
+            for (i, view), shape, k in zip(views.items(), shapes, keys, strict=True)
+        }
 
     def init(params):
         views = trees.views(params, matrices, side, creating=True)
@@ -124,7 +139,11 @@ def project_gradients(
         inner_state = inner.init(proxies)
         return ProjectState(
             step=jnp.zeros([], jnp.int32),
-            basis=tree(lambda v: v.zeros("m", v.rank(rank))),
+            basis=tree(
+                (lambda v: v.zeros("m", v.rank(rank)))
+                if stored
+                else (lambda v: jnp.zeros([], jnp.int32))
+            ),
             refresh=tree(refresh.init),
             recovery=tree(recovery.init),
             inner_state=engine.fit_boxes(fields.layout(proxies), inner_state, proxies),
@@ -143,30 +162,35 @@ def project_gradients(
         )
         low = [trees.full_precision(g) for g in grads]
         for i, view in at_matrix.items():
-            shape = (*view.batch_shape, bases[i].shape[-1], view.n)
+            r = bases[i].shape[-1] if stored else view.rank(rank)
+            shape = (*view.batch_shape, r, view.n)
             low[i] = jax.ShapeDtypeStruct(shape, view.compute_dtype)
         layout = fields.layout(treedef.unflatten(low))
         moments = layout.get(state.inner_state)
 
+        basis_at = load(at_matrix, bases)
         for i, view in at_matrix.items():
             own = {name: x for (name, j), x in moments.items() if j == i}
-            low[i], bases[i], refreshes[i], own = _down(
+            low[i], basis, due, refreshes[i], own = _down(
                 (subspace, refresh, transfer, recovery, view.rank(rank)),
                 keys[i],
                 state.step,
                 phases[i],
                 view.matrix(grads[i]),
-                bases[i],
+                basis_at[i](),
                 refreshes[i],
                 recoveries[i],
                 own,
             )
+            bases[i] = basis if stored else jnp.where(due, state.step, bases[i])
             moments |= {(name, i): x for name, x in own.items()}
 
+        # Drawn once more, as otherwise those of all leaves would be alive at once.
+        basis_at = load(at_matrix, bases)
         if params is not None:
             weights = [trees.full_precision(w) for w in treedef.flatten_up_to(params)]
             for i, view in at_matrix.items():
-                weights[i] = _project(None, bases[i], view.matrix(weights[i]))
+                weights[i] = _project(None, basis_at[i](), view.matrix(weights[i]))
             params = treedef.unflatten(weights)
         directions, inner_state = inner.update(
             treedef.unflatten(low),
@@ -184,7 +208,7 @@ def project_gradients(
                 view.matrix(grads[i]),
                 low[i],
                 directions[i],
-                bases[i],
+                basis_at[i](),
                 recoveries[i],
             )
             out[i] = view.leaf(new)
@@ -234,7 +258,15 @@ def _down(parts, key, step, phase, grad, basis, refresh_state, recovery_state, m
 
     coeff, basis, moments, share, size = jax.lax.cond(due, renew, keep)
     after = refresh.after(refresh_state, due, size, share)
-    return coeff, basis, engine.accept(after, refresh_state), moments
+    return coeff, basis, due, engine.accept(after, refresh_state), moments
+
+
+@engine.compiled
+def _draw(parts, key):
+    """The basis of a subspace that is not stored, from the key of its refresh."""
+    subspace, shape, dtype = parts
+    zeros = jnp.zeros(shape, dtype)
+    return subspace.select(key, zeros, zeros, jnp.zeros([], jnp.int32))
 
 
 @engine.compiled
@@ -249,8 +281,14 @@ def _recover(parts, grad, coeff, direction, basis, state):
     return recovery.recover(grad, coeff, direction, basis, scale, state)
 
 
+def _is_stored(subspace: Subspace) -> bool:
+    return getattr(subspace, "stored", True)
+
+
 def _safe_select(subspace: Subspace, key, grad, old, step):
     """A new basis with the signs of the old one, which an unusable gradient keeps."""
+    if not _is_stored(subspace):
+        return subspace.select(key, grad, old, step)  # as it will be drawn again
     usable = jnp.all(jnp.isfinite(grad), axis=(-2, -1), keepdims=True)
     usable &= jnp.any(grad != 0, axis=(-2, -1), keepdims=True)
     new = subspace.select(

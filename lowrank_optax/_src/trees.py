@@ -238,22 +238,23 @@ def default_matrices(params: Any) -> Any:
 
 
 def leaf_keys(
-    key: int | jax.Array, paths: list[str], step: jax.Array
+    key: int | jax.Array, paths: list[str], step: jax.Array | list[jax.Array]
 ) -> list[jax.Array]:
     """The random key of each leaf at one step: equal on every host, restart-exact.
 
-    ``fold_in(fold_in(key, crc32(path)), step)``, for all leaves in one operation.
+    ``fold_in(fold_in(key, crc32(path)), step)``, for all leaves in one operation; the
+    step is that of all of them, or a list of one for each.
     """
     if not isinstance(key, jax.Array):
         key = jax.random.key(operator.index(key))
     if not paths:
         return []
     names = [zlib.crc32(path.encode()) for path in paths]
-    fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
         key, np.array(names, np.uint32)
     )
-    return list(fold(keys, step))
+    steps = jnp.broadcast_to(jnp.asarray(step), (len(paths),))
+    return list(jax.vmap(jax.random.fold_in)(keys, steps))
 
 
 _logs: list[list[MatrixView | DenseLeaf]] = []

@@ -17,7 +17,12 @@ Step = Int[Array, ""]
 
 @runtime_checkable
 class Subspace(Protocol):
-    """Which subspace the gradient is projected to."""
+    """Which subspace the gradient is projected to.
+
+    A class attribute ``stored = False`` says that the basis follows from the key alone:
+    the state then keeps the step of its drawing, and the basis is drawn again wherever
+    it is needed. Then only the shape and dtype of ``old`` may be used.
+    """
 
     def select(
         self,
