@@ -27,6 +27,8 @@ from lowrank_optax._src.methods.adarankgrad import adaptive_rank as adaptive_ran
 from lowrank_optax._src.methods.adarankgrad import (
     adarankgrad_adamw as adarankgrad_adamw,
 )
+from lowrank_optax._src.methods.apollo import apollo_adamw as apollo_adamw
+from lowrank_optax._src.methods.apollo import apollo_scale as apollo_scale
 from lowrank_optax._src.methods.fira import fira_adamw as fira_adamw
 from lowrank_optax._src.methods.fira import fira_project as fira_project
 from lowrank_optax._src.methods.galore import galore_project as galore_project
@@ -47,6 +49,7 @@ from lowrank_optax._src.project import ProjectState as ProjectState
 from lowrank_optax._src.project import project_gradients as project_gradients
 from lowrank_optax._src.recovery import Drop as Drop
 from lowrank_optax._src.recovery import FiraResidual as FiraResidual
+from lowrank_optax._src.recovery import ScaleGradient as ScaleGradient
 from lowrank_optax._src.refresh import Every as Every
 from lowrank_optax._src.refresh import OnConvergence as OnConvergence
 from lowrank_optax._src.refresh import Staggered as Staggered
@@ -54,6 +57,7 @@ from lowrank_optax._src.sharding import state_shardings as state_shardings
 from lowrank_optax._src.subspace import EnergyRank as EnergyRank
 from lowrank_optax._src.subspace import Hybrid as Hybrid
 from lowrank_optax._src.subspace import ImportanceSampled as ImportanceSampled
+from lowrank_optax._src.subspace import RandomGaussian as RandomGaussian
 from lowrank_optax._src.subspace import RandomOrthonormal as RandomOrthonormal
 from lowrank_optax._src.subspace import Switch as Switch
 from lowrank_optax._src.subspace import TopSingular as TopSingular
@@ -88,12 +92,14 @@ __all__ = [
     "MatrixView",
     "OnConvergence",
     "ProjectState",
+    "RandomGaussian",
     "RandomOrthonormal",
     "Recovery",
     "Refresh",
     "Reset",
     "Rotate",
     "Rule",
+    "ScaleGradient",
     "Staggered",
     "Subspace",
     "Switch",
@@ -103,6 +109,8 @@ __all__ = [
     "adamw_8bit",
     "adaptive_rank",
     "adarankgrad_adamw",
+    "apollo_adamw",
+    "apollo_scale",
     "compress_state",
     "default_matrices",
     "describe",

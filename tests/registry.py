@@ -313,6 +313,27 @@ METHODS = [
         ("mu", "nu"),
         optax.adam(0.02),
     ),
+    Method(
+        "apollo_scale",
+        lro.apollo_scale,
+        dict(inner=_ADAM, **_GALORE),
+        ("mu", "nu"),
+        _ADAM,
+    ),
+    Method(
+        "apollo_adamw",
+        lro.apollo_adamw,
+        dict(learning_rate=0.02, **_GALORE),
+        ("mu", "nu"),
+        optax.adam(0.02),
+    ),
+    Method(
+        "apollo_adamw-mini",
+        lro.apollo_adamw,
+        dict(learning_rate=0.02, rank=1, update_every=PERIOD, scale=2.0, per="tensor"),
+        ("mu", "nu"),
+        optax.adam(0.02),
+    ),
 ]
 
 

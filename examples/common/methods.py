@@ -106,6 +106,25 @@ METHODS = {
         1e-2,
         rank=32,
     ),
+    "apollo_adamw": Method(
+        lambda lr, rank, every, decay: lro.apollo_adamw(
+            lr, rank=rank, update_every=every, weight_decay=decay
+        ),
+        1e-2,
+        rank=32,
+    ),
+    "apollo_mini_adamw": Method(
+        lambda lr, rank, every, decay: lro.apollo_adamw(
+            lr,
+            rank=rank,
+            update_every=every,
+            scale=128**0.5,
+            weight_decay=decay,
+            per="tensor",
+        ),
+        1e-2,
+        rank=1,
+    ),
 }
 
 

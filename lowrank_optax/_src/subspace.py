@@ -1,7 +1,7 @@
 """Which subspace a gradient is projected to."""
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -230,3 +230,25 @@ class EnergyRank:
         too_few = jnp.sum(residual > self.max_residual_energy * total, axis=-1)
         used = jnp.maximum(too_few + 1, self.min_rank)[..., None, None]
         return jnp.where(jnp.arange(rank) < used, basis, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomGaussian:
+    """Independent normal entries of variance 1 / r: APOLLO's and Flora's.
+
+    ``P P^T`` is the identity in expectation only, and the columns are not orthonormal.
+    The basis is not stored but drawn again from its key at every step.
+
+    >>> import jax.numpy as jnp, optax, lowrank_optax as lro
+    >>> tx = lro.project_gradients(
+    ...     optax.trace(0.9), rank=4, subspace=lro.RandomGaussian()
+    ... )
+    >>> lro.state_bytes(tx, {"w": jnp.ones((64, 64))})  # l r floats, two counters
+    1032
+    """
+
+    stored: ClassVar[bool] = False
+
+    def select(self, key, grad, old, step):
+        normal = jax.random.normal(key, old.shape, old.dtype)
+        return normal * old.shape[-1] ** -0.5
