@@ -42,7 +42,9 @@ def boxed_state(tx: Any, params: Any) -> Any:
         x = matrix.value_of(leaf)
         x = jax.ShapeDtypeStruct(x.shape, x.dtype)
         boxes.append(ParamBox(x, "/".join(parts), spec))
-    return jax.eval_shape(tx.init, treedef.unflatten(boxes))
+    # A function of its own, or JAX would answer from memory what is recorded and
+    # limited anew at every call.
+    return jax.eval_shape(lambda params: tx.init(params), treedef.unflatten(boxes))
 
 
 def is_box(x: Any) -> bool:

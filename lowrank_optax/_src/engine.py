@@ -133,13 +133,17 @@ class StateFields:
         )
         values = [matrix.value_of(x) for _, x in flat]
         shapes = tuple((tuple(x.shape), jnp.dtype(x.dtype)) for x in values)
-        if (treedef, shapes) not in self._layouts:
+        seen = (treedef, shapes, trees.limits())
+        if seen not in self._layouts:
             boxes = [
                 ParamBox(jax.ShapeDtypeStruct(*shape), path=str(i))
                 for i, shape in enumerate(shapes)
             ]
             with trees.quietly():
-                state = jax.eval_shape(self._inner.init, treedef.unflatten(boxes))
+                # A function of its own, or JAX would answer for other limits.
+                state = jax.eval_shape(
+                    lambda params: self._inner.init(params), treedef.unflatten(boxes)
+                )
             # An inner mask may have left out what is in the box.
             state = jax.tree.map(
                 lambda x: x.value if is_box(x) and not hasattr(x.value, "shape") else x,
@@ -149,12 +153,12 @@ class StateFields:
             found, structure = jax.tree_util.tree_flatten_with_path(
                 state, is_leaf=is_box
             )
-            self._layouts[treedef, shapes] = Layout(
+            self._layouts[seen] = Layout(
                 structure,
                 [_field(k, x, [path for path, _ in flat]) for k, x in found],
                 {i: x for i, (_, x) in enumerate(found)},
             )
-        return self._layouts[treedef, shapes]
+        return self._layouts[seen]
 
 
 def _field(key_path: Any, entry: Any, paths: list[Any]) -> Where | None:

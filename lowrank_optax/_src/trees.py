@@ -117,8 +117,7 @@ def views(
         else:
             view = view_by(path, shape, dtype, axes, side, source)
             if creating:
-                limits = [limit[path] for limit in _limits if path in limit]
-                view = dataclasses.replace(view, limit=min(limits, default=None))
+                view = dataclasses.replace(view, limit=dict(limits()).get(path))
             result.append(view)
     found = any(isinstance(view, MatrixView) for view in result)
     if matrices is not None and result and not found and not _placeholders(tree):
@@ -271,6 +270,14 @@ def record_views() -> Iterator[list[MatrixView | DenseLeaf]]:
 
 
 _limits: list[dict[str, int]] = []
+
+
+def limits() -> tuple[tuple[str, int], ...]:
+    """Path and limit of each rank that is limited here, see `limited_ranks`."""
+    smallest: dict[str, int] = {}
+    for limit in _limits:
+        smallest |= {p: min(r, smallest.get(p, r)) for p, r in limit.items()}
+    return tuple(sorted(smallest.items()))
 
 
 @contextlib.contextmanager
