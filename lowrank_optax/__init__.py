@@ -7,6 +7,7 @@ methods without a learning rate, and whole optimizers. Please do not use names f
 
 from lowrank_optax import diagnostics as diagnostics
 from lowrank_optax import linalg as linalg
+from lowrank_optax import rank as rank
 from lowrank_optax._src.aliases import galore_adafactor as galore_adafactor
 from lowrank_optax._src.aliases import galore_adamw as galore_adamw
 from lowrank_optax._src.aliases import mlorc_adamw as mlorc_adamw
@@ -138,6 +139,7 @@ __all__ = [
     "mlorc_scale_by_lion",
     "project_gradients",
     "quantize_state",
+    "rank",
     "scale_by_ldadam",
     "state_bytes",
     "state_shardings",

@@ -234,7 +234,7 @@ def state_metrics(opt_state: Any) -> dict[str, Array]:
     {'rank/w': 1, 'rank': 1, 'memory_reduction': 20}
     """
     metrics, weights, unused = {}, [], []
-    for path, basis, n in _bases(opt_state):
+    for path, basis, n in bases(opt_state):
         used = jnp.any(basis != 0, axis=-2).astype(jnp.float32)
         metrics[f"rank/{path}"] = jnp.mean(jnp.sum(used, axis=-1))
         weights.append(used[..., 0].size * (basis.shape[-2] + n))
@@ -249,7 +249,7 @@ def state_metrics(opt_state: Any) -> dict[str, Array]:
     }
 
 
-def _bases(opt_state: Any) -> Iterator[tuple[str, Array, int]]:
+def bases(opt_state: Any) -> Iterator[tuple[str, Array, int]]:
     """Path, basis and n of each matrix; n of a moment that stands at the same path."""
 
     def is_engine(x):
@@ -263,4 +263,6 @@ def _bases(opt_state: Any) -> Iterator[tuple[str, Array, int]]:
                 rank = basis.shape[-1]
                 widths = [x.shape[-1] for x in moments if x.shape[-2:-1] == (rank,)]
                 path = "/".join(trees.path_parts(key))
-                yield path, basis, max(widths, default=0)
+                # One that is not stored is a step, of which there is nothing to say.
+                if basis.ndim > 1:
+                    yield path, basis, max(widths, default=0)
