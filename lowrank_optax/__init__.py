@@ -32,6 +32,8 @@ from lowrank_optax._src.methods.apollo import apollo_adamw as apollo_adamw
 from lowrank_optax._src.methods.apollo import apollo_scale as apollo_scale
 from lowrank_optax._src.methods.fira import fira_adamw as fira_adamw
 from lowrank_optax._src.methods.fira import fira_project as fira_project
+from lowrank_optax._src.methods.flora import flora as flora
+from lowrank_optax._src.methods.flora import flora_project as flora_project
 from lowrank_optax._src.methods.galore import galore_project as galore_project
 from lowrank_optax._src.methods.golore import golore_adamw as golore_adamw
 from lowrank_optax._src.methods.golore import golore_project as golore_project
@@ -66,6 +68,7 @@ from lowrank_optax._src.subspace import UniformSampled as UniformSampled
 from lowrank_optax._src.transfer import Keep as Keep
 from lowrank_optax._src.transfer import Reset as Reset
 from lowrank_optax._src.transfer import Rotate as Rotate
+from lowrank_optax._src.transfer import RotateFirst as RotateFirst
 from lowrank_optax._src.trees import default_matrices as default_matrices
 from lowrank_optax._src.typing import Codec as Codec
 from lowrank_optax._src.typing import Recovery as Recovery
@@ -99,6 +102,7 @@ __all__ = [
     "Refresh",
     "Reset",
     "Rotate",
+    "RotateFirst",
     "Rule",
     "ScaleGradient",
     "Staggered",
@@ -118,6 +122,8 @@ __all__ = [
     "diagnostics",
     "fira_adamw",
     "fira_project",
+    "flora",
+    "flora_project",
     "galore_adafactor",
     "galore_adamw",
     "galore_adamw_8bit",

@@ -83,6 +83,15 @@ def _adafactor(learning_rate):
     )
 
 
+def _flora(learning_rate, b1):
+    """Leaves that are not matrices keep the momentum as it is."""
+    return optax.chain(
+        optax.scale_by_factored_rms(min_dim_size_to_factor=1),
+        optax.ema(b1, debias=False),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
 _ADAM = optax.scale_by_adam()
 _MLORC_ADAM = optax.scale_by_adam(b1=0.8)
 _GALORE = dict(rank=RANK, update_every=PERIOD)
@@ -333,6 +342,23 @@ METHODS = [
         dict(learning_rate=0.02, rank=1, update_every=PERIOD, scale=2.0, per="tensor"),
         ("mu", "nu"),
         optax.adam(0.02),
+    ),
+    # A short momentum: with a period of a few steps, a long one drowns in the noise of
+    # the projections.
+    Method(
+        "flora_project",
+        lro.flora_project,
+        dict(inner=optax.trace(0.5), **_GALORE),
+        ("trace",),
+        optax.trace(0.5),
+    ),
+    Method(
+        "flora",
+        lro.flora,
+        # Unclipped, as a clip is not linear in the scale.
+        dict(learning_rate=0.02, b1=0.5, clipping_threshold=None, **_GALORE),
+        ("v_row", "v_col", "v", "ema"),
+        _flora(0.02, 0.5),
     ),
 ]
 

@@ -125,6 +125,13 @@ METHODS = {
         1e-2,
         rank=1,
     ),
+    "flora": Method(
+        lambda lr, rank, every, decay: lro.flora(
+            lr, rank=rank, update_every=every, weight_decay=decay
+        ),
+        1e-2,
+        rank=32,
+    ),
 }
 
 

@@ -86,6 +86,24 @@ class Rotate:
         return carried
 
 
+@dataclasses.dataclass(frozen=True)
+class RotateFirst:
+    """First moments as `Rotate` has them, ``C m``; second moments stay.
+
+    For random projections whose columns are not orthonormal: all of them see the same
+    variance on average, which ``C o C`` would inflate.
+
+    >>> import optax, lowrank_optax as lro
+    >>> tx = lro.flora_project(
+    ...     optax.scale_by_adam(), rank=4, transfer=lro.RotateFirst()
+    ... )
+    """
+
+    def carry(self, moments, overlap):
+        names = {name for name in moments if last(name) not in SECOND_MOMENTS}
+        return moments | Rotate().carry({k: moments[k] for k in names}, overlap)
+
+
 def _refuse_codes(moments, transfer) -> None:
     for name, x in moments.items():
         if isinstance(x, tuple):
