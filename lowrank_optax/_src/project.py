@@ -1,6 +1,7 @@
 """The gradient-space engine: an optimizer that runs inside a low-rank subspace."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -42,12 +43,12 @@ def project_gradients(
     inner: optax.GradientTransformation,
     *,
     rank: int,
-    subspace: Subspace = TopSingular(),
+    subspace: Subspace | Callable[[MatrixView], Subspace] = TopSingular(),
     refresh: Refresh = Every(200),
     transfer: Transfer = Keep(),
-    recovery: Recovery = Drop(),
+    recovery: Recovery | Callable[[MatrixView], Recovery] = Drop(),
     scale: Any = 1.0,
-    side: matrix.Side = "short",
+    side: matrix.Side | Callable[[str], matrix.Side] = "short",
     matrices: matrix.Matrices = None,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -67,14 +68,15 @@ def project_gradients(
     Args:
       inner: any Optax transformation, called once on the whole tree.
       rank: r; the effective rank of a leaf is ``min(rank, m, n)``.
-      subspace: which subspace.
+      subspace: which subspace, or a function from a `MatrixView` to it.
       refresh: when it is renewed; step 0 always is.
       transfer: what becomes of the inner moments at a renewal.
-      recovery: what is done with the part of the gradient outside the subspace.
+      recovery: what is done with the part of the gradient outside the subspace, or a
+        function from a `MatrixView` to it.
       scale: s, multiplies ``P N``; a number or a traced scalar.
       side: the basis spans the "short" side of a matrix (as the GaLore paper and code
         do), the "long" one (least Adam state, as optax.contrib does), or always the
-        "left" (rows) or the "right" one.
+        "left" (rows) or the "right" one. Or a function from a leaf's path to these.
       matrices: which leaves are matrices, see `default_matrices`.
       key: a seed or a key for randomized parts.
 
@@ -145,7 +147,7 @@ def project_gradients(
                 else (lambda v: jnp.zeros([], jnp.int32))
             ),
             refresh=tree(refresh.init),
-            recovery=tree(recovery.init),
+            recovery=tree(lambda v: _at(v, recovery).init(v)),
             inner_state=engine.fit_boxes(fields.layout(proxies), inner_state, proxies),
         )
 
@@ -168,11 +170,18 @@ def project_gradients(
         layout = fields.layout(treedef.unflatten(low))
         moments = layout.get(state.inner_state)
 
+        recovery_at = {i: _at(view, recovery) for i, view in at_matrix.items()}
         basis_at = load(at_matrix, bases)
         for i, view in at_matrix.items():
             own = {name: x for (name, j), x in moments.items() if j == i}
             low[i], basis, due, refreshes[i], own = _down(
-                (subspace, refresh, transfer, recovery, view.rank(rank)),
+                (
+                    _at(view, subspace),
+                    refresh,
+                    transfer,
+                    recovery_at[i],
+                    view.rank(rank),
+                ),
                 keys[i],
                 state.step,
                 phases[i],
@@ -203,18 +212,20 @@ def project_gradients(
         new_moments = layout.get(inner_state)
         out = [d.astype(g.dtype) for d, g in zip(directions, grads, strict=True)]
         for i, view in at_matrix.items():
+            own = [w for w in new_moments if w[1] == i]
+            seen = hasattr(recovery_at[i], "observe")
             new, recovery_state = _recover(
-                (recovery, scale),
+                (recovery_at[i], scale),
                 view.matrix(grads[i]),
                 low[i],
                 directions[i],
                 basis_at[i](),
                 recoveries[i],
+                {name: new_moments[name, i] for name, _ in own} if seen else None,
             )
             out[i] = view.leaf(new)
             # What is not finite must not stay in the state for good; the moments of a
             # leaf belong together.
-            own = [w for w in new_moments if w[1] == i]
             recoveries[i], accepted = engine.accept(
                 (recovery_state, [new_moments[w] for w in own]),
                 (recoveries[i], [moments[w] for w in own]),
@@ -275,13 +286,19 @@ def _project(parts, basis, param):
 
 
 @engine.compiled
-def _recover(parts, grad, coeff, direction, basis, state):
+def _recover(parts, grad, coeff, direction, basis, state, moments):
     recovery, scale = parts
     grad = recovery.prepare(grad, state)
-    return recovery.recover(grad, coeff, direction, basis, scale, state)
+    new, state = recovery.recover(grad, coeff, direction, basis, scale, state)
+    return new, state if moments is None else recovery.observe(basis, moments, state)
 
 
-def _is_stored(subspace: Subspace) -> bool:
+def _at(view: MatrixView, part: Any) -> Any:
+    """The part of one leaf; parts themselves are never callable."""
+    return part(view) if callable(part) else part
+
+
+def _is_stored(subspace: Any) -> bool:
     return getattr(subspace, "stored", True)
 
 

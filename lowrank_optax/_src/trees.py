@@ -9,7 +9,7 @@ import operator
 import re
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -81,7 +81,7 @@ def flatten(tree: Any) -> tuple[list[tuple[str, ...]], list[Any], Any]:
 def views(
     tree: Any,
     matrices: Matrices = None,
-    side: Side = "short",
+    side: Side | Callable[[str], Side] = "short",
     creating: bool = False,
 ) -> list[MatrixView | DenseLeaf]:
     """One view for each leaf of a tree of parameters or gradients, in their order.
@@ -92,13 +92,14 @@ def views(
         axes or more that the rule does not call dense by its name; a callable
         ``tree -> specs``; or a tree of ``MatrixAxes | None``, matched by path.
       side: which side the basis spans: "short", "short_left" (the same with square
-        matrices by their rows), "long", "left" (rows) or "right".
+        matrices by their rows), "long", "left" (rows) or "right"; or a function from
+        a leaf's path to these.
       creating: whether state is about to be created beside the leaves (at init).
 
     Raises:
       ValueError: for an unknown side, a spec that matches nothing or does not fit.
     """
-    if side not in SIDES:
+    if not callable(side) and side not in SIDES:
         raise ValueError(
             f"Unknown side {side!r}: it must be one of {', '.join(SIDES)}."
         )
@@ -115,7 +116,8 @@ def views(
         if axes is None:
             result.append(DenseLeaf(path, shape, dtype, why, source))
         else:
-            view = view_by(path, shape, dtype, axes, side, source)
+            own = side(path) if callable(side) else side
+            view = view_by(path, shape, dtype, axes, own, source)
             if creating:
                 view = dataclasses.replace(view, limit=dict(limits()).get(path))
             result.append(view)

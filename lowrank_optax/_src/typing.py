@@ -81,7 +81,11 @@ class Transfer(Protocol):
 
 @runtime_checkable
 class Recovery(Protocol):
-    """What is done with what the projection leaves out."""
+    """What is done with what the projection leaves out.
+
+    A method ``observe(basis, moments, state) -> state``, where there is one, is called
+    after each update with the inner optimizer's new moments, as in `Transfer.carry`.
+    """
 
     def init(self, view: MatrixView) -> Any:
         """A NamedTuple of arrays, or ``optax.MaskedNode()`` for none."""
