@@ -35,6 +35,12 @@ from lowrank_optax._src.methods.fira import fira_project as fira_project
 from lowrank_optax._src.methods.flora import flora as flora
 from lowrank_optax._src.methods.flora import flora_project as flora_project
 from lowrank_optax._src.methods.galore import galore_project as galore_project
+from lowrank_optax._src.methods.galore_plus import (
+    galore_plus_adamw as galore_plus_adamw,
+)
+from lowrank_optax._src.methods.galore_plus import (
+    galore_plus_project as galore_plus_project,
+)
 from lowrank_optax._src.methods.golore import golore_adamw as golore_adamw
 from lowrank_optax._src.methods.golore import golore_project as golore_project
 from lowrank_optax._src.methods.i3s import hybrid_subspace as hybrid_subspace
@@ -53,10 +59,12 @@ from lowrank_optax._src.project import project_gradients as project_gradients
 from lowrank_optax._src.recovery import Drop as Drop
 from lowrank_optax._src.recovery import FiraResidual as FiraResidual
 from lowrank_optax._src.recovery import ScaleGradient as ScaleGradient
+from lowrank_optax._src.recovery import SparseResidual as SparseResidual
 from lowrank_optax._src.refresh import Every as Every
 from lowrank_optax._src.refresh import OnConvergence as OnConvergence
 from lowrank_optax._src.refresh import Staggered as Staggered
 from lowrank_optax._src.sharding import state_shardings as state_shardings
+from lowrank_optax._src.subspace import CrossHead as CrossHead
 from lowrank_optax._src.subspace import EnergyRank as EnergyRank
 from lowrank_optax._src.subspace import Hybrid as Hybrid
 from lowrank_optax._src.subspace import ImportanceSampled as ImportanceSampled
@@ -84,6 +92,7 @@ __all__ = [
     "Cast",
     "Codec",
     "CompressState",
+    "CrossHead",
     "Drop",
     "EnergyRank",
     "Every",
@@ -105,6 +114,7 @@ __all__ = [
     "RotateFirst",
     "Rule",
     "ScaleGradient",
+    "SparseResidual",
     "Staggered",
     "Subspace",
     "Switch",
@@ -127,6 +137,8 @@ __all__ = [
     "galore_adafactor",
     "galore_adamw",
     "galore_adamw_8bit",
+    "galore_plus_adamw",
+    "galore_plus_project",
     "galore_project",
     "golore_adamw",
     "golore_project",

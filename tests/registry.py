@@ -360,6 +360,20 @@ METHODS = [
         ("v_row", "v_col", "v", "ema"),
         _flora(0.02, 0.5),
     ),
+    Method(
+        "galore_plus_project",
+        lro.galore_plus_project,
+        dict(inner=_ADAM, num_heads=2, warmup=2, **_GALORE),
+        ("mu", "nu"),
+        _ADAM,
+    ),
+    Method(
+        "galore_plus_adamw",
+        lro.galore_plus_adamw,
+        dict(learning_rate=0.02, scale=1.0, num_heads=2, **_GALORE),
+        ("mu", "nu"),
+        optax.adam(0.02),
+    ),
 ]
 
 

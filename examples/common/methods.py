@@ -132,6 +132,13 @@ METHODS = {
         1e-2,
         rank=32,
     ),
+    "galore_plus_adamw": Method(
+        lambda lr, rank, every, decay: lro.galore_plus_adamw(
+            lr, rank=rank, update_every=every, weight_decay=decay
+        ),
+        1e-2,
+        rank=32,
+    ),
 }
 
 

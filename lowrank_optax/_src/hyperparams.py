@@ -14,7 +14,8 @@ from lowrank_optax._src import engine
 _STATIC = frozenset(
     "rank max_rank min_rank leading num_heads bits block every oversample power_iters "
     "warm_start compress fields side matrices key mask subspace transfer recovery "
-    "refresh inner codecs dense rule error_feedback reference".split()
+    "refresh inner codecs dense rule error_feedback reference "
+    "density".split()
 )
 
 

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax._src.engine import last
 from lowrank_optax._src.linalg import matmul
+from lowrank_optax._src.transfer import FIRST_MOMENTS
 
 Per = Literal["channel", "tensor"]
 
@@ -184,3 +186,170 @@ class ScaleGradient:
             factor, norm = _limit_growth(self.limiter, size, state.norm)
             scaled, state = factor[..., None, None] * scaled, ScaleState(norm)
         return scale * scaled, state
+
+
+class SparseState(NamedTuple):
+    """State of `SparseResidual`: 12 bytes a kept entry.
+
+    Attributes:
+      index: (*batch, kept), int32, place of each entry in its matrix, row by row.
+      mean: (*batch, kept), first moment of the residual there.
+      square: (*batch, kept), second moment of the whole gradient there.
+      age: updates made, int32, one number a matrix.
+    """
+
+    index: jax.Array
+    mean: jax.Array
+    square: jax.Array
+    age: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseResidual:
+    """Adam on a few entries of the residual: GaLore+'s sparsely coded residual.
+
+    After a warm-up, the largest entries of ``|P M|``, M the inner optimizer's first
+    moment, are chosen once for all (GP-10), and to their updates is added
+
+      dG = G - P P^T G,  dM <- b1 dM + (1 - b1) dG,  V <- b2 V + (1 - b2) G^2,
+      delta = dM / (1 - b1^t) / (sqrt(V / (1 - b2^t)) + eps)
+
+    with t the updates since then (GP-8). V is the second moment of the gradient itself
+    (GP-2), which the paper puts together from ``P V'``, no second moment (GP-1), and a
+    residual that can be negative. Values stay over refreshes (GP-9). No m x n array is
+    formed but the update (GP-16).
+
+    Args:
+      density: share of the entries that is kept; a Python float, as it decides shapes.
+      warmup: updates before the choice, at least 1; the moments must have formed.
+      b1, b2, eps: of Adam.
+      residual_scale: multiplies delta; None for the engine's scale (GP-5).
+
+    >>> import optax, lowrank_optax as lro
+    >>> tx = lro.project_gradients(
+    ...     optax.scale_by_adam(), rank=4, recovery=lro.SparseResidual(warmup=100)
+    ... )
+    """
+
+    density: float = 0.012
+    warmup: Any = 200
+    b1: Any = 0.9
+    b2: Any = 0.999
+    eps: Any = 1e-8
+    residual_scale: Any = None
+
+    def __post_init__(self):
+        if not isinstance(self.density, (int, float)):
+            raise TypeError(
+                "`density` must be a Python float, as it decides shapes; got "
+                f"{self.density!r}. To inject hyperparameters, use "
+                "lowrank_optax.inject_hyperparams, which keeps it static."
+            )
+        if not 0 < self.density <= 1:
+            raise ValueError(f"`density` must be in (0, 1], got {self.density}.")
+        if isinstance(self.warmup, int) and self.warmup < 1:
+            raise ValueError(f"`warmup` must be at least 1, got {self.warmup}.")
+
+    def init(self, view):
+        if view.m * view.n >= 2**31:
+            raise ValueError(
+                f"Cannot keep single entries of parameter '{view.path}' of shape "
+                f"{view.shape}: an int32 does not count its {view.m * view.n} entries."
+            )
+        kept = max(1, round(self.density * view.m * view.n))
+        return SparseState(
+            index=view.zeros(kept, dtype=jnp.int32),
+            mean=view.zeros(kept),
+            square=view.zeros(kept),
+            age=view.zeros(dtype=jnp.int32),
+        )
+
+    def prepare(self, grad, state):
+        return grad
+
+    def recover(self, grad, coeff, direction, basis, scale, state):
+        update = scale * matmul(basis, direction)
+        *batch, m, n = grad.shape
+        row, col = state.index // n, state.index % n
+        stack = jnp.arange(math.prod(batch)).reshape(*batch, 1)
+        # Which matrix of the stack, row and column of each entry.
+        place = (stack, row, col)
+        entry = grad.reshape(-1, m, n)[place]
+        inside = _entries_of_product(basis, coeff, row, col)
+
+        age = state.age + 1
+        t = jnp.maximum(age - self.warmup, 0)[..., None]
+        mean = self.b1 * state.mean + (1 - self.b1) * (entry - inside)
+        square = self.b2 * state.square + (1 - self.b2) * entry**2
+        mean, square = jnp.where(t > 0, mean, 0.0), jnp.where(t > 0, square, 0.0)
+        t = jnp.maximum(t, 1)
+        root = jnp.sqrt(square / (1 - self.b2**t))
+        delta = mean / (1 - self.b1**t) / (root + self.eps)
+        if self.residual_scale is not None:
+            scale = self.residual_scale
+        update = update.reshape(-1, m, n).at[place].add(scale * delta)
+        return update.reshape(grad.shape), SparseState(state.index, mean, square, age)
+
+    def observe(self, basis, moments, state):
+        first = [
+            x
+            for name, x in moments.items()
+            if last(name) in FIRST_MOMENTS and x.shape[-2:-1] == basis.shape[-1:]
+        ]
+        if not first:
+            raise ValueError(
+                "Cannot use SparseResidual with an inner optimizer without momentum: "
+                "it requires a first moment, and the state has the fields "
+                f"{', '.join(moments) or 'none'}. Use optax.scale_by_adam()."
+            )
+        kept = state.index.shape[-1]
+        index = jax.lax.cond(
+            jnp.all(state.age == self.warmup),
+            lambda: _largest_entries(basis, first[0], kept),
+            lambda: state.index,
+        )
+        return state._replace(index=index)
+
+
+def _entries_of_product(left, right, row, col):
+    """``(left @ right)[row, col]``, so many at a time that m n / 8 numbers suffice."""
+    *batch, count = row.shape
+    (m, r), n = left.shape[-2:], right.shape[-1]
+    blocks = -(-8 * r * count // (m * n))
+    size = -(-count // blocks)
+
+    def cut(x):
+        x = jnp.pad(x, [(0, 0)] * len(batch) + [(0, blocks * size - count)])
+        return jnp.moveaxis(x.reshape(*batch, blocks, size), -2, 0)
+
+    def entries(_, place):
+        row, col = (x[..., None] for x in place)
+        start = jnp.take_along_axis(left, row, axis=-2)
+        return _, jnp.sum(start * jnp.take_along_axis(right.mT, col, axis=-2), axis=-1)
+
+    found = jax.lax.scan(entries, None, (cut(row), cut(col)))[1]
+    return jnp.moveaxis(found, 0, -2).reshape(*batch, -1)[..., :count]
+
+
+def _largest_entries(basis, moment, count):
+    """Where ``|basis @ moment|`` is largest, a few of its rows at a time."""
+    *batch, m, _ = basis.shape
+    n = moment.shape[-1]
+    rows = -(-count // n)  # so that a block is about as large as what is kept
+    blocks = -(-m // rows)
+    pad = [(0, 0)] * len(batch) + [(0, blocks * rows - m), (0, 0)]
+    padded = jnp.pad(basis, pad)
+
+    def merge(best, block):
+        start = block * rows
+        part = jax.lax.dynamic_slice_in_dim(padded, start, rows, axis=-2)
+        place = jnp.broadcast_to(start * n + jnp.arange(rows * n), (*batch, rows * n))
+        size = jnp.abs(matmul(part, moment)).reshape(place.shape)
+        size = jnp.where(place < m * n, size, -1.0)
+        place = jnp.concatenate([best[1], place], axis=-1)
+        size, chosen = jax.lax.top_k(jnp.concatenate([best[0], size], -1), count)
+        return (size, jnp.take_along_axis(place, chosen, -1)), None
+
+    nothing = jnp.full((*batch, count), -1.0, moment.dtype)
+    start = (nothing, jnp.zeros(nothing.shape, jnp.int32))
+    return jax.lax.scan(merge, start, jnp.arange(blocks))[0][1]

@@ -252,3 +252,45 @@ class RandomGaussian:
     def select(self, key, grad, old, step):
         normal = jax.random.normal(key, old.shape, old.dtype)
         return normal * old.shape[-1] ** -0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossHead:
+    """A subspace of one attention head, for all of them: GaLore+'s.
+
+    For query and key kernels, whose columns are heads side by side and whose rows are
+    the input: the side must be that of the input (GP-12). At each choice and for each
+    matrix another head is drawn (GP-11); several, where the rank exceeds the width of
+    one, which has no more singular vectors than that (GP-4).
+
+    Args:
+      num_heads: of the kernel; with grouped queries, a key kernel has its own number.
+      base: the subspace, which sees the columns of the drawn heads only.
+
+    >>> import optax, lowrank_optax as lro
+    >>> tx = lro.project_gradients(
+    ...     optax.scale_by_adam(), rank=4, subspace=lro.CrossHead(8), side="left"
+    ... )
+    """
+
+    num_heads: int
+    base: Subspace = TopSingular("subspace_iteration")
+
+    def __post_init__(self):
+        check_rank(self.num_heads, "num_heads")
+
+    def select(self, key, grad, old, step):
+        *batch, m, n = grad.shape
+        heads = self.num_heads
+        if n % heads:
+            raise ValueError(
+                f"Cannot share a subspace among {heads} heads: they do not divide the "
+                f"{n} columns of a gradient of shape {grad.shape}."
+            )
+        drawn = min(heads, -(-old.shape[-1] * heads // n))
+        head_key, key = jax.random.split(key)
+        score = jax.random.uniform(head_key, (*batch, heads))
+        chosen = jax.lax.top_k(score, drawn)[1][..., None, :, None]
+        blocks = grad.reshape(*batch, m, heads, n // heads)
+        part = jnp.take_along_axis(blocks, chosen, axis=-2).reshape(*batch, m, -1)
+        return self.base.select(key, linalg.unit_scale(part)[0], old, step)
