@@ -15,6 +15,7 @@ from lowrank_optax._src.aliases import mlorc_lion as mlorc_lion
 from lowrank_optax._src.codec import BlockInt8 as BlockInt8
 from lowrank_optax._src.codec import Cast as Cast
 from lowrank_optax._src.codec import LowRank as LowRank
+from lowrank_optax._src.codec import PackedInt4 as PackedInt4
 from lowrank_optax._src.compress import CompressState as CompressState
 from lowrank_optax._src.compress import compress_state as compress_state
 from lowrank_optax._src.hyperparams import inject_hyperparams as inject_hyperparams
@@ -51,6 +52,10 @@ from lowrank_optax._src.methods.ldadam import scale_by_ldadam as scale_by_ldadam
 from lowrank_optax._src.methods.mlorc import mlorc_compress as mlorc_compress
 from lowrank_optax._src.methods.mlorc import mlorc_scale_by_adam as mlorc_scale_by_adam
 from lowrank_optax._src.methods.mlorc import mlorc_scale_by_lion as mlorc_scale_by_lion
+from lowrank_optax._src.methods.q_galore import (
+    q_galore_adamw_8bit as q_galore_adamw_8bit,
+)
+from lowrank_optax._src.methods.q_galore import q_galore_project as q_galore_project
 from lowrank_optax._src.methods.quantize import adamw_8bit as adamw_8bit
 from lowrank_optax._src.methods.quantize import galore_adamw_8bit as galore_adamw_8bit
 from lowrank_optax._src.methods.quantize import quantize_state as quantize_state
@@ -63,6 +68,7 @@ from lowrank_optax._src.recovery import SparseResidual as SparseResidual
 from lowrank_optax._src.refresh import Every as Every
 from lowrank_optax._src.refresh import OnConvergence as OnConvergence
 from lowrank_optax._src.refresh import Staggered as Staggered
+from lowrank_optax._src.refresh import WhenDrifted as WhenDrifted
 from lowrank_optax._src.sharding import state_shardings as state_shardings
 from lowrank_optax._src.subspace import CrossHead as CrossHead
 from lowrank_optax._src.subspace import EnergyRank as EnergyRank
@@ -104,6 +110,7 @@ __all__ = [
     "MatrixAxes",
     "MatrixView",
     "OnConvergence",
+    "PackedInt4",
     "ProjectState",
     "RandomGaussian",
     "RandomOrthonormal",
@@ -121,6 +128,7 @@ __all__ = [
     "TopSingular",
     "Transfer",
     "UniformSampled",
+    "WhenDrifted",
     "adamw_8bit",
     "adaptive_rank",
     "adarankgrad_adamw",
@@ -156,6 +164,8 @@ __all__ = [
     "mlorc_scale_by_adam",
     "mlorc_scale_by_lion",
     "project_gradients",
+    "q_galore_adamw_8bit",
+    "q_galore_project",
     "quantize_state",
     "rank",
     "scale_by_ldadam",

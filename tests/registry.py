@@ -374,6 +374,20 @@ METHODS = [
         ("mu", "nu"),
         optax.adam(0.02),
     ),
+    Method(
+        "q_galore_project",
+        lro.q_galore_project,
+        dict(inner=_ADAM, threshold=2.0, **_GALORE),
+        ("mu", "nu"),
+        _ADAM,
+    ),
+    Method(
+        "q_galore_adamw_8bit",
+        lro.q_galore_adamw_8bit,
+        dict(learning_rate=0.02, scale=1.0, **_GALORE),
+        ("mu", "nu"),
+        optax.adam(0.02),
+    ),
 ]
 
 

@@ -139,6 +139,13 @@ METHODS = {
         1e-2,
         rank=32,
     ),
+    "q_galore_adamw_8bit": Method(
+        lambda lr, rank, every, decay: lro.q_galore_adamw_8bit(
+            lr, rank=rank, update_every=every, weight_decay=decay
+        ),
+        1e-2,
+        rank=32,
+    ),
 }
 
 

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from lowrank_optax._src import matrix, trees
@@ -136,7 +137,9 @@ def _rank(view: MatrixView | None, own: list[Any]) -> int | None:
     if view is None:
         return None
     batch = view.batch_shape
-    columns = [x.shape[-1] for x in own if x.shape[:-1] == (*batch, view.m)]
+    # An array of bytes may hold several numbers in each.
+    bases = [x for x in own if jnp.issubdtype(x.dtype, jnp.floating)]
+    columns = [x.shape[-1] for x in bases if x.shape[:-1] == (*batch, view.m)]
     # Where no basis is stored, the moments alone tell it.
     matrices = [x for x in own if x.ndim == len(batch) + 2]
     rows = [x.shape[-2] for x in matrices if x.shape[-1] == view.n]

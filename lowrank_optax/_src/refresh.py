@@ -136,3 +136,72 @@ class OnConvergence:
 
     def _average(self, state, size):
         return _DECAY * state.average + (1 - _DECAY) * size
+
+
+class DriftState(NamedTuple):
+    """State of `WhenDrifted`, of one leaf.
+
+    Attributes:
+      left: steps to the next renewal, int32.
+      stretch: how many periods lie between two renewals, int32.
+      recent: the last overlaps, negative where there is none yet.
+    """
+
+    left: jax.Array
+    stretch: jax.Array
+    recent: jax.Array
+
+
+# Overlaps that are looked at, as in Q-GaLore's code.
+_RECENT = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class WhenDrifted:
+    """Less and less often while the subspace hardly turns: Q-GaLore's lazy rule.
+
+    At every renewal the overlap ``||new^T old||_F^2 / r`` of the subspaces is noted,
+    which no sign or order of the vectors changes. When the mean of the last five
+    reaches the threshold, the leaf's period doubles, and five new ones are awaited.
+
+    Args:
+      update_every: T, the period at the start.
+      threshold: of the mean overlap; above 1 the period never changes.
+      max_stretch: the period grows to at most so many times T.
+
+    >>> import optax, lowrank_optax as lro
+    >>> tx = lro.project_gradients(
+    ...     optax.scale_by_adam(), rank=4, refresh=lro.WhenDrifted(200)
+    ... )
+    """
+
+    update_every: Any
+    threshold: Any = 0.4
+    max_stretch: Any = 16
+
+    def __post_init__(self):
+        _check_period(self.update_every)
+        if isinstance(self.max_stretch, int) and self.max_stretch < 1:
+            raise ValueError(f"`max_stretch` must be at least 1: {self.max_stretch}.")
+
+    def init(self, view):
+        # No mean over one of these is positive: five overlaps have to come in first.
+        none = jnp.full([_RECENT], -float(_RECENT), jnp.float32)
+        return DriftState(jnp.zeros([], jnp.int32), jnp.ones([], jnp.int32), none)
+
+    def due(self, state, step, phase, size):
+        return state.left <= 0
+
+    def after(self, state, due, size, overlap):
+        compared = due & (overlap > 0)  # at the start there is nothing to compare with
+        recent = jnp.append(state.recent[1:], overlap)
+        recent = jnp.where(compared, recent, state.recent)
+        steady = compared & (jnp.mean(recent) >= self.threshold)
+        longer = jnp.minimum(2 * state.stretch, self.max_stretch).astype(jnp.int32)
+        stretch = jnp.where(steady, longer, state.stretch)
+        period = (stretch * self.update_every).astype(jnp.int32)
+        return DriftState(
+            left=jnp.where(due, period, state.left) - 1,
+            stretch=stretch,
+            recent=jnp.where(steady, -float(_RECENT), recent),
+        )
