@@ -2,14 +2,10 @@
 
 import gc
 import itertools
-import os
 
 import hypothesis
 import jax
 import jaxtyping
-
-# Nearly all of the time goes into compiling; what is compiled runs for milliseconds.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 # Before any test module can initialise a backend: the number is fixed from then on.
 jax.config.update("jax_num_cpu_devices", 2)
@@ -33,6 +29,6 @@ def pytest_runtest_teardown():
     A worker that keeps all of them takes gigabytes, and comes near the system's limit
     on mappings (65,530 on Linux by default), where compilation fails.
     """
-    if next(_tests_run) % 300 == 0:
+    if next(_tests_run) % 50 == 0:
         jax.clear_caches()
         gc.collect()
