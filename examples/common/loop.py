@@ -12,6 +12,7 @@ import optax
 import orbax.checkpoint as ocp
 from tqdm import tqdm
 
+import lowrank_optax as lro
 from examples.common.interrupt import Interrupted, StopRequest
 from examples.common.metrics import MetricsLog, Record
 from examples.common.probe import Probe
@@ -43,13 +44,15 @@ class Task:
 class Timetable:
     """How many steps there are, and after how many of them what is done.
 
-    The start and the end of a run are always validated, its end always saved.
+    The start and the end of a run are always validated, its end always saved. At
+    `shrink_every` the memory of ranks that are no longer used is freed.
     """
 
     steps: int
     log_every: int
     eval_every: int
     checkpoint_every: int
+    shrink_every: int
 
 
 class TrainState(NamedTuple):
@@ -116,8 +119,8 @@ def train(
     with _checkpoints(directory) as checkpoints:
         start = checkpoints.latest_step()
         if start is not None:
-            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-            restore = ocp.args.StandardRestore(abstract)
+            saved = _shapes_of(checkpoints.item_metadata(start), state)
+            restore = ocp.args.StandardRestore(saved)
             state = checkpoints.restore(start, args=restore)
         if start == timetable.steps:
             return state
@@ -148,7 +151,14 @@ def train(
                     if validated:
                         extra, state = validate(state)
                         record |= extra
-                    if validated or done % timetable.log_every == 0:
+                    freed = 0
+                    if not last and done % timetable.shrink_every == 0:
+                        tx, state, freed = _shrink(tx, state)
+                    if freed:
+                        record["freed_bytes"] = freed
+                        bar.write(f"{label}: step {done} freed {freed:,} bytes")
+                        step = _step(task, tx).lower(*state[:2], batch).compile()
+                    if validated or freed or done % timetable.log_every == 0:
                         log.write({"step": done, **record})
                     if last or stop.requested or done % timetable.checkpoint_every == 0:
                         checkpoints.save(done, args=ocp.args.StandardSave(state))
@@ -167,13 +177,49 @@ def _step(task: Task, tx: optax.GradientTransformation) -> Any:
     return jax.jit(step, donate_argnums=(0, 1))
 
 
+def _shrink(tx: Any, state: TrainState) -> tuple[Any, TrainState, int]:
+    """The optimizer and its state without unused ranks, and how many bytes these had.
+
+    An optimizer whose state stays as it is is the given one.
+    """
+
+    def size(tree: Any) -> int:
+        return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+    smaller, opt_state = lro.rank.shrink(tx, state.opt_state, state.params)
+    freed = size(state.opt_state) - size(opt_state)
+    return (smaller if freed else tx), state._replace(opt_state=opt_state), freed
+
+
+def _shapes_of(saved: Any, state: TrainState) -> Any:
+    """The state as it was saved: its ranks may have shrunk since the start."""
+
+    def named(tree: Any) -> list[tuple[str, Any]]:
+        flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+        return [
+            (jax.tree_util.keystr(path, simple=True, separator="/"), x)
+            for path, x in flat
+        ]
+
+    shapes = {name: x.shape for name, x in named(saved)}
+    leaves = [
+        jax.ShapeDtypeStruct(shapes[name], x.dtype, sharding=x.sharding)
+        for name, x in named(state)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(state), leaves)
+
+
 def _checkpoints(directory: Path) -> ocp.CheckpointManager:
     # Saved before the next step begins: that step is given the arrays' memory
     # (donation), which a save in the background might still be reading.
     options = ocp.CheckpointManagerOptions(
         max_to_keep=2, enable_async_checkpointing=False
     )
-    return ocp.CheckpointManager((directory / "checkpoints").resolve(), options=options)
+    return ocp.CheckpointManager(
+        (directory / "checkpoints").resolve(),
+        options=options,
+        item_handlers=ocp.StandardCheckpointHandler(),
+    )
 
 
 def _progress_bar(label: str, start: int, steps: int) -> tqdm:

@@ -91,6 +91,9 @@ class Pretrain:
     """Steps between two validations."""
     checkpoint_every: int = 100
     """Steps between two checkpoints."""
+    shrink_every: int = 100
+    """Steps between two searches for ranks that are no longer used, in methods that
+    adapt them; the memory of these is freed."""
     smoke: bool = False
     """Smaller defaults: all of it in less than a minute, to see that it works."""
 
@@ -105,6 +108,7 @@ class Pretrain:
             "log_every",
             "eval_every",
             "checkpoint_every",
+            "shrink_every",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(
@@ -225,19 +229,23 @@ class Job:
         s = self.settings
         directory = self.out / method
         tx = self.optimizer(method)
-        timetable = Timetable(s.steps, s.log_every, s.eval_every, s.checkpoint_every)
+        timetable = Timetable(
+            s.steps, s.log_every, s.eval_every, s.checkpoint_every, s.shrink_every
+        )
         probe = Probe.of(self.params, _PROBE_RANK)
         train(self.task, tx, timetable, probe, directory, method, stop)
 
         lr, rank = self.hyperparameters(method)
+        records = read_metrics(directory / METRICS_FILE)
+        freed = sum(record.get("freed_bytes", 0) for record in records)
         return Run(
             method=method,
             rank=rank,
             learning_rate=lr,
-            state_bytes=lro.state_bytes(tx, self.params),
-            matrix_state_bytes=matrix_state_bytes(tx, self.params),
+            state_bytes=lro.state_bytes(tx, self.params) - freed,
+            matrix_state_bytes=matrix_state_bytes(tx, self.params) - freed,
             tokens_per_step=self.task.tokens_per_step,
-            records=read_metrics(directory / METRICS_FILE),
+            records=records,
         )
 
 
