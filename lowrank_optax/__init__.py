@@ -25,6 +25,11 @@ from lowrank_optax._src.matrix import MatrixView as MatrixView
 from lowrank_optax._src.memory import describe as describe
 from lowrank_optax._src.memory import memory_report as memory_report
 from lowrank_optax._src.memory import state_bytes as state_bytes
+from lowrank_optax._src.methods.adam_mini import adam_mini as adam_mini
+from lowrank_optax._src.methods.adam_mini import galore_adam_mini as galore_adam_mini
+from lowrank_optax._src.methods.adam_mini import (
+    scale_by_adam_mini as scale_by_adam_mini,
+)
 from lowrank_optax._src.methods.adarankgrad import adaptive_rank as adaptive_rank
 from lowrank_optax._src.methods.adarankgrad import (
     adarankgrad_adamw as adarankgrad_adamw,
@@ -129,6 +134,7 @@ __all__ = [
     "Transfer",
     "UniformSampled",
     "WhenDrifted",
+    "adam_mini",
     "adamw_8bit",
     "adaptive_rank",
     "adarankgrad_adamw",
@@ -143,6 +149,7 @@ __all__ = [
     "flora",
     "flora_project",
     "galore_adafactor",
+    "galore_adam_mini",
     "galore_adamw",
     "galore_adamw_8bit",
     "galore_plus_adamw",
@@ -168,6 +175,7 @@ __all__ = [
     "q_galore_project",
     "quantize_state",
     "rank",
+    "scale_by_adam_mini",
     "scale_by_ldadam",
     "state_bytes",
     "state_shardings",

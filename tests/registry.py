@@ -388,6 +388,31 @@ METHODS = [
         ("mu", "nu"),
         optax.adam(0.02),
     ),
+    # Every leaf is treated alike here: what embeddings and vectors get is compared with
+    # formulas in test_adam_mini.py.
+    Method(
+        "scale_by_adam_mini",
+        lro.scale_by_adam_mini,
+        dict(b1=0.9),
+        ("mu", "nu"),
+        lro.scale_by_adam_mini(),
+        elementwise=True,
+    ),
+    Method(
+        "adam_mini",
+        lro.adam_mini,
+        dict(learning_rate=0.02),
+        ("mu", "nu"),
+        lro.adam_mini(0.02),
+        elementwise=True,
+    ),
+    Method(
+        "galore_adam_mini",
+        lro.galore_adam_mini,
+        dict(learning_rate=0.02, scale=1.0, **_GALORE),
+        ("mu", "nu"),
+        lro.adam_mini(0.02),
+    ),
 ]
 
 

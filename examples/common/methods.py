@@ -146,6 +146,16 @@ METHODS = {
         1e-2,
         rank=32,
     ),
+    "adam_mini": Method(
+        lambda lr, rank, every, decay: lro.adam_mini(lr, weight_decay=decay), 3e-3
+    ),
+    "galore_adam_mini": Method(
+        lambda lr, rank, every, decay: lro.galore_adam_mini(
+            lr, rank=rank, update_every=every, weight_decay=decay
+        ),
+        1e-2,
+        rank=32,
+    ),
 }
 
 

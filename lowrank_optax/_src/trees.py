@@ -151,6 +151,34 @@ def dense_views(tree: Any, creating: bool = False) -> list[DenseLeaf]:
     return result
 
 
+def block_views(
+    tree: Any, matrices: Matrices = None, creating: bool = False
+) -> list[MatrixView]:
+    """Every leaf as a matrix whose columns are blocks of numbers that share something.
+
+    Args:
+      tree, creating: as in `views`.
+      matrices: as in `views`, with columns for blocks; each number of a leaf that it
+        does not name is a block. With None, of every leaf of two axes or more, a block
+        is an index of the longer of its last two axes (of the last if they are equal).
+    """
+    if matrices is not None:
+        seen = views(tree, matrices, "left", creating)
+    else:
+        seen = dense_views(tree, creating)
+    result = []
+    for view in seen:
+        whole = (view.path, view.shape, view.dtype)
+        if isinstance(view, DenseLeaf):
+            if matrices is None and len(view.shape) > 1:
+                view = view_by(*whole, MatrixAxes(), "short_left", view.source)
+            else:
+                axes = tuple(range(len(view.shape)))
+                view = MatrixView(*whole, (), axes, (), view.source)
+        result.append(view)
+    return result
+
+
 def _by_rule(parts: tuple[str, ...], x: Any, matrices: Matrices):
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return None, f"its dtype {x.dtype} is not floating"

@@ -1,0 +1,182 @@
+"""Adam-mini (Zhang et al. 2024): Adam with one second moment a block."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax._src import engine, trees
+from lowrank_optax._src.aliases import LearningRate, optimizer
+from lowrank_optax._src.matrix import Matrices, Side
+from lowrank_optax._src.methods.galore import galore_project
+from lowrank_optax._src.subspace import TopSingular
+from lowrank_optax._src.transfer import Keep
+from lowrank_optax._src.typing import Subspace, Transfer
+
+
+class AdamMiniState(NamedTuple):
+    """State of `scale_by_adam_mini`; trees mirror the parameters'.
+
+    Attributes:
+      step: updates made so far, int32.
+      mu: shaped as the parameter.
+      nu: (*batch, 1, n), one number for each block.
+    """
+
+    step: jax.Array
+    mu: Any
+    nu: Any
+
+
+def scale_by_adam_mini(
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    *,
+    matrices: Matrices = None,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam-mini: the second moment is one number for each block of the weights.
+
+    .. math::
+      M \leftarrow \beta_1 M + (1 - \beta_1) G, \quad
+      v_b \leftarrow \beta_2 v_b + (1 - \beta_2) \operatorname{mean}_b G \circ G, \quad
+      \Delta_{ij} = \hat M_{ij} / (\sqrt{\hat v_{b(i, j)}} + \epsilon)
+
+    By default a block of a leaf of two axes or more is an index of the longer of its
+    last two axes (of the last, if they are equal): a neuron, or a token of an
+    embedding; inside `project_gradients` a column of ``P^T G``. Numbers of vectors and
+    scalars each have their own, as in Adam. State of a matrix: ``m n + l`` numbers, l
+    its longer side.
+
+    Args:
+      b1, b2: decays of the moments.
+      eps: added outside of the root, after the bias correction.
+      matrices: other blocks: the indices of the columns (and batch axes), each averaged
+        over the rows; leaves without any are treated as in Adam. A block a head of a
+        query kernel (embed, heads, head_dim) is ``MatrixAxes(rows=(0, 2), cols=1)``;
+        a block a basis vector inside of `project_gradients`,
+        ``MatrixAxes(rows=-1, cols=-2)``.
+      key: nothing here is random; as in all methods.
+
+    Returns:
+      A transformation without a learning rate.
+
+    Differs from the reference code in: that code tells layers by their names, and takes
+    output neurons and heads; the side is chosen by its length here, so that no name
+    decides.
+
+    References:
+      Zhang et al., Adam-mini: Use Fewer Learning Rates To Gain More, ICLR 2025.
+
+    >>> import jax.numpy as jnp, optax, lowrank_optax as lro
+    >>> tx = lro.scale_by_adam_mini()
+    >>> state = tx.init({"w": jnp.ones((4, 6)), "b": jnp.ones(6)})
+    >>> state.nu["w"].shape, state.nu["b"].shape
+    ((1, 6), (1, 6))
+    >>> galore = lro.galore_project(lro.scale_by_adam_mini(), rank=2)
+    >>> galore.init({"w": jnp.ones((4, 6))}).inner_state.nu["w"].shape
+    (1, 6)
+    """
+
+    def init(params):
+        views = trees.block_views(params, matrices, creating=True)
+        treedef = trees.flatten(params)[2]
+        return AdamMiniState(
+            step=jnp.zeros([], jnp.int32),
+            mu=jax.tree.map(jnp.zeros_like, trees.full_precision(params)),
+            nu=treedef.unflatten([view.zeros(1, "n") for view in views]),
+        )
+
+    def update(updates, state, params=None, **extra):
+        views = trees.block_views(updates, matrices)
+        grads, treedef = jax.tree.flatten(updates)
+        mus, nus = (treedef.flatten_up_to(x) for x in (state.mu, state.nu))
+        t = engine.increment(state.step)
+        out = []
+        for i, view in enumerate(views):
+            g = view.matrix(grads[i])
+            mu = b1 * view.matrix(mus[i]) + (1 - b1) * g
+            nu = b2 * nus[i] + (1 - b2) * jnp.mean(g**2, axis=-2, keepdims=True)
+            out.append(view.leaf(mu / (1 - b1**t) / (jnp.sqrt(nu / (1 - b2**t)) + eps)))
+            new = view.leaf(mu, mus[i].dtype), nu
+            mus[i], nus[i] = engine.accept(new, (mus[i], nus[i]))
+        state = AdamMiniState(t, treedef.unflatten(mus), treedef.unflatten(nus))
+        return treedef.unflatten(out), state
+
+    return engine.transformation(init, update)
+
+
+def adam_mini(
+    learning_rate: LearningRate,
+    *,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    weight_decay: Any = 0.0,
+    mask: Any = None,
+    matrices: Matrices = None,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam-mini with decoupled weight decay, see `scale_by_adam_mini`.
+
+    Args:
+      learning_rate: a float or a schedule.
+      b1, b2, eps, matrices, key: see `scale_by_adam_mini`.
+      weight_decay, mask: decoupled, times the learning rate.
+
+    >>> import jax.numpy as jnp, lowrank_optax as lro
+    >>> tx = lro.adam_mini(1e-3)
+    >>> lro.state_bytes(tx, {"w": jnp.ones((64, 64))})  # m n + l floats, a counter
+    16644
+    """
+    method = scale_by_adam_mini(b1, b2, eps, matrices=matrices, key=key)
+    return optimizer(method, learning_rate, weight_decay, mask)
+
+
+def galore_adam_mini(
+    learning_rate: LearningRate,
+    rank: int = 128,
+    update_every: Any = 200,
+    scale: Any = 0.25,
+    *,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    weight_decay: Any = 0.0,
+    mask: Any = None,
+    subspace: Subspace = TopSingular(),
+    transfer: Transfer = Keep(),
+    side: Side = "short",
+    matrices: Matrices = None,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam-mini in GaLore's subspace, see `galore_project` and `scale_by_adam_mini`.
+
+    State of a matrix: ``s r + l r + l`` numbers, s and l its shorter and longer side.
+
+    Args:
+      learning_rate: a float or a schedule.
+      rank, update_every, scale: r, T and alpha, as in `galore_adamw`.
+      b1, b2, eps: of Adam-mini.
+      weight_decay, mask: decoupled, on the full weights, times the learning rate.
+      subspace, transfer, side, matrices, key: see `galore_project`.
+
+    >>> import jax.numpy as jnp, lowrank_optax as lro
+    >>> tx = lro.galore_adam_mini(1e-2, rank=2)
+    >>> params = {"w": jnp.ones((4, 6))}
+    >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    method = galore_project(
+        scale_by_adam_mini(b1, b2, eps),
+        rank=rank,
+        update_every=update_every,
+        subspace=subspace,
+        transfer=transfer,
+        scale=scale,
+        side=side,
+        matrices=matrices,
+        key=key,
+    )
+    return optimizer(method, learning_rate, weight_decay, mask)
