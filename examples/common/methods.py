@@ -20,11 +20,13 @@ class Method:
         no use for it ignores.
       learning_rate: the peak rate where none is given.
       rank: the rank where none is given; None for methods that have no rank.
+      by_heads: whether `build` is also given `heads`, those of queries and of keys.
     """
 
     build: Callable[..., optax.GradientTransformation]
     learning_rate: float
     rank: int | None = None
+    by_heads: bool = False
 
 
 METHODS = {
@@ -133,11 +135,12 @@ METHODS = {
         rank=32,
     ),
     "galore_plus_adamw": Method(
-        lambda lr, rank, every, decay: lro.galore_plus_adamw(
-            lr, rank=rank, update_every=every, weight_decay=decay
+        lambda lr, rank, every, decay, heads: lro.galore_plus_adamw(
+            lr, rank=rank, update_every=every, weight_decay=decay, num_heads=heads
         ),
         1e-2,
         rank=32,
+        by_heads=True,
     ),
     "q_galore_adamw_8bit": Method(
         lambda lr, rank, every, decay: lro.q_galore_adamw_8bit(

@@ -205,7 +205,10 @@ class Job:
         s = self.settings
         lr, rank = self.hyperparameters(method)
         schedule = warmup_cosine(lr, s.steps)
-        tx = METHODS[method].build(schedule, rank, s.update_every, s.weight_decay)
+        own, counts = METHODS[method], {}
+        if own.by_heads:
+            counts["heads"] = (self.config.num_attention_heads, self.config.kv_heads)
+        tx = own.build(schedule, rank, s.update_every, s.weight_decay, **counts)
         return optax.chain(optax.clip_by_global_norm(1.0), tx)
 
     def check(self) -> None:
