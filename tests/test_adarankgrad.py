@@ -349,7 +349,21 @@ def test_metrics_of_the_state_within_jit():
     assert metrics.keys() == want.keys()
     for name, value in want.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-6)
-    assert lro.diagnostics.state_metrics(optax.adam(0.1).init(params)) == {}
+
+
+def test_metrics_of_states_without_a_basis_to_see():
+    params = {"w": jnp.ones((64, 96)), "b": jnp.ones(3)}
+    for tx in (
+        optax.adam(0.1),
+        lro.project_gradients(ADAM, rank=4, subspace=lro.RandomGaussian()),
+        lro.compress_state(
+            lro.galore_project(ADAM, rank=64), {"basis": lro.BlockInt8(signed=True)}
+        ),
+    ):
+        assert lro.diagnostics.state_metrics(tx.init(params)) == {}
+    without_moments = lro.galore_project(optax.identity(), rank=2).init(params)
+    metrics = lro.diagnostics.state_metrics(without_moments)
+    assert set(metrics) == {"rank/w", "rank", "memory_reduction"}
 
 
 def test_adarankgrad_adamw_is_its_parts():

@@ -250,19 +250,30 @@ def state_metrics(opt_state: Any) -> dict[str, Array]:
 
 
 def bases(opt_state: Any) -> Iterator[tuple[str, Array, int]]:
-    """Path, basis and n of each matrix; n of a moment that stands at the same path."""
+    """Path, basis and n of each matrix; n of a moment that stands at the same path.
+
+    Only of bases that are stored as such: there is nothing to see in what is drawn
+    again at every step, or stored as a code.
+    """
 
     def is_engine(x):
         return isinstance(x, ProjectState)
 
     for state in jax.tree.leaves(opt_state, is_leaf=is_engine):
-        if is_engine(state):
-            inner = jax.tree_util.tree_flatten_with_path(state.inner_state)[0]
-            for key, basis in jax.tree_util.tree_flatten_with_path(state.basis)[0]:
-                moments = (x for k, x in inner if k[len(k) - len(key) :] == key)
-                rank = basis.shape[-1]
-                widths = [x.shape[-1] for x in moments if x.shape[-2:-1] == (rank,)]
-                path = "/".join(trees.path_parts(key))
-                # One that is not stored is a step, of which there is nothing to say.
-                if basis.ndim > 1:
-                    yield path, basis, max(widths, default=0)
+        if not is_engine(state):
+            continue
+        moments = jax.tree_util.tree_flatten_with_path(state.inner_state)[0]
+        found = jax.tree_util.tree_flatten_with_path(
+            state.basis,
+            is_leaf=lambda x, root=state.basis: x is not root and hasattr(x, "_fields"),
+        )
+        for key, basis in found[0]:
+            if getattr(basis, "ndim", 0) < 2:
+                continue
+            widths = [
+                x.shape[-1]
+                for k, x in moments
+                if k[len(k) - len(key) :] == key
+                and x.shape[-2:-1] == (basis.shape[-1],)
+            ]
+            yield "/".join(trees.path_parts(key)), basis, max(widths, default=0)
