@@ -9,6 +9,7 @@ import reference
 from running import assert_close, random_grads, random_like, relative_error, run
 
 import lowrank_optax as lro
+from lowrank_optax._src.box import ParamBox
 
 STEPS, PERIOD, RANK = 50, 10, 3
 
@@ -135,6 +136,14 @@ def test_a_bad_gradient_leaves_a_usable_state():
         updates, _ = tx.update(g, state)
         for u in updates.values():
             assert np.all(np.isfinite(u)) and np.any(np.asarray(u))
+
+
+def test_the_state_of_a_stack_is_annotated_on_its_own_axes():
+    # nnx.vmap stacks layers in front without telling the annotation.
+    layers = ParamBox(jnp.zeros((3, 4, 6)), "w", ("rows", "columns"))
+    state = lro.scale_by_adam_mini().init({"w": layers})
+    assert state.mu["w"].out_sharding == (None, "rows", "columns")
+    assert state.nu["w"].out_sharding == (None, None, "columns")
 
 
 # Sizes (M-7)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax._src import engine, trees
+from lowrank_optax._src import engine, matrix, trees
 from lowrank_optax._src.aliases import LearningRate, optimizer
 from lowrank_optax._src.matrix import Matrices, Side
 from lowrank_optax._src.methods.galore import galore_project
@@ -82,10 +82,10 @@ def scale_by_adam_mini(
 
     def init(params):
         views = trees.block_views(params, matrices, creating=True)
-        treedef = trees.flatten(params)[2]
+        _, leaves, treedef = trees.flatten(params)
         return AdamMiniState(
             step=jnp.zeros([], jnp.int32),
-            mu=jax.tree.map(jnp.zeros_like, trees.full_precision(params)),
+            mu=treedef.unflatten([_zeros_like(leaf) for leaf in leaves]),
             nu=treedef.unflatten([view.zeros(1, "n") for view in views]),
         )
 
@@ -106,6 +106,13 @@ def scale_by_adam_mini(
         return treedef.unflatten(out), state
 
     return engine.transformation(init, update)
+
+
+def _zeros_like(leaf: Any) -> Any:
+    """Zeros of a leaf's own shape that live where it lives."""
+    view = matrix.last_axes_view("", leaf)
+    own_axes = ("m", "n")[max(0, 2 - len(view.shape)) :]
+    return view.zeros(*own_axes)
 
 
 def adam_mini(
