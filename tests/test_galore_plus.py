@@ -8,7 +8,14 @@ import numpy as np
 import optax
 import pytest
 import reference
-from running import assert_close, random_grads, random_like, relative_error, run
+from running import (
+    assert_close,
+    random_grads,
+    random_like,
+    relative_error,
+    run,
+    run_eagerly,
+)
 
 import lowrank_optax as lro
 
@@ -17,6 +24,7 @@ STEPS, PERIOD, WARMUP, RANK, HEADS = 50, 10, 13, 3, 4
 SHAPE = (10, 16)  # of a query kernel: four heads of width 4
 DENSITY = 0.1
 KEPT = 16
+EXACT = lro.TopSingular("gram_eigh")
 
 
 def galore_plus(inner=ADAM, **changes):
@@ -42,9 +50,8 @@ def in_query(grads):
 
 @functools.cache
 def cross_head(heads, rank, batch=()):
-    base = lro.TopSingular("gram_eigh")
     old = jnp.zeros((*batch, 12, rank))
-    return jax.jit(lambda key, g: lro.CrossHead(heads, base).select(key, g, old, 0))
+    return jax.jit(lambda key, g: lro.CrossHead(heads, EXACT).select(key, g, old, 0))
 
 
 def heads_of(basis, grad, heads):
@@ -98,7 +105,8 @@ def test_heads_are_drawn_anew_for_each_matrix_and_uniformly():
 
 def test_all_layouts_of_a_kernel_are_one():
     grads = gradients(steps=PERIOD + 2)
-    flat, _ = run(galore_plus(), {"query": grads[0]}, [{"query": g} for g in grads])
+    tx = galore_plus(subspace=EXACT)
+    flat, _ = run_eagerly(tx, {"query": grads[0]}, [{"query": g} for g in grads])
     layouts = {
         (10, 4, 4): ((0, 1, 2), lro.MatrixAxes(rows=0, cols=(1, 2))),
         (4, 4, 10): ((1, 2, 0), lro.MatrixAxes(rows=2, cols=(0, 1))),
@@ -113,8 +121,8 @@ def test_all_layouts_of_a_kernel_are_one():
         turned = [{"query": turn(g)} for g in grads]
         # A kernel with an axis of heads needs no number.
         heads = HEADS if len(shape) == 2 else None
-        tx = galore_plus(matrices={"query": axes}, num_heads=heads)
-        updates, state = run(tx, turned[0], turned)
+        tx = galore_plus(matrices={"query": axes}, num_heads=heads, subspace=EXACT)
+        updates, state = run_eagerly(tx, turned[0], turned)
         assert state.basis["query"].shape == (10, RANK)
         for u, want in zip(updates, flat, strict=True):
             assert u["query"].shape == shape
@@ -125,9 +133,8 @@ def test_all_layouts_of_a_kernel_are_one():
 def test_keys_of_grouped_queries_have_their_own_heads():
     grad = orthogonal_heads()
     params = {"q_proj": grad, "k_proj": grad}
-    exact = lro.TopSingular("gram_eigh")
     tx = galore_plus(
-        rank=2, num_heads=(6, 3), density=0, update_every=1, subspace=exact
+        rank=2, num_heads=(6, 3), density=0, update_every=1, subspace=EXACT
     )
     state, update = tx.init(params), jax.jit(tx.update)
     drawn = []
@@ -263,7 +270,8 @@ def test_a_scale_of_its_own_for_the_residual():
     grads = in_query(gradients(steps=3))
 
     def last(**changes):
-        return run(galore_plus(warmup=1, **changes), grads[0], grads)[0][-1]["q_proj"]
+        tx = galore_plus(warmup=1, subspace=EXACT, **changes)
+        return run_eagerly(tx, grads[0], grads)[0][-1]["q_proj"]
 
     low, both = last(density=0, scale=0.5), last(scale=0.5)
     doubled = last(scale=0.5, residual_scale=1.0)
