@@ -14,12 +14,12 @@ from lowrank_optax._src.aliases import mlorc_adamw as mlorc_adamw
 from lowrank_optax._src.aliases import mlorc_lion as mlorc_lion
 from lowrank_optax._src.codec import BlockInt8 as BlockInt8
 from lowrank_optax._src.codec import Cast as Cast
-from lowrank_optax._src.codec import LowRank as LowRank
 from lowrank_optax._src.codec import PackedInt4 as PackedInt4
 from lowrank_optax._src.compress import CompressState as CompressState
 from lowrank_optax._src.compress import compress_state as compress_state
 from lowrank_optax._src.hyperparams import inject_hyperparams as inject_hyperparams
 from lowrank_optax._src.leafwise import leafwise as leafwise
+from lowrank_optax._src.low_rank import LowRank as LowRank
 from lowrank_optax._src.matrix import MatrixAxes as MatrixAxes
 from lowrank_optax._src.matrix import MatrixView as MatrixView
 from lowrank_optax._src.memory import describe as describe

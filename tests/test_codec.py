@@ -12,7 +12,7 @@ import pytest
 import reference
 
 import lowrank_optax as lro
-from lowrank_optax._src.codec import LowRankCode
+from lowrank_optax._src.low_rank import LowRankCode
 from lowrank_optax._src.trees import views
 
 KEY = jax.random.key(0)
@@ -142,7 +142,7 @@ def test_rank_comes_back_after_zero_and_rank_one(sketch):
         # A zero row would be a column that the next sketch has lost for good.
         norms = np.linalg.norm(code.right, axis=-1)
         np.testing.assert_allclose(norms, 1.0, atol=1e-5)
-        np.testing.assert_allclose(codec.decode(code), x, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(codec.decode(code), x, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40)], ids=str)

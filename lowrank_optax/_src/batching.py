@@ -46,11 +46,33 @@ def drive(*steps: Steps) -> list[Any]:
     """Run algorithms to their ends, their small problems in common batches."""
     running = together(*steps)
     answers = None
+    _turns.append(None)
     try:
         while True:
             answers = _solve(running.send(answers))
     except StopIteration as done:
         return done.value
+    finally:
+        _turns.pop()
+
+
+_turns: list[jax.Array | None] = []  # of each `drive` that runs, the last turn's end
+
+
+def take_turn(x: Any) -> jax.Array:
+    """A number or an array, but not before the turn taken last is over.
+
+    What is computed from it waits, so that the large temporaries of one leaf are gone
+    before those of the next one come: fresh memory costs more time than arithmetic.
+    """
+    x = jnp.asarray(x, jnp.float32)
+    return x if not _turns or _turns[-1] is None else after(x, _turns[-1])
+
+
+def end_turn(last: jax.Array) -> None:
+    """The turn is over once ``last`` is known, a small array."""
+    if _turns:
+        _turns[-1] = last
 
 
 def _solve(requests: Sequence[Request]) -> list[Any]:
@@ -76,7 +98,10 @@ def _solve(requests: Sequence[Request]) -> list[Any]:
 
 
 def _stack(arrays: Sequence[jax.Array]) -> jax.Array:
-    return jnp.concatenate([x.reshape(-1, *x.shape[-2:]) for x in arrays])
+    # By rows: an axis of one before them would make each array anew for this.
+    rows, cols = arrays[0].shape[-2:]
+    flat = jnp.concatenate([x.reshape(-1, cols) for x in arrays])
+    return flat.reshape(-1, rows, cols)
 
 
 def _part(start: int, stop: int, batch: tuple[int, ...]) -> Callable[..., Any]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -10,150 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from lowrank_optax._src import batching, linalg
+from lowrank_optax._src import linalg
 from lowrank_optax._src.engine import check_rank
-from lowrank_optax._src.linalg import matmul
-
-
-class LowRankCode(NamedTuple):
-    """A matrix as ``left @ right``.
-
-    Attributes:
-      left: (*batch, m, r), carries the scale; zero columns are unused.
-      right: (*batch, r, n), unit rows, the next warm start.
-    """
-
-    left: Float[Array, "*b m r"]
-    right: Float[Array, "*b r n"]
-
-
-@dataclasses.dataclass(frozen=True)
-class LowRank:
-    """A randomized rank-r approximation, renewed at every step: MLorc's compression.
-
-    ``A ~ Q Q^T A``, ``Q = orth(A Omega)``, where Omega is the previous right factor
-    with `oversample` random columns beside it, so that one product with A serves as
-    well as a power iteration: moments turn slowly. Truncated to rank r by the
-    eigenvectors of the small ``(Q^T A)(Q^T A)^T``. Exact at full rank.
-
-    Args:
-      rank: r; effectively ``min(r, m, n)``.
-      nonnegative: decode to ``max(A, 0) + zeta [A < 0]`` with zeta the mean magnitude
-        of the negative entries, as a second moment must (MLorc equation 2).
-      oversample: random sign columns beside the warm start.
-        Without a warm start, r + oversample Gaussian columns are drawn.
-      power_iters: q; each costs two more products with A.
-      warm_start: reuse the previous right factor; False draws all columns anew, which
-        is the paper's Algorithm 3.
-    """
-
-    rank: int
-    nonnegative: bool = False
-    oversample: int = 4
-    power_iters: int = 0
-    warm_start: bool = True
-
-    def __post_init__(self):
-        check_rank(self.rank)
-        for name in ("oversample", "power_iters"):
-            if getattr(self, name) < 0:
-                raise ValueError(
-                    f"`{name}` must not be negative, got {getattr(self, name)}."
-                )
-
-    def init(self, view):
-        r = view.rank(self.rank)
-        return LowRankCode(left=view.zeros("m", r), right=view.full(_sign_rows, r, "n"))
-
-    def encode(self, key, x, old):
-        def transpose_times(q):
-            return matmul(q.mT, x)
-
-        steps = self.steps(key, lambda w: matmul(x, w), transpose_times, old)
-        return batching.drive(steps)[0]
-
-    def decode(self, code):
-        x = low_rank_product(code)
-        return clamp_negative(x) if self.nonnegative else x
-
-    def steps(
-        self,
-        key: Array,
-        times: Callable[[Array], Array],
-        transpose_times: Callable[[Array], Array],
-        old: LowRankCode,
-    ) -> batching.Steps:
-        """`encode` in steps, of a matrix A known by ``w -> A w`` and ``q -> q^T A``."""
-        *batch, r, n = old.right.shape
-        m = old.left.shape[-2]
-        size = min(r + self.oversample, m, n)
-        if size == m:  # nothing to find: the whole space is its own range
-            q = jnp.broadcast_to(jnp.eye(m, dtype=old.left.dtype), (*batch, m, m))
-        else:
-            (q,) = yield [(linalg.range_basis, times(self._omega(key, size, old)))]
-            for _ in range(self.power_iters):
-                (q,) = yield [(linalg.range_basis, transpose_times(q).mT)]
-                (q,) = yield [(linalg.range_basis, times(q))]
-        (code,) = yield [(_truncate, q, transpose_times(q), old.right)]
-        return code
-
-    def _omega(self, key: Array, size: int, old: LowRankCode) -> Array:
-        *batch, r, n = old.right.shape
-        if not self.warm_start:
-            return jax.random.normal(key, (*batch, n, size), old.right.dtype)
-        # What the old directions see already would drown in them what is new.
-        warm = old.right.mT
-        signs = linalg.random_signs(key, (*batch, n, size - r), warm.dtype) * n**-0.5
-        fresh = signs - matmul(warm, matmul(old.right, signs))
-        return jnp.concatenate([warm, fresh], axis=-1)
-
-
-def _truncate(q: Array, b: Array, old_right: Array) -> LowRankCode:
-    """The best code of ``q @ b`` of the old code's rank, right rows of norm one."""
-    rank = old_right.shape[-2]
-    unit, scale = linalg.unit_scale(b)
-    vectors = jnp.linalg.eigh(matmul(unit, unit.mT))[1]
-    vectors = jnp.flip(vectors, -1)[..., :rank]
-    right = matmul(vectors.mT, unit)
-    norm = jnp.linalg.norm(right, axis=-1, keepdims=True)
-    used = norm > 1e-7 * jnp.max(norm, axis=-2, keepdims=True)
-    right = jnp.where(used, right / jnp.where(used, norm, 1.0), 0.0)
-    # An unused row keeps looking where the used ones do not: a zero row would be a
-    # column lost to the next sketch.
-    spare = old_right - matmul(matmul(old_right, right.mT), right)
-    left = matmul(q, vectors * jnp.where(used, norm, 0.0).mT) * scale
-    return LowRankCode(left, jnp.where(used, right, linalg.unit_columns(spare.mT).mT))
-
-
-def low_rank_product(code: LowRankCode) -> Array:
-    """``left @ right``; at small rank as a sum of outer products, which fuses."""
-    r = code.right.shape[-2]
-    if r > _OUTER_MAX_RANK:
-        return matmul(code.left, code.right)
-    terms = (code.left[..., :, i, None] * code.right[..., i, None, :] for i in range(r))
-    return functools.reduce(jnp.add, terms)
-
-
-# Up to here, products of factors are formed entry by entry inside the loop that uses
-# them instead of by a matrix product that has to be stored.
-_OUTER_MAX_RANK = 16
-
-
-def _sign_rows(shape: tuple[int, ...], dtype: Any) -> Array:
-    """Unit rows in general position, the first sketch."""
-    rows = linalg.filler(shape[-1], shape[-2]).T.astype(dtype) * shape[-1] ** -0.5
-    return jnp.broadcast_to(rows, shape)
-
-
-def clamp_negative(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
-    """``max(x, 0) + zeta [x < 0]``, zeta the mean of ``|x|`` over x < 0 (ML-6).
-
-    Exact zeros stay zero, and a matrix without negative entries is unchanged.
-    """
-    negative = x < 0
-    total = -jnp.sum(jnp.where(negative, x, 0.0), axis=(-2, -1), keepdims=True)
-    count = jnp.sum(negative, axis=(-2, -1), keepdims=True)
-    return jnp.where(negative, total / jnp.maximum(count, 1), x)
 
 
 class CastCode(NamedTuple):

@@ -124,7 +124,7 @@ def leafwise(
         ]
         results = dict(zip(at_matrix, batching.drive(*steps), strict=True))
         directions = {i: direction for i, (direction, _) in results.items()}
-        new = {i: engine.accept(x, old[i]) for i, (_, x) in results.items()}
+        new = {i: state for i, (_, state) in results.items()}
 
         masks = {w: optax.MaskedNode() for w in moments if w[1] in at_matrix}
         if params is not None:
@@ -148,11 +148,12 @@ def leafwise(
     return engine.transformation(init, update)
 
 
-def _steps(rule: Rule, *args: Any) -> batching.Steps:
+def _steps(rule: Rule, key, step, grad, old) -> batching.Steps:
     """A rule's update as a generator, whether it is one or not."""
     if inspect.isgeneratorfunction(rule.update):
-        return (yield from rule.update(*args))
-    return _update(rule, *args)
+        return (yield from rule.update(key, step, grad, old))
+    direction, new = _update(rule, key, step, grad, old)
+    return direction, engine.accept(new, old)
 
 
 @engine.compiled

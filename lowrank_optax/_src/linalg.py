@@ -27,15 +27,36 @@ def at_least_float32(x: Array) -> Array:
 
 
 def unit_scale(a: Array) -> tuple[Array, Array]:
-    """``(a / s, s)`` with ``s`` the largest magnitude of each matrix, 1 where zero.
+    """``(a / s, s)`` with ``s`` the power of two at the largest magnitude of a matrix.
 
-    Squares of entries near the ends of the float32 range under- and overflow; those
-    of a matrix whose largest entry is 1 do not.
+    Squares of entries near the ends of the range of floats under- and overflow; those
+    of a matrix whose largest entry is about 1 do not. Nothing is rounded.
     """
     a = at_least_float32(a)
-    largest = jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True)
-    scale = jnp.where(largest > 0, largest, 1.0)
-    return a / scale, scale
+    inverse, scale = power_of_two(jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True))
+    return a * inverse, scale
+
+
+def power_of_two(x: Array) -> tuple[Array, Array]:
+    """``(1 / s, s)`` for a power of two with ``x / s`` in [1/2, 1); finite for zero.
+
+    By the bits of its exponent, which costs next to nothing and is fused where a
+    division would not be.
+    """
+    kind = jnp.finfo(x.dtype)
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{kind.bits}"))
+    exponent = (bits >> kind.nmant).astype(jnp.int32)
+    top = 2 * kind.maxexp - 1  # all ones: not a number
+    inverse = jnp.maximum(top - 2 - exponent, 1)
+
+    def power(exponent):
+        return jax.lax.bitcast_convert_type(
+            exponent.astype(bits.dtype) << kind.nmant, x.dtype
+        )
+
+    # What is not a number stays so: 0 * inf.
+    broken = jnp.where(exponent == top, x - x, 0.0).astype(x.dtype)
+    return power(inverse) + broken, power(top - 1 - inverse)
 
 
 def unit_columns(y: Array) -> Array:
@@ -146,6 +167,30 @@ def _whiten(y: Array) -> tuple[Array, Array]:
     root = jnp.where(keep, jax.lax.rsqrt(jnp.where(keep, values, 1.0)), 0.0)
     rotated = matmul(y, vectors)
     return rotated * root[..., None, :], jnp.where(keep[..., None, :], 0.0, rotated)
+
+
+def whitening(y: Float[Array, "*b m r"]) -> Float[Array, "*b r r"]:
+    """``T`` such that the columns of ``y T`` are orthonormal, or zero.
+
+    Where only products with ``y`` are known, such as ``y^T A``, that of its basis is
+    ``T^T (y^T A)``. Directions below 1e-3 of the largest are left out, as the Gram
+    matrix does not know them; `range_basis` finds those too, and has no ``T``.
+    """
+    norm = jnp.linalg.norm(y, axis=-2, keepdims=True)
+    inverse = jnp.where(norm > 0, 1.0 / jnp.where(norm > 0, norm, 1.0), 0.0)
+    unit = y * inverse
+    values, vectors = jnp.linalg.eigh(_gram(unit))
+    keep = values > 8 * y.shape[-1] * _EPS * values[..., -1:]
+    t = (
+        vectors
+        * jnp.where(keep, jax.lax.rsqrt(jnp.where(keep, values, 1.0)), 0.0)[
+            ..., None, :
+        ]
+    )
+    eye = jnp.eye(y.shape[-1], dtype=y.dtype)
+    for _ in range(2):
+        t = matmul(t, 1.5 * eye - 0.5 * _gram(matmul(unit, t)))
+    return inverse.mT * t
 
 
 def range_basis(a: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:

@@ -7,11 +7,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax._src import batching
-from lowrank_optax._src.codec import LowRank, LowRankCode
+from lowrank_optax._src import batching, engine
 from lowrank_optax._src.compress import by_moment, compress_fields
 from lowrank_optax._src.leafwise import leafwise
-from lowrank_optax._src.linalg import matmul
+from lowrank_optax._src.low_rank import (
+    Average,
+    LowRank,
+    LowRankCode,
+    Whole,
+    clamp_negative,
+    low_rank_product,
+    negative_mean,
+)
 from lowrank_optax._src.matrix import Matrices
 
 
@@ -121,7 +128,7 @@ def mlorc_scale_by_adam(
         mu = LowRank(rank, False, oversample, power_iters, warm_start)
         nu = dataclasses.replace(mu, nonnegative=True)
         rule = MLorcAdam(b1, b2, eps, mu, nu)
-        return leafwise(rule, dense=adam, matrices=matrices, key=key)
+        return leafwise(rule, dense=adam, side="short_left", matrices=matrices, key=key)
     return mlorc_compress(
         adam,
         rank=rank,
@@ -171,7 +178,8 @@ def mlorc_scale_by_lion(
     """
     mu = LowRank(rank, False, oversample, power_iters, warm_start)
     lion = optax.scale_by_lion(b1=b1, b2=b2)
-    return leafwise(MLorcLion(b1, b2, mu), dense=lion, matrices=matrices, key=key)
+    rule = MLorcLion(b1, b2, mu)
+    return leafwise(rule, dense=lion, side="short_left", matrices=matrices, key=key)
 
 
 class MLorcAdamState(NamedTuple):
@@ -201,26 +209,19 @@ class MLorcAdam:
         return MLorcAdamState(self.mu.init(view), self.nu.init(view))
 
     def update(self, key, step, grad, state):
-        b1, b2 = self.b1, self.b2
-
-        def second_moment(nu):
-            return b2 * self.nu.decode(nu) + (1 - b2) * grad**2
-
+        (zeta,) = yield [(negative_mean, *state.nu)]
+        b1, b2 = self.b1, batching.take_turn(self.b2)
         m = b1 * self.mu.decode(state.mu) + (1 - b1) * grad
-        v = second_moment(state.nu)
+        v = b2 * clamp_negative(low_rank_product(state.nu), zeta) + (1 - b2) * grad**2
         t = step + 1
-        m_hat, v_hat = m / (1 - b1**t), v / (1 - b2**t)
-        mu, nu = yield from batching.together(
-            average_steps(self.mu, key, b1, state.mu, grad),
-            self.nu.steps(
-                key,
-                lambda w: matmul(v, w),
-                # Formed anew, V need not be kept until all bases are known.
-                lambda q: matmul(q.mT, second_moment(_after(state.nu, q))),
-                state.nu,
-            ),
+        m_hat, v_hat = m / (1 - b1**t), v / (1 - self.b2**t)
+        (mu, mu_finite), (nu, nu_finite) = yield from batching.together(
+            self.mu.steps(key, Average(b1, state.mu, grad), state.mu),
+            self.nu.steps(key, Whole(v), state.nu),
         )
-        return m_hat / (jnp.sqrt(v_hat) + self.eps), MLorcAdamState(mu, nu)
+        finite = jnp.all(mu_finite & nu_finite)
+        new = engine.where(finite, MLorcAdamState(mu, nu), state)
+        return m_hat / (jnp.sqrt(v_hat) + self.eps), new
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,24 +236,9 @@ class MLorcLion:
         return MLorcLionState(self.mu.init(view))
 
     def update(self, key, step, grad, state):
-        c = self.b1 * self.mu.decode(state.mu) + (1 - self.b1) * grad
-        mu = yield from average_steps(self.mu, key, self.b2, state.mu, grad)
-        return jnp.sign(c), MLorcLionState(mu)
-
-
-def average_steps(codec: LowRank, key, decay, old, grad) -> batching.Steps:
-    """Encode ``decay L R + (1 - decay) G`` by its products; it is never formed."""
-
-    def times(w):
-        kept = matmul(old.left, matmul(old.right, w))
-        return decay * kept + (1 - decay) * matmul(grad, w)
-
-    def transpose_times(q):
-        kept = matmul(matmul(q.mT, old.left), old.right)
-        return decay * kept + (1 - decay) * matmul(q.mT, grad)
-
-    return codec.steps(key, times, transpose_times, old)
-
-
-def _after(code: LowRankCode, dependency: jax.Array) -> LowRankCode:
-    return code._replace(left=batching.after(code.left, dependency))
+        b1 = batching.take_turn(self.b1)
+        c = b1 * self.mu.decode(state.mu) + (1 - b1) * grad
+        steps = self.mu.steps(key, Average(self.b2, state.mu, grad), state.mu)
+        mu, finite = yield from steps
+        new = engine.where(jnp.all(finite), MLorcLionState(mu), state)
+        return jnp.sign(c), new
