@@ -248,3 +248,44 @@ def test_seeds():
     )
     assert_close(one, same, rtol=0, atol=0)
     assert not np.allclose(one, other, atol=1e-3)
+
+
+# Codes of codes
+
+
+def test_factors_can_be_stored_in_bytes():
+    params = random_like({"w": (512, 640), "b": (8,)}, 0)
+    grads = random_grads(params, 3)
+    mlorc = lro.mlorc_scale_by_adam(8)
+    parts = [
+        f"{moment}.{part}" for moment in ("mu", "nu") for part in ("left", "right")
+    ]
+    tx = compress(mlorc, dict.fromkeys(parts, lro.BlockInt8(signed=True)))
+    updates, state = run(tx, params, grads)
+    numbers = 8 * (512 + 640)
+    assert lro.describe(tx, params)[1].state_bytes == 2 * (numbers + 4 * numbers / 256)
+    # The right factors start as unit rows of signs, not at zero.
+    right = tx.init(params).inner_state.inner_state.mu["w"].right
+    decoded = lro.BlockInt8(signed=True).decode(right)
+    assert_close(jnp.sum(decoded**2, axis=-1), jnp.ones(8), rtol=0.02)
+    expected, _ = run(mlorc, params, grads)
+    assert relative_error(updates[0]["w"], expected[0]["w"]) < 1e-5  # from zero
+    for u, want in zip(updates, expected, strict=True):
+        assert relative_error(u["w"], want["w"]) < 0.1
+        assert_close(u["b"], want["b"])
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        lro.mlorc_compress(optax.scale_by_adam(), rank=2),
+        lro.quantize_state(optax.scale_by_adam()),
+    ],
+    ids=["factors", "bytes"],
+)
+@pytest.mark.parametrize("transfer", [lro.Rotate(), lro.RotateFirst(), lro.Reset()])
+def test_codes_do_not_move_with_a_basis(inner, transfer):
+    tx = lro.galore_project(inner, rank=16, transfer=transfer)
+    params = {"w": jnp.ones((16, 256))}
+    with pytest.raises(ValueError, match=r"Cannot use R.*requires moments.*(mu|nu)\."):
+        tx.update(params, tx.init(params))

@@ -232,6 +232,21 @@ def test_what_a_spec_does_not_fit_is_replicated():
     assert of("v_row") == of("v_col") == (None,)
 
 
+def test_codes_of_projected_moments_have_the_axes_of_these():
+    tx = lro.q_galore_adamw_8bit(0.1, rank=16)
+    params = {"w": abstract((512, 1024), "fsdp", "tp")}
+    of, _ = specs(tx, params["w"])
+    assert of("mu").index == of("nu").index == (None, "tp")
+    assert of("basis").pairs == ("fsdp", None)
+    tx = lro.quantize_state(lro.galore_project(optax.scale_by_adam(), rank=16))
+    of, _ = specs(tx, params["w"])
+    assert of("mu").index == (None, "tp")
+    assert of("basis") == ("fsdp", None)
+    # All of it is found again: a basis, two moments and a scale for 256 numbers each.
+    row = lro.describe(tx, params)[0]
+    assert row.state_bytes == 4 * 512 * 16 + 2 * (1024 * 16 + 4 * 64)
+
+
 def test_wrapped_optimizers_are_seen_through():
     method = lro.inject_hyperparams(lro.galore_adamw)(learning_rate=0.1, rank=3)
     tx = optax.chain(optax.clip_by_global_norm(1.0), method)
@@ -305,6 +320,37 @@ def test_nnx_factors_get_specs_that_fit(name, kind):
     expected, _ = run(tx, plain, [grads])
     change = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), after, params)
     assert_close(change, expected[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        lro.quantize_state(lro.galore_project(optax.scale_by_adam(), rank=16)),
+        lro.q_galore_adamw_8bit(0.1, rank=16),
+        # Optax's factored moments, in the boxes of their parameters.
+        lro.quantize_state(lro.galore_adafactor(0.1, rank=16, momentum=0.9)),
+    ],
+    ids=["galore 8-bit", "q-galore", "galore_adafactor 8-bit"],
+)
+def test_nnx_codes_of_projected_moments_get_specs_that_fit(tx):
+    def linear(*spec):
+        init = nnx.with_partitioning(nnx.initializers.normal(1.0), spec)
+        return nnx.Linear(256, 320, use_bias=False, kernel_init=init, rngs=nnx.Rngs(0))
+
+    with jax.set_mesh(mesh := two_devices()):
+        model = nnx.Dict(rows=linear("x", None), columns=linear(None, "x"))
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        shardings = jax.tree.leaves(lro.state_shardings(tx, params, mesh))
+    state = jax.tree.leaves(nnx.as_pure(optimizer.opt_state))
+    for x, sharding in zip(state, shardings, strict=True):
+        assert x.sharding.is_equivalent_to(sharding, x.ndim)
+    # Of each kernel something is split: the basis of one, the moments of the other.
+    assert sum(not x.sharding.is_fully_replicated for x in state) >= 2
+    # But counters, and the five overlaps that a refresh rule remembers of a leaf.
+    own = sum(x.nbytes for x in state if x.shape not in ((), (5,)))
+    rows = lro.describe(tx, nnx.state(model, nnx.Param))
+    assert sum(row.state_bytes for row in rows) == own
 
 
 # Communication

@@ -127,16 +127,16 @@ def compress_fields(
     inner = optax.with_extra_args_support(inner)
     fields = engine.StateFields(inner)
 
-    def see(tree, layout, creating=False):
+    def see(tree, names, moments, creating=False):
         """How each leaf is seen, and the codec of each coded moment with its view."""
-        codec_of = choose(layout.names) if trees.flatten(tree)[1] else {}
+        codec_of = choose(names) if trees.flatten(tree)[1] else {}
         if all(map(_elementwise, codec_of.values())):
             views = trees.dense_views(tree, creating)
         else:
             views = trees.views(tree, matrices, creating=creating)
         return views, {
             (name, i): (codec_of[name], view)
-            for (name, i), x in layout.abstract.items()
+            for (name, i), x in moments.items()
             if name in codec_of
             and (view := _code_view(codec_of[name], views[i], x)) is not None
         }
@@ -145,35 +145,55 @@ def compress_fields(
         _, leaves, treedef = trees.flatten(params)
         whole = treedef.unflatten([trees.full_precision(x) for x in leaves])
         layout = fields.layout(whole)
-        views, coded = see(params, layout, creating=True)
-
-        def without_codes(whole):
-            state = inner.init(whole)
-            moments = layout.get(state)
-            start = {w: jnp.max(jnp.abs(matrix.value_of(moments[w]))) for w in coded}
-            bare = dict.fromkeys(coded, optax.MaskedNode())
-            return layout.set(state, bare), start
-
         # Compiled, the moments that are not kept are never allocated; but boxes and
         # shardings only survive outside.
         placed = any(matrix.leaf_spec(x)[0] is not None for x in leaves)
         placed |= any(matrix.is_variable(x) for x in leaves)
-        state, start = (without_codes if placed else jax.jit(without_codes))(whole)
-        for (name, i), largest in start.items():
-            if not isinstance(largest, jax.core.Tracer) and largest > 0:
+        state = None
+        if placed:
+            state = engine.fit_boxes(layout, inner.init(whole), whole)
+        moments = layout.get(state) if placed else layout.abstract
+        views, coded = see(params, layout.names, moments, creating=True)
+
+        def without_codes(state):
+            moments = {w: matrix.value_of(layout.get(state)[w]) for w in coded}
+            # The arrays of a code need not start at zero, and they are small.
+            start = {w: x for w, x in moments.items() if engine.part_of_code(w[0])}
+            largest = {w: jnp.max(jnp.abs(moments[w])) for w in coded if w not in start}
+            bare = dict.fromkeys(coded, optax.MaskedNode())
+            return layout.set(state, bare), start, largest
+
+        if placed:
+            state, start, largest = without_codes(state)
+        else:
+            compiled = jax.jit(lambda whole: without_codes(inner.init(whole)))
+            state, start, largest = compiled(whole)
+        for (name, i), x in largest.items():
+            if not isinstance(x, jax.core.Tracer) and x > 0:
                 raise ValueError(
                     f"Cannot compress the state field '{name}' of parameter "
-                    f"'{views[i].path}': it starts at {largest:.3g}, and codes start "
+                    f"'{views[i].path}': it starts at {x:.3g}, and codes start "
                     "at zero. Let the inner optimizer start it at zero."
                 )
         codes = {w: codec.init(view) for w, (codec, view) in coded.items()}
-        inner_state = engine.fit_boxes(layout, layout.set(state, codes), whole)
-        return CompressState(jnp.zeros([], jnp.int32), inner_state, {})
+        step = jnp.zeros([], jnp.int32)
+        keys = trees.leaf_keys(key, [v.path for v in views], step)
+        for w, x in start.items():
+            codec, view = coded[w]
+            plain = jax.tree.map(matrix.value_of, codes[w], is_leaf=matrix.is_variable)
+            code = _encode(codec, keys[w[1]], view.matrix(x), plain)
+            codes[w] = jax.tree.map(
+                lambda old, new: old.replace(new) if matrix.is_variable(old) else new,
+                codes[w],
+                code,
+                is_leaf=matrix.is_variable,
+            )
+        return CompressState(step, layout.set(state, codes), {})
 
     def update(updates, state, params=None, **extra):
         grads = jax.tree.map(trees.full_precision, updates)
         layout = fields.layout(grads)
-        views, coded = see(updates, layout)
+        views, coded = see(updates, layout.names, layout.abstract)
         keys = trees.leaf_keys(key, [v.path for v in views], state.step)
         old = layout.get(state.inner_state)
         directions, inner_state = inner.update(
@@ -220,8 +240,9 @@ def _elementwise(codec: Codec) -> bool:
     return getattr(codec, "elementwise", False)
 
 
-def _code_view(codec: Codec, view: Any, moment: Any) -> MatrixView | None:
+def _code_view(codec: Codec, view: Any, leaf: Any) -> MatrixView | None:
     """How a codec sees a moment, or None where it stays as it is."""
+    moment = matrix.value_of(leaf)
     if not jnp.issubdtype(moment.dtype, jnp.floating):
         return None
     if _elementwise(codec):
@@ -230,7 +251,7 @@ def _code_view(codec: Codec, view: Any, moment: Any) -> MatrixView | None:
     elif not isinstance(view, MatrixView) or moment.ndim < 2:
         return None
     if moment.shape != view.shape:
-        return matrix.last_axes_view(view.path, moment)
+        return matrix.last_axes_view(view.path, leaf)
     if isinstance(view, MatrixView):
         return dataclasses.replace(view, dtype=moment.dtype)
     source = moment if view.source is None else view.source

@@ -119,7 +119,8 @@ class StateFields:
 
     Found by initialising the optimizer, for its shapes alone, with every parameter in
     a box of its path: wherever a box comes out again, it is that parameter's entry of
-    a field. So masks, labels and partitions inside are followed as they are.
+    a field. So masks, labels and partitions inside are followed as they are. What
+    stands below a parameter's place, as in a code, is a field of its own, "mu.left".
     """
 
     def __init__(self, inner: optax.GradientTransformation):
@@ -165,9 +166,13 @@ def _field(key_path: Any, entry: Any, paths: list[Any]) -> Where | None:
     if not is_box(entry):
         return None
     leaf = int(entry.path)
-    length = len(key_path) - len(paths[leaf])
-    mirrors = tuple(key_path[length:]) == tuple(paths[leaf])
-    return ("/".join(trees.path_parts(key_path[:length])), leaf) if mirrors else None
+    path = tuple(paths[leaf])
+    for end in range(len(key_path), len(path) - 1, -1):
+        start = end - len(path)
+        if tuple(key_path[start:end]) == path:
+            field = "/".join(trees.path_parts(key_path[:start]))
+            return ".".join((field, *trees.path_parts(key_path[end:]))), leaf
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,12 +212,22 @@ def fit_boxes(layout: Layout, state: Any, tree: Any) -> Any:
     """The state without annotations that do not fit, as factored moments inherit them.
 
     An optimizer that keeps something of another shape than its parameter leaves it in
-    the parameter's box, whose sharding would be that of another array.
+    the parameter's box, whose sharding would be that of another array. It stays if it
+    says something else than the parameter's, or if the axes that it splits are alike.
     """
-    leaves = [matrix.value_of(x) for x in trees.flatten(tree)[1]]
+    leaves = trees.flatten(tree)[1]
 
     def fit(where, x):
-        if not matrix.is_variable(x) or x.get_value().shape == leaves[where[1]].shape:
+        source = leaves[where[1]]
+        if not matrix.is_variable(x):
+            return x
+        annotations = (y.get_metadata().get("out_sharding") for y in (x, source))
+        shape, own = x.get_value().shape, source.get_value().shape
+        split = [a is not None for a in matrix.leaf_spec(source)[0] or ()]
+        alike = len(shape) == len(own) and all(
+            i == j for i, j, s in zip(shape, own, split, strict=False) if s
+        )
+        if alike or len(set(annotations)) > 1:
             return x
         return x.replace(x.get_value(), out_sharding=None)
 
@@ -227,6 +242,11 @@ def increment(step: jax.Array) -> jax.Array:
 def last(name: str) -> str:
     """The field's own name at the end of its path."""
     return name.rpartition("/")[2]
+
+
+def part_of_code(name: str) -> bool:
+    """Whether a field is an array of a code, such as "inner_state/mu.left"."""
+    return "." in last(name)
 
 
 def where(accept: jax.Array, new: Any, old: Any) -> Any:

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from lowrank_optax._src.engine import last
+from lowrank_optax._src.engine import last, part_of_code
 from lowrank_optax._src.linalg import matmul
 
 # Optax's names. First moments are linear in the gradient, second ones quadratic.
@@ -105,10 +105,10 @@ class RotateFirst:
 
 
 def _refuse_codes(moments, transfer) -> None:
-    for name, x in moments.items():
-        if isinstance(x, tuple):
-            raise ValueError(
-                f"Cannot use {transfer} around compressed state: it requires the "
-                f"moment '{name}' as a matrix, and compress_state provides a code. Put "
-                "compress_state outside: compress_state(project_gradients(...), ...)."
-            )
+    for name in filter(part_of_code, moments):
+        kind = type(transfer).__name__
+        raise ValueError(
+            f"Cannot use {kind} around compressed state: {kind} requires moments as "
+            f"matrices, and '{name}' does not provide one. Put compress_state and its "
+            "like outside: compress_state(project_gradients(...), ...)."
+        )
