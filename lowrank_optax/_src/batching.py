@@ -2,7 +2,7 @@
 
 An algorithm on one matrix is a generator that hands out its small problems,
 
-    q, = yield [(range_basis, y)]
+    q = yield from ask(range_basis, y)
 
 and gets their answers back. Those of all leaves, and of both moments of a leaf, are
 driven in step: problems with the same function and shapes are stacked and solved in one
@@ -10,6 +10,7 @@ call. So neither the run time nor the compile time of small factorizations grows
 the number of leaves.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -19,6 +20,12 @@ import jax.numpy as jnp
 
 Request = tuple[Any, ...]  # (function, *arrays), arrays of shape (*batch, rows, cols)
 Steps = Generator[list[Request], Any, Any]
+
+
+def ask(function: Callable[..., Any], *arrays: jax.Array) -> Steps:
+    """One small problem, as an algorithm of its own."""
+    (answer,) = yield [(function, *arrays)]
+    return answer
 
 
 def together(*steps: Steps) -> Steps:
@@ -42,40 +49,51 @@ def together(*steps: Steps) -> Steps:
     return results
 
 
-def drive(*steps: Steps) -> list[Any]:
-    """Run algorithms to their ends, their small problems in common batches."""
+def drive(*steps: Steps, count: jax.Array | None = None) -> list[Any]:
+    """Run algorithms to their ends, their small problems in common batches.
+
+    Args:
+      steps: one for each leaf.
+      count: see `places`.
+    """
     running = together(*steps)
     answers = None
-    _turns.append(None)
+    _turns.append([])
     try:
         while True:
-            answers = _solve(running.send(answers))
+            answers = _solve(running.send(answers), count)
     except StopIteration as done:
         return done.value
     finally:
         _turns.pop()
 
 
-_turns: list[jax.Array | None] = []  # of each `drive` that runs, the last turn's end
+_turns: list[list[jax.Array]] = []  # of each `drive` that runs, the ends of its turns
+
+# So many leaves are worked on at a time: a processor has more than one core.
+_LEAVES_AT_A_TIME = 2
 
 
 def take_turn(x: Any) -> jax.Array:
-    """A number or an array, but not before the turn taken last is over.
+    """A number or an array, but not before the turn taken two before is over.
 
     What is computed from it waits, so that the large temporaries of one leaf are gone
     before those of the next one come: fresh memory costs more time than arithmetic.
     """
     x = jnp.asarray(x, jnp.float32)
-    return x if not _turns or _turns[-1] is None else after(x, _turns[-1])
+    ends = _turns[-1] if _turns else []
+    if len(ends) < _LEAVES_AT_A_TIME:
+        return x
+    return after(x, ends[-_LEAVES_AT_A_TIME])
 
 
 def end_turn(last: jax.Array) -> None:
     """The turn is over once ``last`` is known, a small array."""
     if _turns:
-        _turns[-1] = last
+        _turns[-1].append(last)
 
 
-def _solve(requests: Sequence[Request]) -> list[Any]:
+def _solve(requests: Sequence[Request], count: jax.Array | None) -> list[Any]:
     def kind(request):
         function, *arrays = request
         return function, tuple((x.shape[-2:], x.dtype) for x in arrays)
@@ -83,17 +101,19 @@ def _solve(requests: Sequence[Request]) -> list[Any]:
     groups: dict[Any, list[int]] = {}
     for i, request in enumerate(requests):
         groups.setdefault(kind(request), []).append(i)
+    batches = [x.shape[:-2] for _, x, *_ in requests]
+    starts = {}
+    for members in groups.values():
+        sizes = [math.prod(batches[i]) for i in members]
+        starts |= zip(members, itertools.accumulate(sizes, initial=0), strict=False)
+    place = places(sorted(set(starts.values())), count)
     answers: list[Any] = [None] * len(requests)
     for members in groups.values():
         function = requests[members[0]][0]
-        batches = [requests[i][1].shape[:-2] for i in members]
         columns = zip(*(requests[i][1:] for i in members), strict=True)
         solved = function(*(_stack(x) for x in columns))
-        start = 0
-        for i, batch in zip(members, batches, strict=True):
-            stop = start + math.prod(batch)
-            answers[i] = jax.tree.map(_part(start, stop, batch), solved)
-            start = stop
+        for i in members:
+            answers[i] = jax.tree.map(_part(place[starts[i]], batches[i]), solved)
     return answers
 
 
@@ -104,8 +124,48 @@ def _stack(arrays: Sequence[jax.Array]) -> jax.Array:
     return flat.reshape(-1, rows, cols)
 
 
-def _part(start: int, stop: int, batch: tuple[int, ...]) -> Callable[..., Any]:
-    return lambda x: x[start:stop].reshape(*batch, *x.shape[1:])
+def _part(start: Any, batch: tuple[int, ...]) -> Callable[..., Any]:
+    def part(x):
+        taken = jax.lax.dynamic_slice_in_dim(x, start, math.prod(batch))
+        return taken.reshape(*batch, *x.shape[1:])
+
+    return part
+
+
+def unstack(x: jax.Array, count: jax.Array | None) -> list[jax.Array]:
+    """The list of ``x[i]``; for ``count`` see `places`."""
+    place = places(range(x.shape[0]), count)
+    return [jax.lax.dynamic_index_in_dim(x, i, keepdims=False) for i in place.values()]
+
+
+def places(numbers: Sequence[int], count: jax.Array | None) -> dict[int, Any]:
+    """``{number: number}``, on CPU as numbers that are not known when compiling.
+
+    Loops that take parts of a batch at places which they know differ from one another,
+    and each takes its time to compile, where those at unknown places are all the same.
+
+    Args:
+      numbers: to be made unknown.
+      count: any number that is not negative and itself not known; with None, or
+        outside of a compilation, nothing is done.
+    """
+    if not isinstance(count, jax.core.Tracer) or len(numbers) < 3:
+        return {i: i for i in numbers}
+
+    def known(count):
+        return tuple(jnp.uint32(i) for i in numbers)
+
+    def unknown(count):
+        zero = jnp.minimum(count, 0).astype(jnp.uint32)  # which is not known here
+
+        def step(_, values):
+            return tuple(x + zero for x in values)
+
+        return jax.lax.fori_loop(jnp.uint32(0), 1 + zero, step, known(count))
+
+    # Elsewhere, a loop of unknown length would wait for the host.
+    values = jax.lax.platform_dependent(count, cpu=unknown, default=known)
+    return dict(zip(numbers, values, strict=True))
 
 
 def after(x: jax.Array, dependency: jax.Array) -> jax.Array:

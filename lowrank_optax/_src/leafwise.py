@@ -122,7 +122,9 @@ def leafwise(
             _steps(rule, keys[i], state.step, view.matrix(grads[i]), old[i])
             for i, view in at_matrix.items()
         ]
-        results = dict(zip(at_matrix, batching.drive(*steps), strict=True))
+        results = dict(
+            zip(at_matrix, batching.drive(*steps, count=state.step), strict=True)
+        )
         directions = {i: direction for i, (direction, _) in results.items()}
         new = {i: state for i, (_, state) in results.items()}
 

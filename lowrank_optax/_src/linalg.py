@@ -6,6 +6,7 @@ nothing here needs Householder QR, which is slow on accelerators. Arithmetic is 
 float32 at least, at the highest matmul precision.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -65,33 +66,38 @@ def unit_columns(y: Array) -> Array:
     return y / jnp.where(norm > 0, norm, 1.0)
 
 
-def _hashed_signs(seed: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    """+-1 in general position, from an integer hash of the seed and the position.
+def _mix(h: Array, size: int) -> Array:
+    """An integer hash of ``h`` and of the place along a new last axis."""
+    place = jax.lax.broadcasted_iota(jnp.uint32, (size,), 0)
+    h = (h[..., None] ^ place) * jnp.uint32(0x9E3779B9)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        h = (h ^ (h >> shift)) * jnp.uint32(factor)
+    return h
 
-    Costs a few integer operations an entry, where a key's own generator takes hundreds
-    (in compile time too), and needs no communication on sharded axes.
+
+def signs(seed: Array, rows: int, cols: int, dtype: Any) -> Array:
+    """``(*batch, rows, cols)`` of +-1 in general position, from ``(*batch,)`` seeds.
+
+    As good a sketch as a Gaussian one; a few integer operations an entry, where a key's
+    own generator takes hundreds, and no communication on sharded axes.
     """
-    h = seed
-    for axis, size in enumerate(shape):
-        place = jax.lax.broadcasted_iota(jnp.uint32, (size,), 0)
-        place = place.reshape((size,) + (1,) * (len(shape) - axis - 1))
-        h = (h ^ place) * jnp.uint32(0x9E3779B9)
-        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-            h = (h ^ (h >> shift)) * jnp.uint32(factor)
+    h = _mix(_mix(seed, rows), cols)
     return jnp.where((h >> 31) == 0, 1.0, -1.0).astype(dtype)
+
+
+def seeds(key: Array, batch: Sequence[int]) -> Array:
+    """A seed of `signs` for each matrix of a leaf."""
+    words = jax.random.key_data(key).reshape(-1)
+    h = words[0] * jnp.uint32(0x85EBCA6B) ^ words[-1]
+    for size in batch:
+        h = _mix(h, size)
+    return h
 
 
 def filler(rows: int, cols: int) -> Array:
     """A fixed (rows, cols) matrix of +-1: the directions that complete a basis."""
     # A seed whose leading square blocks are all far from singular: one in 50 is.
-    return _hashed_signs(jnp.uint32(125), (rows, cols), jnp.float32)
-
-
-def random_signs(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    """A matrix of +-1 from a key: as good a sketch as a Gaussian one, far cheaper."""
-    words = jax.random.key_data(key).reshape(-1)
-    seed = words[0] * jnp.uint32(0x85EBCA6B) ^ words[-1]
-    return _hashed_signs(seed, shape, dtype)
+    return signs(jnp.uint32(125), rows, cols, jnp.float32)
 
 
 def _gram(y: Array) -> Array:

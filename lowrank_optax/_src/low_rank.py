@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -65,45 +66,75 @@ class LowRank:
         return LowRankCode(left=view.zeros("m", r), right=view.full(_sign_rows, r, "n"))
 
     def encode(self, key, x, old):
-        code, _ = batching.drive(self.steps(key, Whole(x), old))[0]
+        def steps():
+            omega = yield from self.draw(key, old)
+            return (yield from self.compress(omega, Whole(x), old))
+
+        code, _ = batching.drive(steps())[0]
         return code
 
     def decode(self, code):
         x = low_rank_product(code)
         return clamp_negative(x, negative_mean(*code)) if self.nonnegative else x
 
-    def steps(
-        self, key: Array, x: "Whole | Average", old: LowRankCode
-    ) -> batching.Steps:
-        """`encode` in steps, of a matrix that is known by its products.
-
-        Returns ``(code, finite)``: whether all of it is, ``(*batch, 1, 1)``.
-        """
+    def draw(self, key: Array, old: LowRankCode) -> batching.Steps:
+        """Omega; or None where the whole space is small enough to be its own range."""
         *batch, r, n = old.right.shape
-        m = old.left.shape[-2]
-        size = min(r + self.oversample, m, n)
-        if size == m:  # nothing to find: the whole space is its own range
-            y = jnp.broadcast_to(jnp.eye(m, dtype=old.left.dtype), (*batch, m, m))
-        else:
-            y = x.sketch(self._omega(key, size, old))
-            for _ in range(self.power_iters):
-                (y,) = yield [(linalg.range_basis, y)]
-                (y,) = yield [(linalg.range_basis, x.join(*x.project(y)).mT)]
-                y = x.sketch(y)
-            if size == n:  # every direction counts, the faint ones too
-                (y,) = yield [(linalg.range_basis, y)]
-        # A is multiplied by the sketch as it is, not by its basis: no factorization
-        # comes between the two products with A, which need not be kept in the meantime.
-        (found,) = yield [(x.best_code, y, old.right, *x.project(y))]
-        return found
-
-    def _omega(self, key: Array, size: int, old: LowRankCode) -> Array:
-        *batch, r, n = old.right.shape
+        size = min(r + self.oversample, old.left.shape[-2], n)
+        if size == old.left.shape[-2]:
+            return None
         if not self.warm_start:
             return jax.random.normal(key, (*batch, n, size), old.right.dtype)
-        warm = old.right.mT
-        fresh = linalg.random_signs(key, (*batch, n, size - r), warm.dtype) * n**-0.5
+        seeds = linalg.seeds(key, batch)[..., None, None]
+        return (yield from batching.ask(_beside_signs(size - r), seeds, old.right))
+
+    def compress(
+        self,
+        omega: Array | None,
+        x: "Whole | Average",
+        old: LowRankCode,
+        ends_turn: bool = False,
+    ) -> batching.Steps:
+        """The code of a matrix that is known by its products.
+
+        Args:
+          omega: from `draw`.
+          x: the matrix.
+          old: its code before.
+          ends_turn: whether it is the last of a leaf, see `batching.take_turn`.
+
+        Returns:
+          ``(code, finite)``: whether all of it is, ``(*batch, 1, 1)``.
+        """
+        *batch, m, _ = old.left.shape
+        if omega is None:
+            y = jnp.broadcast_to(jnp.eye(m, dtype=old.left.dtype), (*batch, m, m))
+        else:
+            y, largest = x.sketch(omega)
+            if ends_turn:
+                batching.end_turn(largest)
+            for _ in range(self.power_iters):
+                y = yield from batching.ask(linalg.range_basis, y)
+                z = x.join(*x.project(y)).mT
+                y, _ = x.sketch((yield from batching.ask(linalg.range_basis, z)))
+            if y.shape[-1] == old.right.shape[-1]:  # the faint directions count too
+                y = yield from batching.ask(linalg.range_basis, y)
+        # A is multiplied by the sketch as it is, not by its basis: no factorization
+        # comes between the two products with A, which need not be kept in the meantime.
+        return (yield from batching.ask(x.best_code, y, old.right, *x.project(y)))
+
+
+@functools.cache
+def _beside_signs(cols: int) -> Callable[[Array, Array], Array]:
+    """The transposed right factors as columns, with random ones beside them."""
+
+    def omega(seeds, right):
+        warm = right.mT
+        n = warm.shape[-2]
+        fresh = linalg.signs(seeds[..., 0, 0], n, cols, warm.dtype) * n**-0.5
         return jnp.concatenate([warm, fresh], axis=-1)
+
+    return omega
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,12 +147,11 @@ class Whole:
 
     matrix: Array
 
-    def sketch(self, w: Array) -> Array:
-        """``A w``, up to a scale that keeps its squares within the range of floats."""
+    def sketch(self, w: Array) -> tuple[Array, Array]:
+        """``A w / s`` with a scale s that keeps its squares in range; about s."""
         y = matmul(self.matrix, w)
         largest = jnp.max(jnp.abs(y), (-2, -1), keepdims=True)
-        batching.end_turn(largest)
-        return y * linalg.power_of_two(largest)[0]
+        return y * linalg.power_of_two(largest)[0], largest
 
     def project(self, q: Array) -> tuple[Array, ...]:
         """Thin arrays that `join` to ``q^T A``."""
@@ -144,15 +174,14 @@ class Average:
     old: LowRankCode
     grad: Array
 
-    def sketch(self, w: Array) -> Array:
+    def sketch(self, w: Array) -> tuple[Array, Array]:
         kept = matmul(self.old.left, matmul(self.old.right, w))
         new = matmul(self.grad, w)
         largest = jnp.maximum(
             *(jnp.max(jnp.abs(x), (-2, -1), keepdims=True) for x in (kept, new))
         )
-        batching.end_turn(largest)
         y = self.decay * kept + (1 - self.decay) * new
-        return y * linalg.power_of_two(largest)[0]
+        return y * linalg.power_of_two(largest)[0], largest
 
     def project(self, q: Array) -> tuple[Array, ...]:
         decay = jnp.asarray(self.decay, q.dtype) * jnp.ones(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lowrank_optax._src import linalg
+from lowrank_optax._src import batching, linalg
 from lowrank_optax._src.matrix import (
     SIDES,
     DenseLeaf,
@@ -283,7 +283,7 @@ def leaf_keys(
         key, np.array(names, np.uint32)
     )
     steps = jnp.broadcast_to(jnp.asarray(step), (len(paths),))
-    return list(jax.vmap(jax.random.fold_in)(keys, steps))
+    return batching.unstack(jax.vmap(jax.random.fold_in)(keys, steps), steps[0])
 
 
 _logs: list[list[MatrixView | DenseLeaf]] = []

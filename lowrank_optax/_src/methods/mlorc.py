@@ -209,15 +209,24 @@ class MLorcAdam:
         return MLorcAdamState(self.mu.init(view), self.nu.init(view))
 
     def update(self, key, step, grad, state):
-        (zeta,) = yield [(negative_mean, *state.nu)]
-        b1, b2 = self.b1, batching.take_turn(self.b2)
+        zeta, mu_omega, nu_omega = yield from batching.together(
+            batching.ask(negative_mean, *state.nu),
+            self.mu.draw(key, state.mu),
+            self.nu.draw(key, state.nu),
+        )
+        b1, b2, t = self.b1, self.b2, step + 1
+
+        def second_moment(b2):
+            kept = clamp_negative(low_rank_product(state.nu), zeta)
+            return b2 * kept + (1 - b2) * grad**2
+
         m = b1 * self.mu.decode(state.mu) + (1 - b1) * grad
-        v = b2 * clamp_negative(low_rank_product(state.nu), zeta) + (1 - b2) * grad**2
-        t = step + 1
-        m_hat, v_hat = m / (1 - b1**t), v / (1 - self.b2**t)
+        m_hat, v_hat = m / (1 - b1**t), second_moment(b2) / (1 - b2**t)
+        # Formed once more for its products, V need not be kept for the update.
+        v = second_moment(batching.take_turn(b2))
         (mu, mu_finite), (nu, nu_finite) = yield from batching.together(
-            self.mu.steps(key, Average(b1, state.mu, grad), state.mu),
-            self.nu.steps(key, Whole(v), state.nu),
+            self.mu.compress(mu_omega, Average(b1, state.mu, grad), state.mu),
+            self.nu.compress(nu_omega, Whole(v), state.nu, ends_turn=True),
         )
         finite = jnp.all(mu_finite & nu_finite)
         new = engine.where(finite, MLorcAdamState(mu, nu), state)
@@ -236,9 +245,10 @@ class MLorcLion:
         return MLorcLionState(self.mu.init(view))
 
     def update(self, key, step, grad, state):
+        omega = yield from self.mu.draw(key, state.mu)
         b1 = batching.take_turn(self.b1)
         c = b1 * self.mu.decode(state.mu) + (1 - b1) * grad
-        steps = self.mu.steps(key, Average(self.b2, state.mu, grad), state.mu)
-        mu, finite = yield from steps
+        average = Average(self.b2, state.mu, grad)
+        mu, finite = yield from self.mu.compress(omega, average, state.mu, True)
         new = engine.where(jnp.all(finite), MLorcLionState(mu), state)
         return jnp.sign(c), new
