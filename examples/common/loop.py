@@ -31,6 +31,8 @@ class Task:
         optimizer sees the same batches and a resumed run needs only the step.
       validation: the batches of the fixed validation set.
       tokens_per_step: how many tokens a batch predicts.
+      probed: of parameters and a batch, the gradient that the probe measures; None for
+        that of the loss.
     """
 
     init: Callable[[], Any]
@@ -38,6 +40,7 @@ class Task:
     batch: Callable[[int], Any]
     validation: Sequence[Any]
     tokens_per_step: int
+    probed: Callable[[Any, Any], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,9 @@ def train(
     """
     directory.mkdir(parents=True, exist_ok=True)
     params = task.init()
-    state = TrainState(params, tx.init(params), probe.start(params))
-    gradient = jax.jit(jax.grad(task.loss))
+    gradient = jax.jit(task.probed or jax.grad(task.loss))
+    measured = jax.eval_shape(gradient, params, task.validation[0])
+    state = TrainState(params, tx.init(params), probe.start(measured))
     loss = jax.jit(task.loss)
 
     def validate(state: TrainState) -> tuple[Record, TrainState]:

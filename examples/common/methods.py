@@ -1,4 +1,4 @@
-"""The optimizers an example can be asked for by name."""
+"""The methods an example can be asked for by name: how it trains, and what."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +8,14 @@ import jax
 import optax
 
 import lowrank_optax as lro
+from examples.common.adapters import (
+    DoRALinear,
+    FactorizedLinear,
+    LoRALinear,
+    LowRankLinear,
+    freeze,
+)
+from examples.common.relora import relora_adamw
 
 
 @dataclass(frozen=True)
@@ -21,12 +29,15 @@ class Method:
       learning_rate: the peak rate where none is given.
       rank: the rank where none is given; None for methods that have no rank.
       by_heads: whether `build` is also given `heads`, those of queries and of keys.
+      linear: what takes the place of the layers' linear maps, at the rank; None where
+        the model is trained as it is.
     """
 
     build: Callable[..., optax.GradientTransformation]
     learning_rate: float
     rank: int | None = None
     by_heads: bool = False
+    linear: Callable[..., LowRankLinear] | None = None
 
 
 METHODS = {
@@ -158,6 +169,30 @@ METHODS = {
         ),
         1e-2,
         rank=32,
+    ),
+    "lora": Method(
+        lambda lr, rank, every, decay: freeze(optax.adamw(lr, weight_decay=decay)),
+        3e-3,
+        rank=32,
+        linear=LoRALinear,
+    ),
+    "dora": Method(
+        lambda lr, rank, every, decay: freeze(optax.adamw(lr, weight_decay=decay)),
+        3e-3,
+        rank=32,
+        linear=DoRALinear,
+    ),
+    "relora": Method(
+        lambda lr, rank, every, decay: relora_adamw(lr, every, weight_decay=decay),
+        3e-3,
+        rank=32,
+        linear=LoRALinear,
+    ),
+    "factorized": Method(
+        lambda lr, rank, every, decay: optax.adamw(lr, weight_decay=decay),
+        3e-3,
+        rank=32,
+        linear=FactorizedLinear,
     ),
 }
 

@@ -36,6 +36,7 @@ class Run:
       method: its name.
       rank: its rank, None where it has none.
       learning_rate: the peak rate.
+      trained_parameters: how many numbers the optimizer may change.
       state_bytes: what the optimizer's state takes.
       matrix_state_bytes: the part of it that belongs to the matrices, which are the
         leaves that low-rank methods treat; the rest belongs to embeddings, head,
@@ -47,6 +48,7 @@ class Run:
     method: str
     rank: int | None
     learning_rate: float
+    trained_parameters: int
     state_bytes: int
     matrix_state_bytes: int
     tokens_per_step: int
@@ -81,6 +83,7 @@ class Run:
             "initial_validation_loss": self.initial_validation_loss,
             "validation_loss": self.validation_loss,
             "perplexity": self.perplexity,
+            "trained_parameters": self.trained_parameters,
             "state_bytes": self.state_bytes,
             "matrix_state_bytes": self.matrix_state_bytes,
             "timing": {
@@ -148,6 +151,7 @@ def table(runs: Sequence[Run]) -> str:
         "learning rate",
         "validation loss",
         "perplexity",
+        "trained parameters",
         "optimizer state",
         "of which matrices",
         "median step",
@@ -160,6 +164,7 @@ def table(runs: Sequence[Run]) -> str:
             f"{run.learning_rate:g}",
             f"{run.initial_validation_loss:.3f} → {run.validation_loss:.3f}",
             f"{run.perplexity:,.1f}",
+            f"{run.trained_parameters:,}",
             f"{run.state_bytes:,} B",
             f"{run.matrix_state_bytes:,} B"
             f" ({run.matrix_state_bytes / max(1, run.state_bytes):.0%})",

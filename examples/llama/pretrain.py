@@ -14,8 +14,9 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import optax
 from flax import nnx
 
 import lowrank_optax as lro
+from examples.common.adapters import adapt, merge, trained_parameters
 from examples.common.data import load_corpus
 from examples.common.interrupt import Interrupted, StopRequest
 from examples.common.loop import METRICS_FILE, Task, Timetable, train
@@ -60,7 +62,8 @@ class Pretrain:
     """Name of a file in examples/llama/configs, or path of a Hugging Face
     config.json."""
     methods: tuple[str, ...] = ("adamw", "galore_adamw", "mlorc_adamw")
-    """Optimizers to compare, by the names in examples/common/methods.py."""
+    """Methods to compare, by the names in examples/common/methods.py: optimizers, and
+    the training modes lora, dora, relora and factorized."""
     data: str = "stdlib"
     """Text: stdlib (Python's own sources), path:FILE_OR_DIR, hf:OWNER/NAME (streamed
     from the Hugging Face hub), or auto (C4 if the hub answers, else stdlib)."""
@@ -80,7 +83,8 @@ class Pretrain:
     rank: int | None = None
     """Rank of every low-rank method. Default: each method's own."""
     update_every: int = 50
-    """Steps between two choices of the subspace, in methods that project gradients."""
+    """Steps between two choices of the subspace, in methods that project gradients;
+    between two merges of ReLoRA."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     seed: int = 0
@@ -152,28 +156,23 @@ class Job:
     tokens: TokenizedCorpus
     facts: dict[str, Any]
 
+    def model(self, method: str | None = None) -> Llama:
+        """The initial model, as the method trains it; the plain one if None."""
+        rngs = nnx.Rngs(self.settings.seed)
+        model = Llama(self.config, rngs=rngs)
+        if method is not None:
+            linear, (_, rank) = METHODS[method].linear, self.hyperparameters(method)
+            if linear is not None and rank is not None:
+                adapt(model.layers, linear, rank, rngs=rngs)
+        return model
+
     @cached_property
     def task(self) -> Task:
-        """The model's loss on the text, in the batch order of the seed."""
+        """The plain model's loss on the text, in the batch order of the seed."""
         s = self.settings
         train = Packed(self.tokens.train, s.seq_len)
         validation = Packed(self.tokens.validation, s.seq_len)
-
-        def model() -> Llama:
-            return Llama(self.config, rngs=nnx.Rngs(s.seed))
-
-        graph = nnx.graphdef(nnx.eval_shape(model))
-
-        @jax.jit
-        def init() -> Any:
-            return nnx.to_pure_dict(nnx.state(model(), nnx.Param))
-
-        def loss(params: Any, rows: jax.Array) -> jax.Array:
-            logits = nnx.merge(graph, params)(rows[:, :-1])
-            return optax.softmax_cross_entropy_with_integer_labels(
-                logits, rows[:, 1:]
-            ).mean()
-
+        init, loss = _init_and_loss(self.model)
         return Task(
             init=init,
             loss=loss,
@@ -182,9 +181,25 @@ class Job:
             tokens_per_step=s.batch_size * s.seq_len,
         )
 
+    def task_of(self, method: str) -> Task:
+        """The task as the method has it: of the model that it trains."""
+        if METHODS[method].linear is None:
+            return self.task
+        init, loss = _init_and_loss(partial(self.model, method))
+        graph = nnx.graphdef(nnx.eval_shape(partial(self.model, method)))
+        gradient = jax.grad(self.task.loss)
+
+        def probed(params: Any, rows: jax.Array) -> Any:
+            """That of the merged weights, to be compared with other methods'."""
+            model = nnx.merge(graph, params)
+            merge(model.layers)
+            return gradient(nnx.to_pure_dict(nnx.state(model, nnx.Param)), rows)
+
+        return dataclasses.replace(self.task, init=init, loss=loss, probed=probed)
+
     @cached_property
     def params(self) -> Any:
-        """Shapes and types of the parameters."""
+        """Shapes and types of the plain model's parameters."""
         return jax.eval_shape(self.task.init)
 
     @property
@@ -216,7 +231,8 @@ class Job:
         that does not fit the model."""
         self.task.batch(0)
         for method in self.settings.methods:
-            jax.eval_shape(self.optimizer(method).init, self.params)
+            params = jax.eval_shape(self.task_of(method).init)
+            jax.eval_shape(self.optimizer(method).init, params)
 
     def save(self) -> None:
         """Makes the directory, with what `--resume` needs."""
@@ -231,13 +247,14 @@ class Job:
         """
         s = self.settings
         directory = self.out / method
-        tx = self.optimizer(method)
+        task, tx = self.task_of(method), self.optimizer(method)
         timetable = Timetable(
             s.steps, s.log_every, s.eval_every, s.checkpoint_every, s.shrink_every
         )
         probe = Probe.of(self.params, _PROBE_RANK)
-        train(self.task, tx, timetable, probe, directory, method, stop)
+        train(task, tx, timetable, probe, directory, method, stop)
 
+        params = jax.eval_shape(task.init)
         lr, rank = self.hyperparameters(method)
         records = read_metrics(directory / METRICS_FILE)
         freed = sum(record.get("freed_bytes", 0) for record in records)
@@ -245,11 +262,29 @@ class Job:
             method=method,
             rank=rank,
             learning_rate=lr,
-            state_bytes=lro.state_bytes(tx, self.params) - freed,
-            matrix_state_bytes=matrix_state_bytes(tx, self.params) - freed,
+            trained_parameters=trained_parameters(params),
+            state_bytes=lro.state_bytes(tx, params) - freed,
+            matrix_state_bytes=matrix_state_bytes(tx, params) - freed,
             tokens_per_step=self.task.tokens_per_step,
             records=records,
         )
+
+
+def _init_and_loss(model: Callable[[], Llama]) -> tuple[Callable, Callable]:
+    """`Task.init` and `Task.loss` of the model that is made by a call."""
+    graph = nnx.graphdef(nnx.eval_shape(model))
+
+    @jax.jit
+    def init() -> Any:
+        return nnx.to_pure_dict(nnx.state(model(), nnx.Param))
+
+    def loss(params: Any, rows: jax.Array) -> jax.Array:
+        logits = nnx.merge(graph, params)(rows[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(
+            logits, rows[:, 1:]
+        ).mean()
+
+    return init, loss
 
 
 def prepare(settings: Pretrain, out: Path) -> Job:
