@@ -5,7 +5,6 @@ import itertools
 
 import hypothesis
 import jax
-import jaxtyping
 
 # Before any test module can initialise a backend: the number is fixed from then on.
 jax.config.update("jax_num_cpu_devices", 2)
@@ -16,19 +15,14 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("few")
 
-# The shapes in the signatures of the linear algebra are its contract: checked at every
-# call of every test, where they would otherwise be comments.
-jaxtyping.install_import_hook("lowrank_optax._src.linalg", "beartype.beartype")
-
 _tests_run = itertools.count(1)
 
 
 def pytest_runtest_teardown():
-    """Drop compiled programs now and then: each holds memory and memory mappings.
+    """Drop compiled programs now and then.
 
-    A worker that keeps all of them takes gigabytes, and comes near the system's limit
-    on mappings (65,530 on Linux by default), where compilation fails.
+    A worker that kept those of all tests would take gigabytes.
     """
-    if next(_tests_run) % 50 == 0:
+    if next(_tests_run) % 100 == 0:
         jax.clear_caches()
         gc.collect()
