@@ -366,7 +366,7 @@ def test_metrics_of_states_without_a_basis_to_see():
     params = {"w": jnp.ones((64, 96)), "b": jnp.ones(3)}
     for tx in (
         optax.adam(0.1),
-        lro.project_gradients(ADAM, rank=4, subspace=lro.RandomGaussian()),
+        lro.apollo_scale(ADAM, rank=4),
         lro.compress_state(
             lro.galore_project(ADAM, rank=64), {"basis": lro.BlockInt8(signed=True)}
         ),

@@ -114,7 +114,7 @@ def test_a_run_goes_on_from_its_state_in_the_middle_of_a_period():
         rank=RANK,
         subspace=lro.RandomGaussian(),
         refresh=lro.Staggered(PERIOD),
-        transfer=lro.Rotate(),
+        transfer=lro.RotateFirst(),
     )
     expected, last = run(tx, grads[0], grads)
     assert int(last.basis) % PERIOD == PERIOD // 2

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from lowrank_optax._src import linalg
+from lowrank_optax._src import compatible, linalg
 from lowrank_optax._src.engine import check_rank
 
 
@@ -91,6 +91,10 @@ class BlockInt8:
     def nonnegative(self) -> bool:
         """Whether it decodes to non-negative numbers only."""
         return not self.signed
+
+    @property
+    def lacks(self) -> tuple[str, ...]:
+        return () if self.signed else (compatible.SIGNS,)
 
     def init(self, view):
         index = view.zeros("m", "n", dtype=jnp.uint8)

@@ -8,13 +8,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax._src import engine, matrix, trees
+from lowrank_optax._src import compatible, engine, matrix, trees
 from lowrank_optax._src.matrix import MatrixView
 from lowrank_optax._src.transfer import FIRST_MOMENTS, SECOND_MOMENTS
 from lowrank_optax._src.typing import Codec
 
 # Smaller leaves stay as they are under an element-wise codec (int8, cast).
 ELEMENTWISE_MIN_SIZE = 4096
+
+
+# What a field requires of its codec.
+_REQUIRED = {
+    **dict.fromkeys(FIRST_MOMENTS, (compatible.SIGNS,)),
+    **dict.fromkeys(SECOND_MOMENTS, (compatible.NONNEGATIVE,)),
+    "basis": (compatible.SIGNS, compatible.INDEPENDENT),
+}
 
 
 class CompressState(NamedTuple):
@@ -61,7 +69,10 @@ def compress_state(
       A transformation from full-shape updates to full-shape updates.
 
     Raises:
-      ValueError: for a field that the inner optimizer does not have.
+      ValueError: for a field that the inner optimizer does not have; for codecs that
+        cannot store what stands there: first moments and bases have signs, second
+        moments have none, columns of a basis are independent, and only what has rows
+        and columns can be factored.
 
     >>> import jax.numpy as jnp, optax, lowrank_optax as lro
     >>> tx = lro.compress_state(optax.trace(0.9), {"trace": lro.LowRank(2)})
@@ -74,6 +85,12 @@ def compress_state(
     >>> codecs = {"mu": lro.BlockInt8(signed=True), "nu": lro.BlockInt8(signed=False)}
     >>> tx = lro.compress_state(optax.scale_by_adam(), codecs)
     """
+
+    for name, codec in codecs.items():
+        for need in _REQUIRED.get(engine.last(name), ()):
+            if need in getattr(codec, "lacks", ()):
+                field, kind = f"the state field '{name}'", compatible.name(codec)
+                raise compatible.cannot_use(kind, field, "it", need, kind)
 
     def choose(names):
         chosen = {}
@@ -154,6 +171,15 @@ def compress_fields(
             state = engine.fit_boxes(layout, inner.init(whole), whole)
         moments = layout.get(state) if placed else layout.abstract
         views, coded = see(params, layout.names, moments, creating=True)
+        codec_of = choose(layout.names) if leaves else {}
+        wanted = {i for name, i in moments if name in codec_of}
+        if not coded and any(isinstance(views[i], MatrixView) for i in wanted):
+            kinds = {compatible.name(codec) for codec in codec_of.values()}
+            codec, names = " and ".join(sorted(kinds)), ", ".join(codec_of)
+            need = "moments with rows and columns"
+            raise compatible.cannot_use(
+                codec, f"the fields {names}", codec, need, "that"
+            )
 
         def without_codes(state):
             moments = {w: matrix.value_of(layout.get(state)[w]) for w in coded}

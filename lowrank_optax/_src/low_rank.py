@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lowrank_optax._src import batching, linalg
+from lowrank_optax._src import batching, compatible, linalg
 from lowrank_optax._src.engine import check_rank
 from lowrank_optax._src.linalg import matmul
 
@@ -52,6 +52,11 @@ class LowRank:
     oversample: int = 4
     power_iters: int = 0
     warm_start: bool = True
+
+    @property
+    def lacks(self) -> tuple[str, ...]:
+        sign = compatible.SIGNS if self.nonnegative else compatible.NONNEGATIVE
+        return sign, compatible.INDEPENDENT
 
     def __post_init__(self):
         check_rank(self.rank)

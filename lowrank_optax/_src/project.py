@@ -1,5 +1,6 @@
 """The gradient-space engine: an optimizer that runs inside a low-rank subspace."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lowrank_optax._src import engine, linalg, matrix, trees
+from lowrank_optax._src import compatible, engine, linalg, matrix, trees
 from lowrank_optax._src.linalg import matmul
 from lowrank_optax._src.matrix import MatrixView
 from lowrank_optax._src.recovery import Drop
@@ -85,7 +86,9 @@ def project_gradients(
 
     Raises:
       TypeError, ValueError: for a rank below 1 or not an int, an unknown side, or
-        ``matrices`` that do not fit the parameters.
+        ``matrices`` that do not fit the parameters; for parts that do not go
+        together, at init where it takes the parameters or the inner optimizer's
+        moments to tell.
 
     >>> import jax.numpy as jnp, optax, lowrank_optax as lro
     >>> tx = lro.project_gradients(optax.scale_by_adam(), rank=2)
@@ -109,6 +112,18 @@ def project_gradients(
     inner = optax.with_extra_args_support(inner)
     fields = engine.StateFields(inner)
     stored = _is_stored(subspace)
+
+    def check(subspace, recovery, side):
+        compatible.check_rank(subspace, rank)
+        for part in (refresh, recovery):
+            compatible.check(part, subspace)
+        need = compatible.NAMED_SIDE
+        if need in getattr(subspace, "requires", ()) and side not in ("left", "right"):
+            user, other = compatible.name(subspace), f"side={side!r}"
+            raise compatible.cannot_use(user, other, user, need, "that")
+
+    if not any(map(callable, (subspace, recovery, side))):
+        check(subspace, recovery, side)
 
     def load(views, kept):
         """For each matrix a function to its basis: as it is kept, or drawn again."""
@@ -139,6 +154,19 @@ def project_gradients(
             lambda v: trees.full_precision(v.source),
         )
         inner_state = inner.init(proxies)
+        layout = fields.layout(proxies)
+        cases = {}
+        for i, v in enumerate(views):
+            if isinstance(v, MatrixView):
+                parts = _at(v, subspace), _at(v, recovery)
+                check(*parts, side(v.path) if callable(side) else side)
+                own = tuple((f, x) for (f, j), x in layout.abstract.items() if i == j)
+                if own:
+                    compatible.check(transfer, *parts)
+                cases[own, v.m, v.rank(rank), type(parts[1])] = parts[1], v
+        for (own, _, r, _), (part, view) in cases.items():
+            view = dataclasses.replace(view, source=None)
+            _check_moments(transfer, part, view, r, dict(own))
         return ProjectState(
             step=jnp.zeros([], jnp.int32),
             basis=tree(
@@ -148,7 +176,7 @@ def project_gradients(
             ),
             refresh=tree(refresh.init),
             recovery=tree(lambda v: _at(v, recovery).init(v)),
-            inner_state=engine.fit_boxes(fields.layout(proxies), inner_state, proxies),
+            inner_state=engine.fit_boxes(layout, inner_state, proxies),
         )
 
     def update(updates, state, params=None, **extra):
@@ -260,7 +288,8 @@ def _down(parts, key, step, phase, grad, basis, refresh_state, recovery_state, m
         old = jnp.pad(basis, [(0, 0)] * (basis.ndim - 1) + [(0, missing)])
         new = _safe_select(subspace, key, grad, old, step)[..., : basis.shape[-1]]
         overlap = matmul(new.mT, basis)
-        share = jnp.sum(overlap**2) / overlap[..., 0].size
+        used = jnp.sum(jnp.any(basis != 0, axis=-2))
+        share = jnp.sum(overlap**2) / jnp.maximum(used, 1)
         carried = transfer.carry(moments, overlap)
         return matmul(new.mT, grad), new, carried, share, jnp.linalg.norm(grad)
 
@@ -291,6 +320,18 @@ def _recover(parts, grad, coeff, direction, basis, state, moments):
     grad = recovery.prepare(grad, state)
     new, state = recovery.recover(grad, coeff, direction, basis, scale, state)
     return new, state if moments is None else recovery.observe(basis, moments, state)
+
+
+def _check_moments(transfer, recovery, view, rank, moments) -> None:
+    """Let parts refuse the moments now, by a run on shapes alone."""
+
+    def use(moments):
+        transfer.carry(moments, jnp.zeros((*view.batch_shape, rank, rank)))
+        if hasattr(recovery, "observe"):
+            basis = view.zeros("m", rank)
+            recovery.observe(basis, moments, recovery.init(view))
+
+    jax.eval_shape(use, moments)
 
 
 def _at(view: MatrixView, part: Any) -> Any:

@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax._src import compatible
 from lowrank_optax._src.engine import last
 from lowrank_optax._src.linalg import matmul
 from lowrank_optax._src.transfer import FIRST_MOMENTS
@@ -64,6 +65,7 @@ class FiraResidual:
 
     limiter: Any = 1.01
     reference: tuple[Any, Any] | None = None
+    requires: ClassVar[tuple[str, ...]] = (compatible.ORTHONORMAL,)
 
     def __post_init__(self):
         _check_limiter(self.limiter)
@@ -159,6 +161,8 @@ class ScaleGradient:
 
     per: Per = "channel"
     limiter: Any = 1.01
+    # Only norms of the direction are used, which have no signs.
+    provides: ClassVar[tuple[str, ...]] = (compatible.ALIGNED,)
 
     def __post_init__(self):
         if self.per not in get_args(Per):
@@ -237,6 +241,7 @@ class SparseResidual:
     b2: Any = 0.999
     eps: Any = 1e-8
     residual_scale: Any = None
+    requires: ClassVar[tuple[str, ...]] = (compatible.ORTHONORMAL,)
 
     def __post_init__(self):
         if not isinstance(self.density, (int, float)):

@@ -1,11 +1,13 @@
 """When a basis is renewed."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from lowrank_optax._src import compatible
 
 
 def _check_period(update_every: Any) -> None:
@@ -110,6 +112,7 @@ class OnConvergence:
     threshold: Any
     max_interval: Any = 200
     min_interval: Any = 20
+    requires: ClassVar[tuple[str, ...]] = (compatible.ORTHONORMAL, compatible.CHOSEN)
 
     def __post_init__(self):
         for name in ("max_interval", "min_interval"):
@@ -178,6 +181,7 @@ class WhenDrifted:
     update_every: Any
     threshold: Any = 0.4
     max_stretch: Any = 16
+    requires: ClassVar[tuple[str, ...]] = (compatible.ORTHONORMAL, compatible.CHOSEN)
 
     def __post_init__(self):
         _check_period(self.update_every)

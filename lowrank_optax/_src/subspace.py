@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._src import linalg
+from lowrank_optax._src import compatible, linalg
 from lowrank_optax._src.engine import check_rank
 from lowrank_optax._src.typing import Subspace
 
@@ -68,8 +68,8 @@ class ImportanceSampled:
     values only where the others do not suffice.
 
     Args:
-      pool: None draws among all singular vectors, by `gram_eigh`. A number draws among
-        so many leading ones (the rank at least) of a randomized SVD instead: cheaper,
+      pool: None draws among all singular vectors, by `gram_eigh`. A number, at least
+        the rank, draws among so many leading ones of a randomized SVD instead: cheaper,
         and an approximation that leaves the tail of the spectrum out.
 
     >>> import optax, lowrank_optax as lro
@@ -83,6 +83,10 @@ class ImportanceSampled:
     def __post_init__(self):
         if self.pool is not None:
             check_rank(self.pool, "pool")
+
+    @property
+    def largest_rank(self) -> int | None:
+        return self.pool
 
     def select(self, key, grad, old, step):
         rank = old.shape[-1]
@@ -120,6 +124,10 @@ class Hybrid:
     def __post_init__(self):
         if self.leading < 0:
             raise ValueError(f"`leading` must be at least 0, got {self.leading}.")
+
+    @property
+    def least_rank(self) -> int:
+        return self.leading
 
     def select(self, key, grad, old, step):
         vectors, values = linalg.gram_eigh(grad)
@@ -161,6 +169,8 @@ class RandomOrthonormal:
     ... )
     """
 
+    lacks: ClassVar[tuple[str, ...]] = (compatible.CHOSEN,)
+
     def select(self, key, grad, old, step):
         return linalg.orthonormalize(jax.random.normal(key, old.shape, old.dtype))
 
@@ -181,6 +191,14 @@ class Switch:
     step: Any
     before: Subspace
     after: Subspace
+
+    @property
+    def lacks(self) -> tuple[str, ...]:
+        before, after = (getattr(x, "lacks", ()) for x in (self.before, self.after))
+        chosen = compatible.CHOSEN  # by one of them is enough
+        return tuple(
+            x for x in {*before, *after} if x != chosen or x in before and x in after
+        )
 
     def select(self, key, grad, old, step):
         return jax.lax.cond(
@@ -221,6 +239,10 @@ class EnergyRank:
                 "share of the squared gradient that may be left out."
             )
 
+    @property
+    def least_rank(self) -> int:
+        return self.min_rank
+
     def select(self, key, grad, old, step):
         rank = old.shape[-1]
         basis = linalg.subspace_iteration(key, grad, rank, iters=1)
@@ -241,13 +263,21 @@ class RandomGaussian:
 
     >>> import jax.numpy as jnp, optax, lowrank_optax as lro
     >>> tx = lro.project_gradients(
-    ...     optax.trace(0.9), rank=4, subspace=lro.RandomGaussian()
+    ...     optax.trace(0.9),
+    ...     rank=4,
+    ...     subspace=lro.RandomGaussian(),
+    ...     transfer=lro.RotateFirst(),
     ... )
     >>> lro.state_bytes(tx, {"w": jnp.ones((64, 64))})  # l r floats, two counters
     1032
     """
 
     stored: ClassVar[bool] = False
+    lacks: ClassVar[tuple[str, ...]] = (
+        compatible.ORTHONORMAL,
+        compatible.CHOSEN,
+        compatible.ALIGNED,
+    )
 
     def select(self, key, grad, old, step):
         normal = jax.random.normal(key, old.shape, old.dtype)
@@ -275,9 +305,15 @@ class CrossHead:
 
     num_heads: int
     base: Subspace = TopSingular("subspace_iteration")
+    requires: ClassVar[tuple[str, ...]] = (compatible.CHOSEN, compatible.NAMED_SIDE)
 
     def __post_init__(self):
         check_rank(self.num_heads, "num_heads")
+        compatible.check(self, self.base)
+
+    @property
+    def lacks(self) -> tuple[str, ...]:
+        return getattr(self.base, "lacks", ())
 
     def select(self, key, grad, old, step):
         *batch, m, n = grad.shape

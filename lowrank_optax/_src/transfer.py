@@ -1,9 +1,11 @@
 """What becomes of the inner optimizer's moments when the basis is renewed."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 
+from lowrank_optax._src import compatible
 from lowrank_optax._src.engine import last, part_of_code
 from lowrank_optax._src.linalg import matmul
 
@@ -22,6 +24,8 @@ class Keep:
     >>> import optax, lowrank_optax as lro
     >>> tx = lro.galore_project(optax.scale_by_adam(), rank=4, transfer=lro.Keep())
     """
+
+    requires: ClassVar[tuple[str, ...]] = (compatible.ALIGNED,)
 
     def carry(self, moments, overlap):
         return moments
@@ -57,6 +61,7 @@ class Rotate:
 
     first: tuple[str, ...] = ()
     second: tuple[str, ...] = ()
+    requires: ClassVar[tuple[str, ...]] = (compatible.ORTHONORMAL,)
 
     def carry(self, moments, overlap):
         _refuse_codes(moments, self)

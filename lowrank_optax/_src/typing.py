@@ -3,7 +3,8 @@
 Every part is a frozen dataclass without arrays. An engine owns ranks, sides, scales,
 signs, keys and the safety of the state; a part owns only what is its own. Matrices
 arrive as ``(*batch, m, n)`` in float32 at least, basis side on the left; write
-``*b m n`` code with ``@``, ``.mT`` and ``...``, never ``vmap``.
+``*b m n`` code with ``@``, ``.mT`` and ``...``, never ``vmap``. What a part requires of
+the others beyond their laws, or lacks itself, it may say: see `compatible`.
 """
 
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -58,8 +59,8 @@ class Refresh(Protocol):
     def after(self, state: Any, due: Array, size: Array, overlap: Array) -> Any:
         """The next state; ``overlap`` is ``||new^T old||_F^2 / r``, 1 if not due.
 
-        ``size`` is as above, or that of the whole gradient if due: what the new basis
-        was chosen for.
+        r counts the columns of the old basis that are not zero. ``size`` is as above,
+        or that of the whole gradient if due: what the new basis was chosen for.
         """
         ...
 
