@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import reference
+from running import norm, random_grads, random_like, relative_error, run
 
 import lowrank_optax as lro
+from lowrank_optax._src import compress
 
 ADAM, MOMENTUM = optax.scale_by_adam(), optax.trace(0.9)
 GAUSSIAN, ORTHONORMAL = lro.RandomGaussian(), lro.RandomOrthonormal()
@@ -180,3 +183,234 @@ def test_a_lazy_refresh_compares_the_ranks_in_use():
         _, state = update(grads, state)
     assert np.sum(np.any(state.basis["w"] != 0, axis=0)) == 1
     assert state.refresh["w"].stretch == 2
+
+
+# What combines
+
+
+def i3s(inner=ADAM, rank=2, **parts):
+    return lro.i3s_subspace(inner, rank=rank, update_every=3, **parts)
+
+
+def adaptive(inner=ADAM, rank=2, **parts):
+    return lro.adaptive_rank(inner, max_rank=rank, max_interval=3, **parts)
+
+
+def follow(grads, bases, transfer, kind, b1=0.9, b2=0.999, eps=1e-8):
+    """Adam in given bases, one a step; what becomes of the rest of the gradient."""
+    m = v = old = None
+    directions = []
+    for t, (g, p) in enumerate(zip(map(reference.wide, grads), bases, strict=True), 1):
+        r = p.mT @ g
+        if old is None:
+            m = v = np.zeros_like(r)
+        elif transfer == "rotate" and not np.array_equal(p, old):
+            m, v = reference.rotate(m, v, p.mT @ old)
+        old = p
+        m, v = b1 * m + (1 - b1) * r, b2 * v + (1 - b2) * r**2
+        n = m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps)
+        phi = np.linalg.norm(n, axis=0) / (np.linalg.norm(r, axis=0) + 1e-8)
+        rest = {"drop": 0.0, "fira": (g - p @ r) * phi}
+        directions.append(g * phi if kind == "scale" else p @ n + rest[kind])
+    return directions
+
+
+FIRA = lro.FiraResidual(limiter=None)
+FOLLOWED = {
+    "I3S + Fira": (i3s(recovery=FIRA), "keep", "fira"),
+    "I3S + Rotate on convergence": (
+        project(
+            subspace=lro.ImportanceSampled(),
+            refresh=lro.OnConvergence(0.9, max_interval=4, min_interval=2),
+            transfer=lro.Rotate(),
+        ),
+        "rotate",
+        "drop",
+    ),
+    "GoLore + Fira": (
+        project(
+            subspace=lro.Switch(4, lro.TopSingular(), ORTHONORMAL),
+            refresh=lro.Every(3),
+            transfer=lro.Rotate(),
+            recovery=FIRA,
+        ),
+        "rotate",
+        "fira",
+    ),
+    "AdaRankGrad + Fira": (adaptive(rank=5, recovery=FIRA), "rotate", "fira"),
+    "GaLore+ + adaptive rank": (
+        lro.galore_plus_project(
+            ADAM,
+            rank=5,
+            num_heads=2,
+            density=0,
+            update_every=3,
+            subspace=lro.EnergyRank(),
+            transfer=lro.Rotate(),
+        ),
+        "rotate",
+        "drop",
+    ),
+    "APOLLO + I3S": (
+        lro.apollo_scale(
+            ADAM,
+            rank=2,
+            update_every=3,
+            limiter=None,
+            subspace=lro.ImportanceSampled(),
+        ),
+        "keep",
+        "scale",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_compositions_follow_their_formulas(name):
+    tx, transfer, kind = FOLLOWED[name]
+    grads = random_grads({"query": jnp.ones((6, 8))}, 10)
+    state, update = tx.init(grads[0]), jax.jit(tx.update)
+    updates, bases = [], []
+    for g in grads:
+        u, state = update(g, state)
+        updates.append(u["query"])
+        bases.append(reference.wide(state.basis["query"]))
+    changed = sum(
+        not np.array_equal(x, y) for x, y in zip(bases[1:], bases[:-1], strict=True)
+    )
+    assert changed >= 2
+    left = bases[0].shape[0] == 6  # or the longer side, the columns
+    expected = follow(
+        [g["query"] if left else g["query"].T for g in grads], bases, transfer, kind
+    )
+    expected = [x if left else x.T for x in expected]
+    assert relative_error(updates, expected) < 1e-4
+
+
+def test_adaptive_ranks_across_heads_are_those_of_one_head():
+    energy_rank = lro.EnergyRank(max_residual_energy=0.2)
+    tx = lro.galore_plus_project(ADAM, rank=4, num_heads=2, subspace=energy_rank)
+    g = random_like({"query": (6, 8)}, 3)
+    basis = reference.wide(tx.update(g, tx.init(g))[1].basis["query"])
+
+    def fewest(x):
+        energy = np.linalg.svd(x)[1] ** 2
+        return 1 + np.sum(np.cumsum(energy) < 0.8 * energy.sum())
+
+    whole = reference.wide(g["query"])
+    heads = {fewest(head) for head in np.split(whole, 2, axis=1)}
+    assert fewest(whole) not in heads
+    assert np.sum(np.any(basis != 0, axis=0)) in heads
+
+
+def in_bytes(*sizes):
+    """Of moments of so many numbers, with a scale for 256 each."""
+    return sum(n + 4 * -(-n // 256) for n in sizes)
+
+
+S, L, R = 256, 512, 32
+FACTORED = optax.scale_by_factored_rms(min_dim_size_to_factor=1)
+# Each by rank, and the bytes of a matrix of S rows and L columns at rank R.
+STORED = {
+    "I3S + Adafactor": (lambda r: i3s(FACTORED, r), 4 * (S * R + L + R + 1)),
+    "I3S + Adam-mini": (
+        lambda r: i3s(lro.scale_by_adam_mini(), r),
+        4 * (S * R + L * R + L),
+    ),
+    "I3S + 8-bit Lion": (
+        lambda r: lro.quantize_state(i3s(optax.scale_by_lion(), r)),
+        4 * S * R + in_bytes(L * R),
+    ),
+    "Fira + 8-bit Adam": (
+        lambda r: lro.quantize_state(lro.fira_project(ADAM, rank=r, update_every=3)),
+        4 * (S * R + 1) + in_bytes(L * R, L * R),
+    ),
+    "AdaRankGrad + Adafactor": (
+        lambda r: adaptive(FACTORED, r),
+        4 * (L * R + S + R + 1),
+    ),
+    "AdaRankGrad + 8-bit Adam": (
+        lambda r: lro.quantize_state(adaptive(ADAM, r)),
+        4 * L * R + in_bytes(S * R, S * R),
+    ),
+    "Q-GaLore + I3S": (
+        lambda r: lro.q_galore_project(
+            ADAM, rank=r, update_every=3, subspace=lro.ImportanceSampled()
+        ),
+        S * R / 2 + 4 * R + 4 * 2 * L * R,
+    ),
+    "Q-GaLore + Fira": (
+        lambda r: lro.compress_state(
+            lro.fira_project(ADAM, rank=r, update_every=3), {"basis": lro.PackedInt4()}
+        ),
+        S * R / 2 + 4 * R + 4 * (2 * L * R + 1),
+    ),
+    "APOLLO + 8-bit Adam": (
+        lambda r: lro.quantize_state(
+            lro.apollo_scale(ADAM, rank=r, update_every=3, limiter=None)
+        ),
+        in_bytes(L * R, L * R),
+    ),
+    "MLorc + 8-bit factors": (
+        lambda r: lro.compress_state(
+            lro.mlorc_scale_by_lion(r), {"mu.left": INT8, "mu.right": INT8}
+        ),
+        in_bytes(S * R, L * R),
+    ),
+    "LDAdam + 8-bit error": (
+        lambda r: lro.compress_state(lro.scale_by_ldadam(r), {"error": INT8}),
+        4 * (S * R + 2 * L * R) + in_bytes(S * L),
+    ),
+    "GaLore + MLorc": (
+        lambda r: lro.mlorc_compress(lro.galore_project(ADAM, rank=r), rank=4),
+        4 * (S * R + 2 * 4 * (R + L)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_the_state_is_the_sum_of_its_parts(name):
+    make, expected = STORED[name]
+    row = lro.describe(make(R), {"w": jax.ShapeDtypeStruct((S, L), jnp.float32)})[0]
+    assert row.state_bytes == expected
+
+
+@pytest.mark.parametrize("name", [*FOLLOWED, *STORED])
+def test_compositions_learn_and_outlast_bad_gradients(name, monkeypatch):
+    # So that small matrices are stored in bytes as large ones are.
+    monkeypatch.setattr(compress, "ELEMENTWISE_MIN_SIZE", 8)
+    tx = STORED[name][0](3) if name in STORED else FOLLOWED[name][0]
+    start = params = random_like({"query": (6, 8), "bias": (3,)}, 0)
+    state, update = tx.init(params), jax.jit(tx.update)
+
+    def descend(params, state):
+        for _ in range(100):
+            updates, state = update(params, state, params)
+            params = jax.tree.map(lambda p, u: p - 0.02 * u, params, updates)
+        return params, state
+
+    learned, _ = descend(params, state)
+    for leaf in start:
+        assert norm(learned[leaf]) < 0.7 * norm(start[leaf])
+    for bad in (0.0, jnp.nan):
+        spoiled = params | {"query": params["query"] * bad}
+        for before in (tx.init(params), state):
+            _, after = update(spoiled, before, params)
+            assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(after))
+            learned, after = descend(params, after)
+            assert norm(learned["query"]) < 0.8 * norm(start["query"])
+        _, state = update(params, state, params)
+
+
+@pytest.mark.parametrize("name", ["AdaRankGrad + 8-bit Adam", "APOLLO + 8-bit Adam"])
+def test_shrinking_takes_what_there_is(name):
+    params = {"w": jnp.outer(jnp.arange(1.0, 7), jnp.arange(1.0, 9))}
+    tx = STORED[name][0](3)
+    _, state = run(tx, params, [params])
+    new, small = lro.rank.shrink(tx, state, params, multiple_of=1)
+    bases = {"AdaRankGrad + 8-bit Adam": 1}  # a drawn projection has no unused rank
+    moments = optax.tree.get(small, "mu")["w"]
+    assert moments.shape[0] == bases.get(name, 3)
+    updates, _ = run(new, params, [params], small)
+    expected, _ = run(tx, params, [params], state)
+    assert relative_error(updates[0]["w"], expected[0]["w"]) < 1e-5
