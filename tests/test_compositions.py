@@ -86,6 +86,10 @@ def project(inner=ADAM, rank=2, **parts):
             "BlockInt8 with the state field '0/mu': .* both signs",
         ),
         (
+            lambda: lro.compress_state(ADAM, {"nu": lro.PackedInt4()}),
+            "PackedInt4 with the state field 'nu': .* small numbers beside large ones",
+        ),
+        (
             lambda: lro.compress_state(project(), {"basis": lro.LowRank(2)}),
             "LowRank with the state field 'basis': .* independent",
         ),
@@ -139,6 +143,15 @@ def test_refused_once_the_parameters_are_known(tx, message):
     jax.eval_shape(tx.init, {"b": jnp.ones(3)})
 
 
+def test_second_moments_of_another_form_do_not_rotate():
+    mini = lro.scale_by_adam_mini(matrices=lro.MatrixAxes(rows=-1, cols=-2))
+    params = {"w": jnp.ones((6, 8))}
+    message = r"Rotate with the state field 'nu' of shape \(1, 2\): .* basis vectors"
+    with pytest.raises(ValueError, match="Cannot use " + message):
+        project(mini, transfer=lro.Rotate()).init(params)
+    project(mini, transfer=lro.Reset()).init(params)
+
+
 class Given:
     """A subspace of one's own that says nothing about itself."""
 
@@ -164,6 +177,8 @@ class Given:
             recovery=lro.SparseResidual(),
         ),
         project(subspace=lro.CrossHead(2, lro.ImportanceSampled(2)), side="right"),
+        project(lro.scale_by_adam_mini(), transfer=lro.Rotate()),  # a block a column
+        project(lro.quantize_state(ADAM), rank=32),
         lro.compress_state(ADAM, {"mu": INT8, "nu": INT8}),  # coarser, but it has 0
         lro.mlorc_compress(optax.chain(optax.scale_by_factored_rms(), MOMENTUM)),
         lro.mlorc_compress(optax.masked(MOMENTUM, {"w": False, "b": True})),

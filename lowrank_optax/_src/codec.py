@@ -188,6 +188,7 @@ class PackedInt4:
 
     block: int = 256
     elementwise: ClassVar[bool] = True
+    lacks: ClassVar[tuple[str, ...]] = (compatible.ALL_SIZES,)
 
     def __post_init__(self):
         check_rank(self.block, "block")

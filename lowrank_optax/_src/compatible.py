@@ -16,6 +16,7 @@ ALIGNED = "basis vectors with the signs of those that they replace"
 NAMED_SIDE = "side='left' or 'right', that of the input whatever its length"
 SIGNS = "numbers of both signs"
 NONNEGATIVE = "numbers that are never negative"
+ALL_SIZES = "small numbers beside large ones"
 INDEPENDENT = "columns that stay independent"
 
 

@@ -20,7 +20,7 @@ ELEMENTWISE_MIN_SIZE = 4096
 # What a field requires of its codec.
 _REQUIRED = {
     **dict.fromkeys(FIRST_MOMENTS, (compatible.SIGNS,)),
-    **dict.fromkeys(SECOND_MOMENTS, (compatible.NONNEGATIVE,)),
+    **dict.fromkeys(SECOND_MOMENTS, (compatible.NONNEGATIVE, compatible.ALL_SIZES)),
     "basis": (compatible.SIGNS, compatible.INDEPENDENT),
 }
 

@@ -67,6 +67,11 @@ class Rotate:
         _refuse_codes(moments, self)
         r = overlap.shape[-1]
         carried = {}
+        widths = {
+            x.shape[-1]
+            for name, x in moments.items()
+            if last(name) in FIRST_MOMENTS and x.ndim == overlap.ndim
+        }
         for name, x in moments.items():
             rows = last(name) == "v_row" and x.shape[-1] == r
             if last(name) in FIRST_MOMENTS.union(self.first):
@@ -77,6 +82,10 @@ class Rotate:
                     carried[name] = matmul(square, x[..., None])[..., 0]
                 elif x.ndim == overlap.ndim and x.shape[-2] == r:
                     carried[name] = matmul(square, x)
+                elif widths and r not in widths and x.shape[-2:] == (1, r):
+                    field = f"the state field '{name}' of shape {x.shape}"
+                    need = "second moments whose rows are the basis vectors"
+                    raise compatible.cannot_use("Rotate", field, "it", need, "that")
                 else:
                     carried[name] = x
             elif x.ndim == overlap.ndim and x.shape[-2] == r:
