@@ -36,6 +36,8 @@ from examples.llama.weights import load_llama, save_llama
 RANK, SCALE = 2, ALPHA / 2
 LAYOUTS = {"separate": False, "stacked": True}
 KINDS = {"lora": LoRALinear, "dora": DoRALinear, "factorized": FactorizedLinear}
+# Each layout and each kind once, where compilation is slow.
+PAIRS = [("separate", "lora"), ("stacked", "dora")]
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, 13, (2, 5)), jnp.int32)
 
 forward = nnx.jit(Llama.__call__)
@@ -102,8 +104,7 @@ def numpy_weight(kind, p):
 # The modules
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "kind"), PAIRS)
 def test_an_adapted_model_starts_as_the_model_it_adapts(layout, kind):
     expected = forward(base_model(layout), IDS)
     np.testing.assert_allclose(forward(adapted(layout, kind), IDS), expected, atol=1e-5)
@@ -170,9 +171,7 @@ def gradients(model):
     return jax.jit(jax.grad(loss))(params_of(model))
 
 
-@pytest.mark.parametrize(
-    ("layout", "kind"), [("separate", "lora"), ("stacked", "dora")]
-)
+@pytest.mark.parametrize(("layout", "kind"), PAIRS)
 def test_gradients_reach_the_factors_and_not_what_is_frozen(layout, kind):
     model = randomize(adapted(layout, kind))
     params, grads = params_of(model), gradients(model)

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-# What the papers take in pre-training; an adapter is scaled by ALPHA / rank.
+# GaLore's setting of LoRA and ReLoRA in pre-training; an adapter is scaled by
+# ALPHA / rank.
 ALPHA = 32.0
 
 
@@ -105,15 +106,13 @@ class LoRALinear(LowRankLinear):
         self.frozen = nnx.Param(kernel)
 
     def weight(self) -> jax.Array:
-        return merged_kernel(self.frozen[...], *self._factors())
+        a, b = self.lora.lora_a[...], self.lora.lora_b[...]
+        return merged_kernel(self.frozen[...], a, b)
 
     def product(self, x: jax.Array) -> jax.Array:
         kernel = jax.lax.stop_gradient(self.frozen[...])
         x, kernel = self.linear.promote_dtype((x, kernel), dtype=self.linear.dtype)
         return x @ kernel + scale(self.lora.lora_a[...]) * self.lora(x)
-
-    def _factors(self) -> tuple[jax.Array, jax.Array]:
-        return self.lora.lora_a[...], self.lora.lora_b[...]
 
 
 class DoRALinear(LoRALinear):
@@ -122,7 +121,7 @@ class DoRALinear(LoRALinear):
     The weight is `m (W0 + s A B) / |W0 + s A B|`, with a norm and a magnitude for every
     output: those of the columns here, of the rows of PEFT's (out, in). The magnitude
     starts as the norm of `W0`. The norm counts as constant in the gradient, as the
-    paper has it (Section 4.3), which saves memory and costs nothing.
+    paper has it (Section 4.3) to save memory.
 
     Args:
       linear: the map whose place is taken, its kernel (*stack, in, out).
