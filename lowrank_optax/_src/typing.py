@@ -32,7 +32,7 @@ class Subspace(Protocol):
         old: Float[Array, "*b m r"],
         step: Step,
     ) -> Float[Array, "*b m r"]:
-        """A new basis for ``grad``, whose largest magnitude is 1.
+        """A new basis for ``grad``, scaled to a largest magnitude in [1/2, 1).
 
         Law: columns orthonormal to 1e-5 or exactly zero, finite for any finite
         ``grad``. ``old`` is the basis to be replaced, zero at the start.
