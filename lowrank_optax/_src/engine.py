@@ -158,6 +158,7 @@ class StateFields:
                 structure,
                 [_field(k, x, [path for path, _ in flat]) for k, x in found],
                 {i: x for i, (_, x) in enumerate(found)},
+                _masked_fields(state, {tuple(path) for path, _ in flat}),
             )
         return self._layouts[seen]
 
@@ -175,6 +176,25 @@ def _field(key_path: Any, entry: Any, paths: list[Any]) -> Where | None:
     return None
 
 
+def _masked_fields(state: Any, paths: set[Any]) -> list[str]:
+    """Fields in which some parameter, or each of them, has no entry."""
+
+    def left_out(x):
+        return isinstance(x, optax.MaskedNode)
+
+    entries, _ = jax.tree_util.tree_flatten_with_path(
+        state, is_leaf=lambda x: is_box(x) or left_out(x)
+    )
+    starts = (
+        key_path[:start]
+        for key_path, x in entries
+        if left_out(x)
+        for start in range(len(key_path))
+        if tuple(key_path[start:]) in paths
+    )
+    return ["/".join(trees.path_parts(start)) for start in starts]
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """Where each parameter's entries stand in a state, see `StateFields`."""
@@ -182,11 +202,12 @@ class Layout:
     structure: Any
     where: list[Where | None]
     found: dict[int, Any]
+    masked: list[str]
 
     @property
     def names(self) -> list[str]:
         """Paths of the fields within the state, such as ``"0/mu"``."""
-        return list(dict.fromkeys(w[0] for w in self.where if w is not None))
+        return list(dict.fromkeys([*(w[0] for w in self.where if w), *self.masked]))
 
     @property
     def abstract(self) -> dict[Where, Any]:
