@@ -53,7 +53,12 @@ def descend(method, params, state, n, size=0.02):
 
 
 # One on each engine, and one whose subspace is random: pmap sees no more of a method.
-ON_ENGINES = ["project_gradients", "compress_state", "mlorc_scale_by_adam", "golore_project"]
+ON_ENGINES = [
+    "project_gradients",
+    "compress_state",
+    "mlorc_scale_by_adam",
+    "golore_project",
+]
 
 
 class Variants(chex.TestCase):
