@@ -4,7 +4,6 @@ import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -430,9 +429,3 @@ def test_batched_equals_loop(name, stack):
     elif name != "range_basis":
         result, loop = result[..., :3], loop[..., :3]
     np.testing.assert_allclose(result, loop, rtol=0, atol=1e-5)
-
-
-def test_shapes_are_checked_at_every_call():
-    """By the import hook of the tests' configuration: it must be in force."""
-    with pytest.raises(jaxtyping.TypeCheckError):
-        linalg.range_finder(jax.random.key(0), jnp.ones(3), 1)
