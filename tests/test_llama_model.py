@@ -221,9 +221,8 @@ def test_bfloat16_parameters_keep_float32_logits(reference):
 
 def test_norm_is_computed_in_float32():
     norm = RMSNorm(SMALL, rngs=nnx.Rngs(0))
-    x = np.random.default_rng(0).normal(size=(5, 16)).astype(
-        jnp.bfloat16
-    ) * jnp.bfloat16(100)
+    x = 100 * np.random.default_rng(0).normal(size=(5, 16))
+    x = x.astype(jnp.bfloat16)
     exact = x.astype(np.float64)
     exact /= np.sqrt(np.mean(exact**2, axis=-1, keepdims=True) + SMALL.rms_norm_eps)
     got = norm(jnp.asarray(x))
