@@ -58,7 +58,7 @@ def drive(*steps: Steps, count: jax.Array | None = None) -> list[Any]:
     """
     running = together(*steps)
     answers = None
-    _turns.append([])
+    _turns.append(None)
     try:
         while True:
             answers = _solve(running.send(answers), count)
@@ -68,29 +68,23 @@ def drive(*steps: Steps, count: jax.Array | None = None) -> list[Any]:
         _turns.pop()
 
 
-_turns: list[list[jax.Array]] = []  # of each `drive` that runs, the ends of its turns
-
-# So many leaves are worked on at a time: a processor has more than one core.
-_LEAVES_AT_A_TIME = 2
+_turns: list[jax.Array | None] = []  # of each `drive` that runs, the last turn's end
 
 
 def take_turn(x: Any) -> jax.Array:
-    """A number or an array, but not before the turn taken two before is over.
+    """A number or an array, but not before the turn taken last is over.
 
     What is computed from it waits, so that the large temporaries of one leaf are gone
     before those of the next one come: fresh memory costs more time than arithmetic.
     """
     x = jnp.asarray(x, jnp.float32)
-    ends = _turns[-1] if _turns else []
-    if len(ends) < _LEAVES_AT_A_TIME:
-        return x
-    return after(x, ends[-_LEAVES_AT_A_TIME])
+    return x if not _turns or _turns[-1] is None else after(x, _turns[-1])
 
 
 def end_turn(last: jax.Array) -> None:
     """The turn is over once ``last`` is known, a small array."""
     if _turns:
-        _turns[-1].append(last)
+        _turns[-1] = last
 
 
 def _solve(requests: Sequence[Request], count: jax.Array | None) -> list[Any]:

@@ -214,16 +214,10 @@ class MLorcAdam:
             self.mu.draw(key, state.mu),
             self.nu.draw(key, state.nu),
         )
-        b1, b2, t = self.b1, self.b2, step + 1
-
-        def second_moment(b2):
-            kept = clamp_negative(low_rank_product(state.nu), zeta)
-            return b2 * kept + (1 - b2) * grad**2
-
+        b1, b2, t = self.b1, batching.take_turn(self.b2), step + 1
         m = b1 * self.mu.decode(state.mu) + (1 - b1) * grad
-        m_hat, v_hat = m / (1 - b1**t), second_moment(b2) / (1 - b2**t)
-        # Formed once more for its products, V need not be kept for the update.
-        v = second_moment(batching.take_turn(b2))
+        v = b2 * clamp_negative(low_rank_product(state.nu), zeta) + (1 - b2) * grad**2
+        m_hat, v_hat = m / (1 - b1**t), v / (1 - self.b2**t)
         (mu, mu_finite), (nu, nu_finite) = yield from batching.together(
             self.mu.compress(mu_omega, Average(b1, state.mu, grad), state.mu),
             self.nu.compress(nu_omega, Whole(v), state.nu, ends_turn=True),
