@@ -222,19 +222,20 @@ def compress_fields(
         views, coded = see(updates, layout.names, layout.abstract)
         keys = trees.leaf_keys(key, [v.path for v in views], state.step)
         old = layout.get(state.inner_state)
+        whole = {w: view.leaf(_decode(c, old[w])) for w, (c, view) in coded.items()}
         directions, inner_state = inner.update(
             grads,
-            layout.set(
-                state.inner_state,
-                {w: view.leaf(_decode(c, old[w])) for w, (c, view) in coded.items()},
-            ),
+            layout.set(state.inner_state, whole),
             None if params is None else jax.tree.map(trees.full_precision, params),
             **extra,
         )
         new = layout.get(inner_state)
         for (name, i), (codec, view) in coded.items():
-            x = view.matrix(new[name, i])
-            new[name, i] = _encode(codec, keys[i], x, old[name, i])
+            x = new[name, i]
+            new[name, i] = _encode(codec, keys[i], view.matrix(x), old[name, i])
+            if engine.accumulating() == "add":  # most often, only the sum has changed
+                changed = jnp.any(x != whole[name, i])
+                new[name, i] = engine.where(changed, new[name, i], old[name, i])
         # A leaf with codes is accepted as a whole or not at all: its moments belong
         # together, those that stay uncompressed too.
         for i in {i for _, i in coded}:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lowrank_optax._src import compatible, engine, linalg, matrix, trees
+from lowrank_optax._src import accumulate, compatible, engine, linalg, matrix, trees
 from lowrank_optax._src.linalg import matmul
 from lowrank_optax._src.matrix import MatrixView
 from lowrank_optax._src.recovery import Drop
@@ -117,6 +117,7 @@ def project_gradients(
         compatible.check_rank(subspace, rank)
         for part in (refresh, recovery):
             compatible.check(part, subspace)
+        accumulate.check(recovery)
         need = compatible.NAMED_SIDE
         if need in getattr(subspace, "requires", ()) and side not in ("left", "right"):
             user, other = compatible.name(subspace), f"side={side!r}"
@@ -167,7 +168,7 @@ def project_gradients(
         for (own, _, r, _), (part, view) in cases.items():
             view = dataclasses.replace(view, source=None)
             _check_moments(transfer, part, view, r, dict(own))
-        return ProjectState(
+        state = ProjectState(
             step=jnp.zeros([], jnp.int32),
             basis=tree(
                 (lambda v: v.zeros("m", v.rank(rank)))
@@ -178,8 +179,10 @@ def project_gradients(
             recovery=tree(lambda v: _at(v, recovery).init(v)),
             inner_state=engine.fit_boxes(layout, inner_state, proxies),
         )
+        return accumulate.start(state, proxies)
 
-    def update(updates, state, params=None, **extra):
+    def down(updates, state, first):
+        """The projected gradients, and the state with the bases for them."""
         treedef = jax.tree.structure(updates)
         views = trees.views(updates, matrices, side)
         at_matrix = {i: v for i, v in enumerate(views) if isinstance(v, MatrixView)}
@@ -198,7 +201,6 @@ def project_gradients(
         layout = fields.layout(treedef.unflatten(low))
         moments = layout.get(state.inner_state)
 
-        recovery_at = {i: _at(view, recovery) for i, view in at_matrix.items()}
         basis_at = load(at_matrix, bases)
         for i, view in at_matrix.items():
             own = {name: x for (name, j), x in moments.items() if j == i}
@@ -207,12 +209,13 @@ def project_gradients(
                     _at(view, subspace),
                     refresh,
                     transfer,
-                    recovery_at[i],
+                    _at(view, recovery),
                     view.rank(rank),
                 ),
                 keys[i],
                 state.step,
                 phases[i],
+                first,
                 view.matrix(grads[i]),
                 basis_at[i](),
                 refreshes[i],
@@ -221,6 +224,24 @@ def project_gradients(
             )
             bases[i] = basis if stored else jnp.where(due, state.step, bases[i])
             moments |= {(name, i): x for name, x in own.items()}
+        return treedef.unflatten(low), state._replace(
+            basis=treedef.unflatten(bases),
+            refresh=treedef.unflatten(refreshes),
+            inner_state=layout.set(state.inner_state, moments),
+        )
+
+    def up(updates, low, state, params, **extra):
+        """The update by the projected gradients, in the bases of the state."""
+        treedef = jax.tree.structure(updates)
+        views = trees.views(updates, matrices, side)
+        at_matrix = {i: v for i, v in enumerate(views) if isinstance(v, MatrixView)}
+        grads, coeffs, bases, recoveries = (
+            treedef.flatten_up_to(x)
+            for x in (updates, low, state.basis, state.recovery)
+        )
+        layout = fields.layout(low)
+        moments = layout.get(state.inner_state)
+        recovery_at = {i: _at(view, recovery) for i, view in at_matrix.items()}
 
         # Drawn once more, as otherwise those of all leaves would be alive at once.
         basis_at = load(at_matrix, bases)
@@ -229,12 +250,7 @@ def project_gradients(
             for i, view in at_matrix.items():
                 weights[i] = _project(None, basis_at[i](), view.matrix(weights[i]))
             params = treedef.unflatten(weights)
-        directions, inner_state = inner.update(
-            treedef.unflatten(low),
-            layout.set(state.inner_state, moments),
-            params,
-            **extra,
-        )
+        directions, inner_state = inner.update(low, state.inner_state, params, **extra)
 
         directions = treedef.flatten_up_to(directions)
         new_moments = layout.get(inner_state)
@@ -245,7 +261,7 @@ def project_gradients(
             new, recovery_state = _recover(
                 (recovery_at[i], scale),
                 view.matrix(grads[i]),
-                low[i],
+                coeffs[i],
                 directions[i],
                 basis_at[i](),
                 recoveries[i],
@@ -259,27 +275,28 @@ def project_gradients(
                 (recoveries[i], [moments[w] for w in own]),
             )
             new_moments |= dict(zip(own, accepted, strict=True))
-        new_state = ProjectState(
+        new_state = state._replace(
             step=engine.increment(state.step),
-            basis=treedef.unflatten(bases),
-            refresh=treedef.unflatten(refreshes),
             recovery=treedef.unflatten(recoveries),
             inner_state=layout.set(inner_state, new_moments),
         )
         return treedef.unflatten(out), new_state
 
-    return engine.transformation(init, update)
+    return engine.transformation(init, accumulate.stepwise(down, up))
 
 
 @engine.compiled
-def _down(parts, key, step, phase, grad, basis, refresh_state, recovery_state, moments):
+def _down(
+    parts, key, step, phase, first, grad, basis, refresh_state, recovery_state, moments
+):
     """Renew the basis if due, and project the gradient to it."""
     subspace, refresh, transfer, recovery, rank = parts
     grad = recovery.prepare(grad, recovery_state)
     coeff = matmul(basis.mT, grad)
     size = jnp.linalg.norm(coeff)
     # A basis that has not seen a usable gradient yet is zero: it is always due.
-    due = jnp.all(basis == 0) | refresh.due(refresh_state, step, phase, size)
+    unset = jnp.all(basis == 0)
+    due = unset | (first & refresh.due(refresh_state, step, phase, size))
 
     def renew():
         # A shrunk basis is renewed as a whole one is, and cut off again: its columns
@@ -298,7 +315,10 @@ def _down(parts, key, step, phase, grad, basis, refresh_state, recovery_state, m
 
     coeff, basis, moments, share, size = jax.lax.cond(due, renew, keep)
     after = refresh.after(refresh_state, due, size, share)
-    return coeff, basis, due, engine.accept(after, refresh_state), moments
+    after = engine.accept(
+        engine.where(unset | first, after, refresh_state), refresh_state
+    )
+    return coeff, basis, due, after, moments
 
 
 @engine.compiled
