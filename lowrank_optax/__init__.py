@@ -6,6 +6,7 @@ methods without a learning rate, and whole optimizers. Please do not use names f
 """
 
 from lowrank_optax import diagnostics as diagnostics
+from lowrank_optax import layerwise as layerwise
 from lowrank_optax import linalg as linalg
 from lowrank_optax import rank as rank
 from lowrank_optax._src.accumulate import AccumulateState as AccumulateState
@@ -166,6 +167,7 @@ __all__ = [
     "i3s_subspace",
     "inject_hyperparams",
     "ldadamw",
+    "layerwise",
     "leafwise",
     "linalg",
     "memory_report",

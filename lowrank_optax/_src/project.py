@@ -7,14 +7,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from lowrank_optax._src import accumulate, compatible, engine, linalg, matrix, trees
+from lowrank_optax._src import (
+    accumulate,
+    compatible,
+    engine,
+    linalg,
+    matrix,
+    random,
+    trees,
+)
 from lowrank_optax._src.linalg import matmul
 from lowrank_optax._src.matrix import MatrixView
 from lowrank_optax._src.recovery import Drop
-from lowrank_optax._src.refresh import Every
+from lowrank_optax._src.refresh import Every, spread
 from lowrank_optax._src.subspace import TopSingular
 from lowrank_optax._src.transfer import Keep
 from lowrank_optax._src.typing import Recovery, Refresh, Subspace, Transfer
@@ -133,10 +140,12 @@ def project_gradients(
         paths = [view.path for view in views.values()]
         keys = trees.leaf_keys(key, paths, [kept[i] for i in views])
         shapes = ((*v.batch_shape, v.m, v.rank(rank)) for v in views.values())
-        return {
-            i: functools.partial(_draw, (subspace, shape, view.compute_dtype), k)
-            for (i, view), shape, k in zip(views.items(), shapes, keys, strict=True)
-        }
+        drawn = {}
+        for (i, view), shape, own in zip(views.items(), shapes, keys, strict=True):
+            parts = subspace, shape, view.compute_dtype
+            own = random.matrix_keys(own, view.batch_shape)
+            drawn[i] = functools.partial(_draw, parts, own)
+        return drawn
 
     def init(params):
         views = trees.views(params, matrices, side, creating=True)
@@ -186,7 +195,7 @@ def project_gradients(
         treedef = jax.tree.structure(updates)
         views = trees.views(updates, matrices, side)
         at_matrix = {i: v for i, v in enumerate(views) if isinstance(v, MatrixView)}
-        phases = _phases(views)
+        phases = spread([getattr(view, "size", 0.0) for view in views])
         keys = trees.leaf_keys(key, [v.path for v in views], state.step)
         grads = treedef.flatten_up_to(updates)
         bases, refreshes, recoveries = (
@@ -212,7 +221,7 @@ def project_gradients(
                     _at(view, recovery),
                     view.rank(rank),
                 ),
-                keys[i],
+                random.matrix_keys(keys[i], view.batch_shape),
                 state.step,
                 phases[i],
                 first,
@@ -380,10 +389,3 @@ def _safe_select(subspace: Subspace, key, grad, old, step):
     usable |= unset & jnp.any(usable)
     usable &= jnp.all(jnp.isfinite(new), axis=(-2, -1), keepdims=True)
     return jnp.where(usable, new, old)
-
-
-def _phases(views) -> list[np.float32]:
-    """Where in a period each leaf is renewed: midpoints of its share of all cost."""
-    cost = np.array([v.size if isinstance(v, MatrixView) else 0.0 for v in views])
-    total = max(cost.sum(), 1.0)
-    return list(((np.cumsum(cost) - cost / 2) / total).astype(np.float32))
