@@ -220,10 +220,11 @@ class Job:
         s = self.settings
         lr, rank = self.hyperparameters(method)
         schedule = warmup_cosine(lr, s.steps)
-        own, counts = METHODS[method], {}
-        if own.by_heads:
-            counts["heads"] = (self.config.num_attention_heads, self.config.kv_heads)
-        tx = own.build(schedule, rank, s.update_every, s.weight_decay, **counts)
+        own = METHODS[method]
+        heads = (self.config.num_attention_heads, self.config.kv_heads)
+        known = {"heads": heads, "steps": s.steps}
+        more = {name: known[name] for name in own.needs}
+        tx = own.build(schedule, rank, s.update_every, s.weight_decay, **more)
         return optax.chain(optax.clip_by_global_norm(1.0), tx)
 
     def check(self) -> None:
