@@ -216,7 +216,7 @@ def _best_code(y: Array, z: Array, old_right: Array) -> tuple[LowRankCode, Array
     t = linalg.whitening(y)
     q, b = matmul(y, t), matmul(t.mT, z)
     unit, scale = linalg.unit_scale(b)
-    vectors = jnp.linalg.eigh(matmul(unit, unit.mT))[1]
+    vectors = linalg.eigh(matmul(unit, unit.mT))[1]
     vectors = jnp.flip(vectors, -1)[..., :rank]
     right = matmul(vectors.mT, unit)
     norm = jnp.linalg.norm(right, axis=-1, keepdims=True)
