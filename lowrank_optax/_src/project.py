@@ -261,7 +261,7 @@ def project_gradients(
             # leaf belong together. Told by the gradient, not by each of them: the
             # choice is then made while they are computed, and costs no pass; but
             # after the directions, which are made of the old ones too.
-            ok = jnp.isfinite(batching.after(sizes[i], directions[i]))
+            ok = jnp.isfinite(batching.after(sizes[i], out[i]))
             ok &= engine.finite(recovery_state)
             recoveries[i] = engine.where(ok, recovery_state, recoveries[i])
             new_moments |= {
