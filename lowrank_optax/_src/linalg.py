@@ -21,6 +21,15 @@ def matmul(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
+def project(basis: Array, a: Array) -> Array:
+    """``basis^T a`` for a thin basis, whichever way ``a`` lies in memory.
+
+    The basis is transposed first. XLA's CPU backend would leave that to the product,
+    and there transpose ``a``, at up to twice the time where ``a`` is a transposed view.
+    """
+    return matmul(jax.lax.optimization_barrier(basis.mT), a)
+
+
 def at_least_float32(x: Array) -> Array:
     """``x`` in float32, or in its own dtype where that is wider."""
     x = jnp.asarray(x)

@@ -160,7 +160,7 @@ class Whole:
 
     def project(self, q: Array) -> tuple[Array, ...]:
         """Thin arrays that `join` to ``q^T A``."""
-        return (matmul(q.mT, self.matrix),)
+        return (linalg.project(q, self.matrix),)
 
     @staticmethod
     def join(z: Array) -> Array:
@@ -192,7 +192,7 @@ class Average:
         decay = jnp.asarray(self.decay, q.dtype) * jnp.ones(
             (*q.shape[:-2], 1, 1), q.dtype
         )
-        kept, new = matmul(q.mT, self.old.left), matmul(q.mT, self.grad)
+        kept, new = matmul(q.mT, self.old.left), linalg.project(q, self.grad)
         return decay, kept, self.old.right, new
 
     @staticmethod

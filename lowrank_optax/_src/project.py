@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lowrank_optax._src import compatible, engine, linalg, matrix, trees
-from lowrank_optax._src.linalg import matmul
+from lowrank_optax._src import batching, compatible, engine, linalg, matrix, trees
+from lowrank_optax._src.linalg import matmul, project
 from lowrank_optax._src.matrix import MatrixView
 from lowrank_optax._src.recovery import Drop
 from lowrank_optax._src.refresh import Every
@@ -200,9 +200,12 @@ def project_gradients(
 
         recovery_at = {i: _at(view, recovery) for i, view in at_matrix.items()}
         basis_at = load(at_matrix, bases)
+        # Leaf by leaf: XLA's CPU backend orders by depth, and would first project all
+        # gradients and last project all directions back, with all of them alive.
+        sizes, turn = {}, jnp.zeros([])
         for i, view in at_matrix.items():
             own = {name: x for (name, j), x in moments.items() if j == i}
-            low[i], basis, due, refreshes[i], own = _down(
+            low[i], basis, due, refreshes[i], own, sizes[i] = _down(
                 (
                     _at(view, subspace),
                     refresh,
@@ -218,7 +221,9 @@ def project_gradients(
                 refreshes[i],
                 recoveries[i],
                 own,
+                turn,
             )
+            turn = sizes[i]
             bases[i] = basis if stored else jnp.where(due, state.step, bases[i])
             moments |= {(name, i): x for name, x in own.items()}
 
@@ -253,12 +258,15 @@ def project_gradients(
             )
             out[i] = view.leaf(new)
             # What is not finite must not stay in the state for good; the moments of a
-            # leaf belong together.
-            recoveries[i], accepted = engine.accept(
-                (recovery_state, [new_moments[w] for w in own]),
-                (recoveries[i], [moments[w] for w in own]),
-            )
-            new_moments |= dict(zip(own, accepted, strict=True))
+            # leaf belong together. Told by the gradient, not by each of them: the
+            # choice is then made while they are computed, and costs no pass; but
+            # after the directions, which are made of the old ones too.
+            ok = jnp.isfinite(batching.after(sizes[i], out[i]))
+            ok &= engine.finite(recovery_state)
+            recoveries[i] = engine.where(ok, recovery_state, recoveries[i])
+            new_moments |= {
+                w: engine.where(ok, new_moments[w], moments[w]) for w in own
+            }
         new_state = ProjectState(
             step=engine.increment(state.step),
             basis=treedef.unflatten(bases),
@@ -272,14 +280,16 @@ def project_gradients(
 
 
 @engine.compiled
-def _down(parts, key, step, phase, grad, basis, refresh_state, recovery_state, moments):
-    """Renew the basis if due, and project the gradient to it."""
+def _down(
+    parts, key, step, phase, grad, basis, refresh_state, recovery_state, moments, turn
+):
+    """Renew the basis if due, and project the gradient, once ``turn`` is known."""
     subspace, refresh, transfer, recovery, rank = parts
     grad = recovery.prepare(grad, recovery_state)
-    coeff = matmul(basis.mT, grad)
+    coeff = project(batching.after(basis, turn), grad)
     size = jnp.linalg.norm(coeff)
     # A basis that has not seen a usable gradient yet is zero: it is always due.
-    due = jnp.all(basis == 0) | refresh.due(refresh_state, step, phase, size)
+    due = jnp.all(basis[..., 0] == 0) | refresh.due(refresh_state, step, phase, size)
 
     def renew():
         # A shrunk basis is renewed as a whole one is, and cut off again: its columns
@@ -291,14 +301,14 @@ def _down(parts, key, step, phase, grad, basis, refresh_state, recovery_state, m
         used = jnp.sum(jnp.any(basis != 0, axis=-2))
         share = jnp.sum(overlap**2) / jnp.maximum(used, 1)
         carried = transfer.carry(moments, overlap)
-        return matmul(new.mT, grad), new, carried, share, jnp.linalg.norm(grad)
+        return project(new, grad), new, carried, share, jnp.linalg.norm(grad)
 
     def keep():
         return coeff, basis, moments, jnp.ones([], basis.dtype), size
 
     coeff, basis, moments, share, size = jax.lax.cond(due, renew, keep)
     after = refresh.after(refresh_state, due, size, share)
-    return coeff, basis, due, engine.accept(after, refresh_state), moments
+    return coeff, basis, due, engine.accept(after, refresh_state), moments, size
 
 
 @engine.compiled
@@ -311,7 +321,7 @@ def _draw(parts, key):
 
 @engine.compiled
 def _project(parts, basis, param):
-    return matmul(basis.mT, param)
+    return project(basis, param)
 
 
 @engine.compiled

@@ -128,7 +128,7 @@ def mlorc_scale_by_adam(
         mu = LowRank(rank, False, oversample, power_iters, warm_start)
         nu = dataclasses.replace(mu, nonnegative=True)
         rule = MLorcAdam(b1, b2, eps, mu, nu)
-        return leafwise(rule, dense=adam, side="short_left", matrices=matrices, key=key)
+        return leafwise(rule, dense=adam, side="left", matrices=matrices, key=key)
     return mlorc_compress(
         adam,
         rank=rank,
@@ -179,7 +179,7 @@ def mlorc_scale_by_lion(
     mu = LowRank(rank, False, oversample, power_iters, warm_start)
     lion = optax.scale_by_lion(b1=b1, b2=b2)
     rule = MLorcLion(b1, b2, mu)
-    return leafwise(rule, dense=lion, side="short_left", matrices=matrices, key=key)
+    return leafwise(rule, dense=lion, side="left", matrices=matrices, key=key)
 
 
 class MLorcAdamState(NamedTuple):
@@ -217,7 +217,7 @@ class MLorcAdam:
         b1, b2, t = self.b1, batching.take_turn(self.b2), step + 1
         m = b1 * self.mu.decode(state.mu) + (1 - b1) * grad
         v = b2 * clamp_negative(low_rank_product(state.nu), zeta) + (1 - b2) * grad**2
-        m_hat, v_hat = m / (1 - b1**t), v / (1 - self.b2**t)
+        m_hat, v_hat = m * (1 / (1 - b1**t)), v * (1 / (1 - self.b2**t))
         (mu, mu_finite), (nu, nu_finite) = yield from batching.together(
             self.mu.compress(mu_omega, Average(b1, state.mu, grad), state.mu),
             self.nu.compress(nu_omega, Whole(v), state.nu, ends_turn=True),
