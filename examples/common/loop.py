@@ -162,7 +162,8 @@ def train(
             return state
         with MetricsLog(directory / METRICS_FILE, keep=start) as log:
             # Compiled ahead, so that no measured step holds the compilation.
-            steps = _compiled(task, tx, state)
+            shapes = task.shapes or [task.batch(0)]
+            steps = _compiled(task, tx, state, shapes)
             if start is None:
                 record, state = validate(state)
                 peak = max(map(_peak_bytes, steps.values()))
@@ -202,7 +203,7 @@ def train(
                     if freed:
                         record["freed_bytes"] = freed
                         bar.write(f"{label}: step {done} freed {freed:,} bytes")
-                        steps = _compiled(task, tx, state)
+                        steps = _compiled(task, tx, state, shapes)
                     if validated or freed or done % timetable.log_every == 0:
                         log.write({"step": done, **record})
                     if last or stop.requested or done % timetable.checkpoint_every == 0:
@@ -213,13 +214,15 @@ def train(
 
 
 def _compiled(
-    task: Task, tx: optax.GradientTransformation, state: TrainState
+    task: Task,
+    tx: optax.GradientTransformation,
+    state: TrainState,
+    batches: Sequence[Any],
 ) -> dict[Hashable, Any]:
     """The step for each shape of a batch."""
     step = _step(task.loss, tx)
     return {
-        _shape_of(batch): step.lower(*state[:2], batch).compile()
-        for batch in task.shapes or [task.batch(0)]
+        _shape_of(batch): step.lower(*state[:2], batch).compile() for batch in batches
     }
 
 
