@@ -128,7 +128,7 @@ def mlorc_scale_by_adam(
         mu = LowRank(rank, False, oversample, power_iters, warm_start)
         nu = dataclasses.replace(mu, nonnegative=True)
         rule = MLorcAdam(b1, b2, eps, mu, nu)
-        return leafwise(rule, dense=adam, side="left", matrices=matrices, key=key)
+        return leafwise(rule, dense=adam, side="short_left", matrices=matrices, key=key)
     return mlorc_compress(
         adam,
         rank=rank,
@@ -179,7 +179,7 @@ def mlorc_scale_by_lion(
     mu = LowRank(rank, False, oversample, power_iters, warm_start)
     lion = optax.scale_by_lion(b1=b1, b2=b2)
     rule = MLorcLion(b1, b2, mu)
-    return leafwise(rule, dense=lion, side="left", matrices=matrices, key=key)
+    return leafwise(rule, dense=lion, side="short_left", matrices=matrices, key=key)
 
 
 class MLorcAdamState(NamedTuple):
