@@ -6,12 +6,14 @@ nothing here needs Householder QR, which is slow on accelerators. Arithmetic is 
 float32 at least, at the highest matmul precision.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
+
+from lowrank_optax._src import random
 
 _EPS = 1.1920929e-07  # float32; the laws below are promised at this precision
 
@@ -94,13 +96,10 @@ def signs(seed: Array, rows: int, cols: int, dtype: Any) -> Array:
     return jnp.where((h >> 31) == 0, 1.0, -1.0).astype(dtype)
 
 
-def seeds(key: Array, batch: Sequence[int]) -> Array:
-    """A seed of `signs` for each matrix of a leaf."""
-    words = jax.random.key_data(key).reshape(-1)
-    h = words[0] * jnp.uint32(0x85EBCA6B) ^ words[-1]
-    for size in batch:
-        h = _mix(h, size)
-    return h
+def seeds(key: Array) -> Array:
+    """A seed of `signs` for each key."""
+    words = jax.random.key_data(key)
+    return words[..., 0] * jnp.uint32(0x85EBCA6B) ^ words[..., -1]
 
 
 def filler(rows: int, cols: int) -> Array:
@@ -309,7 +308,7 @@ def gram_eigh(
 
 
 def range_finder(
-    key: Key[Array, ""],
+    key: Key[Array, "*b"] | Key[Array, ""],
     a: Float[Array, "*b m n"],
     size: int,
     power_iters: int = 0,
@@ -321,7 +320,7 @@ def range_finder(
     sketch is re-conditioned, so that small singular values survive the powers.
 
     Args:
-      key: for ``Omega``.
+      key: for ``Omega``; one, or one for each matrix.
       a: ``(*batch, m, n)``.
       size: columns wanted; at most ``min(m, n)`` are returned.
       power_iters: q; each costs two more passes over ``a``.
@@ -334,7 +333,8 @@ def range_finder(
     m, n = a.shape[-2:]
     size = min(size, m, n)
     known = 0 if start is None else min(start.shape[-1], size)
-    omega = jax.random.normal(key, (*a.shape[:-2], n, size - known), a.dtype)
+    shape = (*a.shape[:-2], n, size - known)
+    omega = random.draw(jax.random.normal, key, shape, a.dtype)
     if start is not None:
         # Unit columns: a warm start on the scale of the Gaussian ones.
         start = unit_columns(start[..., :known].astype(a.dtype)) * n**0.5
@@ -360,7 +360,7 @@ def rotate_to_singular(
 
 
 def subspace_iteration(
-    key: Key[Array, ""],
+    key: Key[Array, "*b"] | Key[Array, ""],
     a: Float[Array, "*b m n"],
     rank: int,
     iters: int = 2,
@@ -370,7 +370,7 @@ def subspace_iteration(
     """Leading left singular vectors by randomized subspace iteration (Halko 4.4).
 
     Args:
-      key: for the Gaussian start.
+      key: for the Gaussian start; one, or one for each matrix.
       a: ``(*batch, m, n)``.
       rank: columns returned, at most ``min(m, n)``.
       iters: products with ``A A^T``.
@@ -386,7 +386,7 @@ def subspace_iteration(
 
 
 def randomized_svd(
-    key: Key[Array, ""],
+    key: Key[Array, "*b"] | Key[Array, ""],
     a: Float[Array, "*b m n"],
     rank: int,
     oversample: int = 8,
@@ -401,7 +401,7 @@ def randomized_svd(
     the truncation. Costs ``2 (power_iters + 1)`` products with ``A``.
 
     Args:
-      key: for the sketch.
+      key: for the sketch; one, or one for each matrix.
       a: ``(*batch, m, n)``.
       rank: at most ``min(m, n)`` are returned.
       oversample: p.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lowrank_optax._src import batching, compatible, linalg
+from lowrank_optax._src import batching, compatible, linalg, random
 from lowrank_optax._src.engine import check_rank
 from lowrank_optax._src.linalg import matmul
 
@@ -89,8 +89,9 @@ class LowRank:
         if size == old.left.shape[-2]:
             return None
         if not self.warm_start:
-            return jax.random.normal(key, (*batch, n, size), old.right.dtype)
-        seeds = linalg.seeds(key, batch)[..., None, None]
+            shape = (*batch, n, size)
+            return random.draw(jax.random.normal, key, shape, old.right.dtype)
+        seeds = jnp.broadcast_to(linalg.seeds(key), batch)[..., None, None]
         return (yield from batching.ask(_beside_signs(size - r), seeds, old.right))
 
     def compress(
