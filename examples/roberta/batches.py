@@ -136,6 +136,7 @@ def encode(
         starts = np.concatenate([[0], np.cumsum(lengths)])
         kinds = np.minimum(np.concatenate(types), config.type_vocab_size - 1)
         drafts[name] = (np.concatenate(ids), kinds, starts, part.labels)
+    tokenizer.no_truncation()
     lengths = np.concatenate([np.diff(starts) for _, _, starts, _ in drafts.values()])
     chosen = bucket_lengths(lengths, max_length)
     return {

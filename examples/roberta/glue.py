@@ -21,6 +21,7 @@ import flax
 import jax
 import numpy as np
 import optax
+from tokenizers import Tokenizer
 
 import lowrank_optax as lro
 from examples.common.files import sha256, write_json
@@ -35,7 +36,7 @@ from examples.roberta.report import comparison, write_files
 from examples.roberta.settings import SMOKE, Glue
 from examples.roberta.stdlib import STDLIB, load_stdlib
 from examples.roberta.tokenizer import load_tokenizer, train_tokenizer
-from examples.roberta.weights import load_classifier
+from examples.roberta.weights import TOKENIZER, load_classifier
 
 _SHOWN_PROBLEMS = 4  # lines of an error
 
@@ -53,7 +54,10 @@ def prepare(settings: Glue, out: Path) -> Job:
     labels = dataset.labels or ("score",)
     if settings.made_here:
         config, weights = ENCODERS[settings.model], None
-        tokenizer = train_tokenizer(docstrings, config.vocab_size)
+        if settings.resume:
+            tokenizer = Tokenizer.from_file(str(out / TOKENIZER))
+        else:
+            tokenizer = train_tokenizer(docstrings, config.vocab_size)
         size = tokenizer.get_vocab_size()
         config = dataclasses.replace(config, vocab_size=size, labels=labels)
         source = f"{settings.model}, made here"
@@ -168,6 +172,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         if not job.settings.resume:
             job.out.mkdir(parents=True, exist_ok=True)
+            # The record last: what it is missing from is no run.
+            job.tokenizer.save(str(job.out / TOKENIZER))
             write_json(job.out / RECORD, job.facts)
     except (ValueError, OSError) as error:
         print("glue:", _one_line(error), file=sys.stderr)

@@ -25,7 +25,14 @@ from examples.common.adapters import (
 )
 from examples.common.files import read_or_make
 from examples.common.interrupt import StopRequest
-from examples.common.loop import METRICS_FILE, Best, Task, Timetable, train
+from examples.common.loop import (
+    CHECKPOINTS,
+    METRICS_FILE,
+    Best,
+    Task,
+    Timetable,
+    train,
+)
 from examples.common.methods import METHODS, matrix_state_bytes
 from examples.common.metrics import read_metrics
 from examples.common.report import Run
@@ -182,7 +189,19 @@ class Job:
         first, *other_seeds = self.settings.seeds
         graph = self.graph(method)
         loss = partial(weighted_loss, graph, method in _ADAPTERS_ONLY)
-        one = partial(self._run, method, weights, loss, partial(self._evaluate, graph))
+        optimizers = {
+            rate: self.optimizer(method, rate) for rate in self.settings.rates(method)
+        }
+
+        def one(rate: float, seeds: Sequence[int], stop: StopRequest) -> dict[int, Run]:
+            # Of the same objects, so that runs share what is compiled for them.
+            return {
+                seed: self._run(
+                    method, graph, weights, loss, optimizers[rate], rate, seed, stop
+                )
+                for seed in seeds
+            }
+
         tried = {rate: one(rate, [first], stop) for rate in self.settings.rates(method)}
         found = {
             rate: self.best(runs[first])[self.score] for rate, runs in tried.items()
@@ -191,7 +210,8 @@ class Job:
         best = min(found, key=lambda rate: (-found[rate], rate))
         for rate in found:
             if rate != best:
-                shutil.rmtree(self._directory(method, rate, first) / BEST)
+                loser = self._directory(method, rate, first) / BEST
+                shutil.rmtree(loser, ignore_errors=True)
         return Trained(best, found, tried[best] | one(best, other_seeds, stop))
 
     def best(self, run: Run) -> dict[str, Any]:
@@ -205,48 +225,45 @@ class Job:
     def _run(
         self,
         method: str,
+        graph: nnx.GraphDef,
         weights: Weights,
         loss: Callable[[Any, Batch], jax.Array],
-        evaluate: Callable[[Any], dict[str, float]],
+        tx: optax.GradientTransformation,
         rate: float,
-        seeds: Sequence[int],
+        seed: int,
         stop: StopRequest,
-    ) -> dict[int, Run]:
-        """The runs of one learning rate, by seed; they share what is compiled."""
-        s, size, tx = self.settings, self.batch_size, self.optimizer(method, rate)
+    ) -> Run:
+        """One run, or what is on disk of it if it is done."""
+        s, size = self.settings, self.batch_size
+        directory = self._directory(method, rate, seed)
+        task = Task(
+            init=lambda: params_of(self.model(method, seed, weights)),
+            loss=loss,
+            batch=lambda step: self.train.training_batch(seed, step, size),
+            validation=(),
+            tokens_per_step=size,
+            evaluate=partial(self._evaluate, graph),
+            shapes=self.train.shapes(size),
+            unit="examples",
+        )
+        timetable = Timetable(
+            self.steps,
+            s.log_every,
+            self.train.steps(size),
+            s.checkpoint_every,
+            s.shrink_every,
+        )
+        best = Best(self.score, partial(self._save, graph, directory / BEST))
 
-        def one(seed: int) -> Run:
-            directory = self._directory(method, rate, seed)
-            task = Task(
-                init=lambda: params_of(self.model(method, seed, weights)),
-                loss=loss,
-                batch=lambda step: self.train.training_batch(seed, step, size),
-                validation=(),
-                tokens_per_step=size,
-                evaluate=evaluate,
-                shapes=self.train.shapes(size),
-                unit="examples",
-            )
-            timetable = Timetable(
-                self.steps,
-                s.log_every,
-                self.train.steps(size),
-                s.checkpoint_every,
-                s.shrink_every,
-            )
-            best = Best(self.score, partial(self._save, method, directory / BEST))
+        def summary() -> dict[str, Any]:
+            label = f"{method}, rate {rate:g}, seed {seed}"
+            train(task, tx, timetable, None, directory, label, stop, best)
+            return self._sum_up(method, rate, tx, directory)
 
-            def summary() -> dict[str, Any]:
-                label = f"{method}, rate {rate:g}, seed {seed}"
-                train(task, tx, timetable, None, directory, label, stop, best)
-                return self._sum_up(method, rate, tx, directory)
-
-            found = read_or_make(directory / _SUMMARY, summary)
-            # Of use only to a run that is under way, and larger than all else.
-            shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-            return Run(**found, records=read_metrics(directory / METRICS_FILE))
-
-        return {seed: one(seed) for seed in seeds}
+        found = read_or_make(directory / _SUMMARY, summary)
+        # Of use only to a run that is under way, and larger than all else.
+        shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+        return Run(**found, records=read_metrics(directory / METRICS_FILE))
 
     def _evaluate(self, graph: nnx.GraphDef, params: Any) -> dict[str, float]:
         """Loss and scores over all validation sets, and of each if there are more."""
@@ -266,8 +283,8 @@ class Job:
                     record[f"{name}_{part}"] = SCORES[name](predicted, labels)
         return record
 
-    def _save(self, method: str, directory: Path, params: Any) -> None:
-        model = nnx.merge(self.graph(method), params)
+    def _save(self, graph: nnx.GraphDef, directory: Path, params: Any) -> None:
+        model = nnx.merge(graph, params)
         merge(model.encoder)
         save_model(model, directory, self.tokenizer)
 

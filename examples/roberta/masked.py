@@ -1,5 +1,6 @@
 """A small encoder made on the spot: masked language modelling on docstrings."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from flax import nnx
 from tokenizers import Tokenizer
 
 from examples.common.interrupt import StopRequest
-from examples.common.loop import Task, Timetable, train
+from examples.common.loop import CHECKPOINTS, Task, Timetable, train
 from examples.common.schedule import warmup_linear
 from examples.common.tokens import Packed
 from examples.roberta.config import EncoderConfig
@@ -124,6 +125,7 @@ def pretrain(
     model = MaskedLM(config, rngs=nnx.Rngs(seed))
     nnx.update(model, state.params)
     save_model(model.encoder, directory, tokenizer)
+    shutil.rmtree(directory / CHECKPOINTS)
 
 
 def _task(
@@ -133,7 +135,6 @@ def _task(
     batch_size: int,
     seed: int,
 ) -> Task:
-    tokenizer.no_truncation()
     end = tokenizer.token_to_id(END)
     encoded = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
     parts = [np.array([*x.ids, end], np.int32) for x in encoded]

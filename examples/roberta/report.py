@@ -123,7 +123,11 @@ def write_files(job: Job, start: str, trained: Mapping[str, Trained]) -> list[Pa
         "start": start,
         "steps": job.steps,
         "constant_answer": {job.score: constant},
-        "runs": {method: _summary(job, found) for method, found in trained.items()},
+        "runs": {
+            method: {"start": "from scratch" if method == SCRATCH else start}
+            | _summary(job, found)
+            for method, found in trained.items()
+        },
     }
     # Last and whole: that it exists says that the run is complete.
     return [write_json(job.out / RESULT, result), *paths]
