@@ -20,6 +20,7 @@ from examples.common.metrics import MetricsLog, Record
 from examples.common.probe import Probe
 
 METRICS_FILE = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ def _peak_bytes(compiled: Any) -> int:
 
 
 # Kept, so that the runs of several seeds, which share loss and optimizer, compile once.
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)
 def _step(
     loss_of: Callable[[Any, Any], jax.Array], tx: optax.GradientTransformation
 ) -> Any:
@@ -294,7 +295,7 @@ def _checkpoints(directory: Path) -> ocp.CheckpointManager:
         max_to_keep=2, enable_async_checkpointing=False
     )
     return ocp.CheckpointManager(
-        (directory / "checkpoints").resolve(),
+        (directory / CHECKPOINTS).resolve(),
         options=options,
         item_handlers=ocp.StandardCheckpointHandler(),
     )

@@ -265,7 +265,7 @@ class MaskedLM(nnx.Module):
         *,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits `(B, K, V)` in float32 of the tokens at the positions `at` `(B, K)`."""
+        """Logits `(B, K, V)` in float32 of the tokens `at` these positions `(B, K)`."""
         x = self.encoder(input_ids, key=key)
         x = jnp.take_along_axis(x, at[..., None], axis=1)
         x = self.head_norm(jax.nn.gelu(self.head(x), approximate=False))

@@ -2,10 +2,12 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer
@@ -60,44 +62,55 @@ def tensor_name(path: Sequence[Any]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaded:
-    """A classifier and where its weights are from.
+class Weights:
+    """The weights of a classifier, as far as there are any.
 
     Attributes:
-      model: the classifier.
-      fresh: names of the tensors that are initial values and not read.
+      config: the classifier's.
+      read: parameters by path. What is not among them is drawn anew for each seed.
     """
 
-    model: Classifier
-    fresh: tuple[str, ...]
+    config: EncoderConfig
+    read: Mapping[tuple[Any, ...], jax.Array]
+
+    @property
+    def fresh(self) -> tuple[str, ...]:
+        """Names of the tensors that are drawn anew."""
+        paths = [path for path, _ in nnx.to_flat_state(_abstract(self.config))]
+        return tuple(sorted(_name(path) for path in paths if path not in self.read))
 
     @property
     def start(self) -> str:
         """What training starts from, in words."""
-        if any(name.startswith("embeddings.") for name in self.fresh):
+        if not self.read:
             return "from scratch"
         if self.fresh:
             return f"pretrained, with fresh {', '.join(self.fresh)}"
         return "pretrained, head included"
 
+    def model(self, rngs: nnx.Rngs) -> Classifier:
+        """The classifier; its arrays are its own."""
+        model = Classifier(self.config, rngs=rngs)
+        state = [
+            (path, x.replace(jnp.copy(self.read[path])) if path in self.read else x)
+            for path, x in nnx.to_flat_state(nnx.state(model, nnx.Param))
+        ]
+        nnx.update(model, nnx.from_flat_state(state))
+        return model
+
 
 def load_classifier(
-    directory: str | Path,
-    labels: Sequence[str] | None = None,
-    *,
-    rngs: nnx.Rngs | None = None,
-    **overrides: Any,
-) -> Loaded:
+    directory: str | Path, labels: Sequence[str] | None = None, **overrides: Any
+) -> Weights:
     """Loads `config.json` and the safetensors, in one file or sharded.
 
-    What the file has no tensors of is initial: the head of a base checkpoint, BERT's
+    What the file has no tensors of is fresh: the head of a base checkpoint, BERT's
     pooler where that is missing, the last layer of a head for another number of
     classes, and all of it where there are no weights at all.
 
     Args:
       directory: a local directory, or a hub name such as `owner/model`.
       labels: names of the classes; None for those of the config.
-      rngs: source of initial values; `nnx.Rngs(0)` if None.
       **overrides: `EncoderConfig` fields, such as `param_dtype="bfloat16"`; both dtypes
         are float32 unless set here.
 
@@ -107,30 +120,32 @@ def load_classifier(
         can represent, or tensors are missing, unexpected or misshapen (all named).
     """
     directory = local_directory(directory)
-    own = EncoderConfig.from_json(directory / CONFIG, **overrides)
-    config = own if labels is None else dataclasses.replace(own, labels=tuple(labels))
-    model = Classifier(config, rngs=nnx.Rngs(0) if rngs is None else rngs)
-    if not any(directory.glob("*.safetensors*")) and not _other_weights(directory):
-        return Loaded(model, _names(nnx.state(model, nnx.Param)))
-
-    tensors = _plain(read_tensors(directory), own.model_type)
-    initial = nnx.state(model, nnx.Param)
-    # As the file has it: with its own number of classes.
-    stored = nnx.state(nnx.eval_shape(lambda: Classifier(own, rngs=nnx.Rngs(0))))
-    fresh = _absent(stored, tensors)
-    if len(own.labels) != len(config.labels) and not _is_fresh("classifier", fresh):
-        fresh |= {path for path, _ in nnx.to_flat_state(stored) if _last(path)}
-        for path in fresh:
-            tensors.pop(_name(path), None)
-    read = [(path, x) for path, x in nnx.to_flat_state(stored) if path not in fresh]
-    filled = dict(
-        nnx.to_flat_state(
-            fill_state(nnx.from_flat_state(read), tensors, _name, directory)
-        )
+    stored = EncoderConfig.from_json(directory / CONFIG, **overrides)
+    labels = stored.labels if labels is None else tuple(labels)
+    config = dataclasses.replace(stored, labels=labels)
+    if not has_weights(directory):
+        return Weights(config, {})
+    tensors = _plain(read_tensors(directory), stored.model_type)
+    # Read as the file has it, with its own number of classes.
+    state = nnx.to_flat_state(_abstract(stored))
+    parts = [p for p in _HEAD if not any(name.startswith(f"{p}.") for name in tensors)]
+    there = [(path, x) for path, x in state if path[0] not in parts]
+    filled = fill_state(nnx.from_flat_state(there), tensors, _name, directory)
+    shapes = {path: x.shape for path, x in nnx.to_flat_state(_abstract(config))}
+    return Weights(
+        config,
+        {
+            path: x[...]
+            for path, x in nnx.to_flat_state(filled)
+            if x.shape == shapes[path]
+        },
     )
-    kept = [(path, filled.get(path, x)) for path, x in nnx.to_flat_state(initial)]
-    nnx.update(model, nnx.from_flat_state(kept))
-    return Loaded(model, tuple(sorted(map(_name, fresh))))
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether there are any, of a format that can be read or of another."""
+    patterns = ("*.safetensors*", "*.bin", "*.h5", "*.msgpack", "*.pt", "*.pth")
+    return any(True for pattern in patterns for _ in directory.glob(pattern))
 
 
 def save_model(
@@ -164,14 +179,9 @@ def _name(path: Sequence[Any]) -> str:
     return tensor_name(path[1:] if path[0] == "encoder" else path)
 
 
-def _names(state: nnx.State) -> tuple[str, ...]:
-    return tuple(sorted(_name(path) for path, _ in nnx.to_flat_state(state)))
-
-
-def _other_weights(directory: Path) -> bool:
-    """Whether there are weights in a format that must be converted first."""
-    patterns = ("*.bin", "*.h5", "*.msgpack", "*.pt", "*.pth")
-    return any(file for pattern in patterns for file in directory.glob(pattern))
+def _abstract(config: EncoderConfig) -> nnx.State:
+    model = nnx.eval_shape(lambda: Classifier(config, rngs=nnx.Rngs(0)))
+    return nnx.state(model, nnx.Param)
 
 
 def _plain(tensors: Mapping[str, np.ndarray], model_type: str) -> dict[str, np.ndarray]:
@@ -190,19 +200,3 @@ def _plain(tensors: Mapping[str, np.ndarray], model_type: str) -> dict[str, np.n
         # Base checkpoints carry one; the head does not use it.
         plain = {k: x for k, x in plain.items() if not k.startswith("pooler.")}
     return plain
-
-
-def _absent(stored: nnx.State, tensors: Iterable[str]) -> set[tuple[Any, ...]]:
-    """The parameters of head parts of which the file has nothing at all."""
-    names = list(tensors)
-    parts = [p for p in _HEAD if not any(name.startswith(f"{p}.") for name in names)]
-    return {path for path, _ in nnx.to_flat_state(stored) if path[0] in parts}
-
-
-def _is_fresh(part: str, fresh: Iterable[tuple[Any, ...]]) -> bool:
-    return any(path[0] == part for path in fresh)
-
-
-def _last(path: tuple[Any, ...]) -> bool:
-    """Whether a parameter is of the layer that gives the classes."""
-    return path[0] == "classifier" and (len(path) == 2 or path[1] == "out_proj")
