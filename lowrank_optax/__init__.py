@@ -5,6 +5,7 @@ methods without a learning rate, and whole optimizers. Please do not use names f
 `lowrank_optax._src`.
 """
 
+from lowrank_optax import adapters as adapters
 from lowrank_optax import diagnostics as diagnostics
 from lowrank_optax import linalg as linalg
 from lowrank_optax import rank as rank
@@ -136,6 +137,7 @@ __all__ = [
     "WhenDrifted",
     "adam_mini",
     "adamw_8bit",
+    "adapters",
     "adaptive_rank",
     "adarankgrad_adamw",
     "apollo_adamw",
