@@ -196,7 +196,8 @@ def _csv(path: Path) -> Rows:
                 )
             yield reader.line_num, row
     except csv.Error as error:
-        raise ValueError(f"{path}: row {reader.line_num}: {error}.") from error
+        row = reader.reader.line_num
+        raise ValueError(f"{path}: row {row}: {error}.") from error
 
 
 def _jsonl(path: Path) -> Rows:
