@@ -141,11 +141,12 @@ def train(
     loss = jax.jit(task.loss)
 
     def validate(state: TrainState) -> tuple[Record, TrainState]:
+        record: Record = {}
         if task.evaluate is not None:
-            record = task.evaluate(state.params)
+            record |= task.evaluate(state.params)
         else:
             losses = [float(loss(state.params, batch)) for batch in task.validation]
-            record = {"validation_loss": float(np.mean(losses))}
+            record["validation_loss"] = float(np.mean(losses))
         if probe is None:
             return record, state
         grads = gradient(state.params, task.validation[0])

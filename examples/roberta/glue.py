@@ -113,10 +113,13 @@ def prepare(settings: Glue, out: Path) -> Job:
 
 def _data(settings: Glue) -> tuple[Dataset, Sequence[str]]:
     """The data set at the size asked for, and docstrings where they are needed."""
-    task, docstrings = settings.chosen_task, ()
+    task, own = settings.chosen_task, None
+    docstrings: Sequence[str] = ()
     if task.name == STDLIB.name or settings.made_here:
-        dataset, docstrings = load_stdlib()
-    if task.name != STDLIB.name:
+        own, docstrings = load_stdlib()
+    if task.name == STDLIB.name and own is not None:
+        dataset = own
+    else:
         dataset = load_dataset(task, settings.data)
     preset = task.preset
     return dataclasses.replace(

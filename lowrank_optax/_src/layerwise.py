@@ -121,14 +121,14 @@ def value_and_update(
             )
         model = _Model(params, layers, batch, embed, blocks, head)
         update = PartialUpdate(tx, params, opt_state, model.depth)
-        factor = None
+        factor = squares = None
         if clip is not None:
-            _, before = model.sweep(Progress(model.leaves))
+            squares = model.sweep(Progress(model.leaves))[1].squares
             # As optax.clip_by_global_norm has it.
-            norm = jnp.sqrt(before.squares)
+            norm = jnp.sqrt(squares)
             factor = jnp.where(norm < clip, 1.0, clip / norm)
         value, now = model.sweep(Progress(model.leaves, update.state), update, factor)
-        squares = now.squares if clip is None else before.squares
+        squares = now.squares if squares is None else squares
         new_params = update.treedef.unflatten(
             [now.leaves[i] for i in range(len(now.leaves))]
         )
