@@ -23,6 +23,10 @@ METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 
 
+class ForeignCheckpoint(ValueError):
+    """What a run would go on from is of another model, or of another method."""
+
+
 @dataclass(frozen=True)
 class Task:
     """What is trained, and on what.
@@ -130,6 +134,7 @@ def train(
     Raises:
       Interrupted: `stop` was requested; a checkpoint of the step then under way is
         saved.
+      ForeignCheckpoint: the directory's checkpoint is of something else.
     """
     directory.mkdir(parents=True, exist_ok=True)
     params = task.init()
@@ -157,7 +162,13 @@ def train(
     with _checkpoints(directory) as checkpoints:
         start = checkpoints.latest_step()
         if start is not None:
-            saved = _shapes_of(checkpoints.item_metadata(start), state)
+            try:
+                saved = _shapes_of(checkpoints.item_metadata(start), state)
+            except ForeignCheckpoint as error:
+                raise ForeignCheckpoint(
+                    f"The checkpoint {directory / CHECKPOINTS / str(start)} is of"
+                    f" another model or method: {error}"
+                ) from error
             restore = ocp.args.StandardRestore(saved)
             state = checkpoints.restore(start, args=restore)
         if start == timetable.steps:
@@ -282,6 +293,14 @@ def _shapes_of(saved: Any, state: TrainState) -> Any:
         ]
 
     shapes = {name: x.shape for name, x in named(saved)}
+    for name, x in named(state):
+        if name not in shapes or (
+            # Ranks, of the optimizer's state, may have shrunk since the start.
+            name.startswith("params/") and shapes[name] != x.shape
+        ):
+            raise ForeignCheckpoint(
+                f"it has {shapes.get(name, 'nothing')} for {name}, expected {x.shape}."
+            )
     leaves = [
         jax.ShapeDtypeStruct(shapes[name], x.dtype, sharding=x.sharding)
         for name, x in named(state)

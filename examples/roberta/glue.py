@@ -24,6 +24,7 @@ import optax
 from tokenizers import Tokenizer
 
 import lowrank_optax as lro
+from examples.common.errors import one_line
 from examples.common.files import sha256, write_json
 from examples.common.interrupt import Interrupted, StopRequest
 from examples.common.settings import RECORD, parse_settings, settings_record
@@ -37,8 +38,6 @@ from examples.roberta.settings import SMOKE, Glue
 from examples.roberta.stdlib import STDLIB, load_stdlib
 from examples.roberta.tokenizer import load_tokenizer, train_tokenizer
 from examples.roberta.weights import TOKENIZER, load_classifier
-
-_SHOWN_PROBLEMS = 4  # lines of an error
 
 
 def prepare(settings: Glue, out: Path) -> Job:
@@ -152,14 +151,6 @@ def _check_unchanged(facts: dict[str, Any], out: Path) -> None:
     facts |= recorded
 
 
-def _one_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    if len(lines) > _SHOWN_PROBLEMS:
-        more = len(lines) - _SHOWN_PROBLEMS
-        lines = [*lines[:_SHOWN_PROBLEMS], f"and {more} more"]
-    return " ".join("; ".join(line.strip() for line in lines).split())
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs the job; returns the exit status: 0, 2 for bad settings, 130 if stopped."""
     began = time.perf_counter()
@@ -179,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
             job.tokenizer.save(str(job.out / TOKENIZER))
             write_json(job.out / RECORD, job.facts)
     except (ValueError, OSError) as error:
-        print("glue:", _one_line(error), file=sys.stderr)
+        print("glue:", one_line(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("glue: stopped before the first step", file=sys.stderr)

@@ -19,6 +19,7 @@ from examples.common.adapters import (
     adapt,
     all_but,
     freeze,
+    held,
     is_frozen,
     merge,
     trained_parameters,
@@ -318,11 +319,7 @@ def weighted_loss(
     """The mean loss of a training batch, with dropout."""
     if adapters_only:
         # Else gradients of what is frozen would be formed, and counted in the clip.
-        params = jax.tree.map(
-            lambda x, frozen: jax.lax.stop_gradient(x) if frozen else x,
-            params,
-            all_but(*_HEADS)(params),
-        )
+        params = held(params, all_but(*_HEADS))
     # On CPU far cheaper to draw from than the default.
     key = jax.random.key(batch["seed"], impl="rbg")
     losses = _losses(_logits(graph, params, batch, key), batch["labels"])

@@ -68,9 +68,9 @@ class PartialUpdate:
             leaves[i] = put(leaves[i], x) if put else x
         for (k, stacked), x in zip(entries, jax.tree.leaves(new), strict=True):
             state[k] = put(state[k], x) if put and stacked else x
-        return now._replace(
-            leaves=leaves, state=state, turn=end_turn(written, now.turn)
-        )
+        # Read where it was written: computed anew, it would read what was there before.
+        read = [slice_layer(leaves[i], at) if put else leaves[i] for i in written]
+        return now._replace(leaves=leaves, state=state, turn=end_turn(read, now.turn))
 
     def _tree(self, leaves: dict[int, Any]) -> Any:
         """A tree of parameters that leaves out the others."""
