@@ -7,7 +7,6 @@ methods without a learning rate, and whole optimizers. Please do not use names f
 
 from lowrank_optax import adapters as adapters
 from lowrank_optax import diagnostics as diagnostics
-from lowrank_optax import layerwise as layerwise
 from lowrank_optax import linalg as linalg
 from lowrank_optax import rank as rank
 from lowrank_optax._src.accumulate import AccumulateState as AccumulateState
@@ -169,7 +168,6 @@ __all__ = [
     "i3s_subspace",
     "inject_hyperparams",
     "ldadamw",
-    "layerwise",
     "leafwise",
     "linalg",
     "memory_report",

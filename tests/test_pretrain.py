@@ -353,7 +353,8 @@ def test_help_explains_every_flag(main, settings, capsys, monkeypatch):
     }
     assert explained.keys() == {field.name for field in dataclasses.fields(settings)}
     for name, text in explained.items():
-        assert f"--{name.replace('_', '-')}" in shown
+        flag = name.replace("_", "-")
+        assert f"--{flag}" in shown or f"--no-{flag}" in shown
         assert text in shown
 
 
