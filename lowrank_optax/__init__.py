@@ -5,6 +5,7 @@ methods without a learning rate, and whole optimizers. Please do not use names f
 `lowrank_optax._src`.
 """
 
+from lowrank_optax import adapters as adapters
 from lowrank_optax import diagnostics as diagnostics
 from lowrank_optax import layerwise as layerwise
 from lowrank_optax import linalg as linalg
@@ -141,6 +142,7 @@ __all__ = [
     "accumulate_gradients",
     "adam_mini",
     "adamw_8bit",
+    "adapters",
     "adaptive_rank",
     "adarankgrad_adamw",
     "apollo_adamw",

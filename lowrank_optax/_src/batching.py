@@ -169,5 +169,5 @@ def after(x: jax.Array, dependency: jax.Array) -> jax.Array:
     nor reorders: what is computed from the result is not the same expression as before,
     and is not kept alive from then (an optimization barrier does not do this on CPU).
     """
-    zero = dependency.reshape(-1)[0] * 0
+    zero = dependency[(0,) * dependency.ndim] * 0
     return x + jnp.where(zero == 0, zero, 0).astype(x.dtype)

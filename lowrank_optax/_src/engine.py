@@ -299,10 +299,15 @@ def where(accept: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(pick, new, old)
 
 
+def finite(tree: Any) -> jax.Array:
+    """Whether every array is finite."""
+    each = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
+    return jnp.stack(each).all() if each else jnp.array(True)
+
+
 def accept(new: Any, old: Any) -> Any:
     """``new`` if every array of it is finite, else ``old``: bad input never sticks."""
-    finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(new)]
-    return where(jnp.stack(finite).all(), new, old) if finite else new
+    return where(finite(new), new, old)
 
 
 def check_rank(rank: Any, name: str = "rank") -> int:

@@ -161,7 +161,7 @@ class Whole:
 
     def project(self, q: Array) -> tuple[Array, ...]:
         """Thin arrays that `join` to ``q^T A``."""
-        return (matmul(q.mT, self.matrix),)
+        return (linalg.project(q, self.matrix),)
 
     @staticmethod
     def join(z: Array) -> Array:
@@ -193,7 +193,7 @@ class Average:
         decay = jnp.asarray(self.decay, q.dtype) * jnp.ones(
             (*q.shape[:-2], 1, 1), q.dtype
         )
-        kept, new = matmul(q.mT, self.old.left), matmul(q.mT, self.grad)
+        kept, new = matmul(q.mT, self.old.left), linalg.project(q, self.grad)
         return decay, kept, self.old.right, new
 
     @staticmethod
@@ -217,7 +217,7 @@ def _best_code(y: Array, z: Array, old_right: Array) -> tuple[LowRankCode, Array
     t = linalg.whitening(y)
     q, b = matmul(y, t), matmul(t.mT, z)
     unit, scale = linalg.unit_scale(b)
-    vectors = jnp.linalg.eigh(matmul(unit, unit.mT))[1]
+    vectors = linalg.eigh(matmul(unit, unit.mT))[1]
     vectors = jnp.flip(vectors, -1)[..., :rank]
     right = matmul(vectors.mT, unit)
     norm = jnp.linalg.norm(right, axis=-1, keepdims=True)

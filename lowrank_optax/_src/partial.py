@@ -1,7 +1,7 @@
 """Updates of some parameters at a time, in place, by an optimizer of all of them."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -58,19 +58,16 @@ class PartialUpdate:
             updates, new = self.tx.update(
                 self._tree(grads), structure.unflatten(old), self._tree(params)
             )
-        leaves, state = dict(now.leaves), list(now.state)
         if not in_layer:
             updates = after_turn(updates, now.turn)
         applied = optax.apply_updates(self._tree(params), updates)
-        written = dict(zip(sorted(params), jax.tree.leaves(applied), strict=True))
-        put = functools.partial(_put, after(at, now.turn)) if in_layer else None
-        for i, x in written.items():
-            leaves[i] = put(leaves[i], x) if put else x
+        leaves, state, turn = dict(now.leaves), list(now.state), now.turn
+        for i, x in zip(sorted(params), jax.tree.leaves(applied), strict=True):
+            leaves[i], turn = _write(leaves[i], x, at, turn)
+        # Only now, as the updates are made of what is written over here.
         for (k, stacked), x in zip(entries, jax.tree.leaves(new), strict=True):
-            state[k] = put(state[k], x) if put and stacked else x
-        # Read where it was written: computed anew, it would read what was there before.
-        read = [slice_layer(leaves[i], at) if put else leaves[i] for i in written]
-        return now._replace(leaves=leaves, state=state, turn=end_turn(read, now.turn))
+            state[k], turn = _write(state[k], x, at if stacked else None, turn)
+        return now._replace(leaves=leaves, state=state, turn=turn)
 
     def _tree(self, leaves: dict[int, Any]) -> Any:
         """A tree of parameters that leaves out the others."""
@@ -91,7 +88,8 @@ class PartialUpdate:
             whole = None if k is None else self.state[k].shape
             stack = (self.depth, *x.shape[1:]) if x.shape[:1] == (1,) else None
             stacked = in_layer and stack is not None and whole == stack
-            shared = whole == x.shape and not (in_layer and self._belongs(path, x))
+            own = in_layer and jnp.issubdtype(x.dtype, jnp.floating)
+            shared = whole == x.shape and not (own and self._within(path, params))
             if not stacked and not shared:
                 field = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise compatible.cannot_use(
@@ -106,14 +104,14 @@ class PartialUpdate:
             entries.append((k, stacked))
         return entries, structure
 
-    def _belongs(self, path: Any, x: Any) -> bool:
-        """Whether it is a number that follows the gradients of a parameter."""
-        inside = any(
+    def _within(self, path: Any, numbers: Iterable[int]) -> bool:
+        """Whether a place in the state belongs to one of these parameters."""
+        names = [self.names[i] for i in numbers]
+        return any(
             tuple(path[k : k + len(name)]) == name
-            for name in self.names
+            for name in names
             for k in range(len(path))
         )
-        return inside and jnp.issubdtype(x.dtype, jnp.floating)
 
 
 _NAME = "layerwise.value_and_update"
@@ -138,8 +136,14 @@ def slice_layer(x: jax.Array, at: Any) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, at, 1)
 
 
-def _put(at: Any, stack: jax.Array, x: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(stack, x, at, 0)
+def _write(old: jax.Array, new: jax.Array, at: Any, turn: jax.Array) -> Any:
+    """An array with something new in it, once all has been read, and the next turn."""
+    if at is None:
+        return new, after(turn, new)
+    old = jax.lax.dynamic_update_slice_in_dim(old, new, after(at, turn), 0)
+    # Read from where it was written: ``new`` would be computed again, of what may no
+    # longer be there.
+    return old, after(turn, slice_layer(old, at))
 
 
 def after_turn(tree: Any, turn: jax.Array) -> Any:

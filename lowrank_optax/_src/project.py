@@ -11,6 +11,7 @@ import optax
 
 from lowrank_optax._src import (
     accumulate,
+    batching,
     compatible,
     engine,
     linalg,
@@ -18,7 +19,7 @@ from lowrank_optax._src import (
     random,
     trees,
 )
-from lowrank_optax._src.linalg import matmul
+from lowrank_optax._src.linalg import matmul, project
 from lowrank_optax._src.matrix import MatrixView
 from lowrank_optax._src.recovery import Drop
 from lowrank_optax._src.refresh import Every, spread
@@ -211,9 +212,12 @@ def project_gradients(
         moments = layout.get(state.inner_state)
 
         basis_at = load(at_matrix, bases)
+        # Leaf by leaf: XLA's CPU backend orders by depth, and would first project all
+        # gradients and last project all directions back, with all of them alive.
+        turn = jnp.zeros([])
         for i, view in at_matrix.items():
             own = {name: x for (name, j), x in moments.items() if j == i}
-            low[i], basis, due, refreshes[i], own = _down(
+            low[i], basis, due, refreshes[i], own, turn = _down(
                 (
                     _at(view, subspace),
                     refresh,
@@ -230,6 +234,7 @@ def project_gradients(
                 refreshes[i],
                 recoveries[i],
                 own,
+                turn,
             )
             bases[i] = basis if stored else jnp.where(due, state.step, bases[i])
             moments |= {(name, i): x for name, x in own.items()}
@@ -278,12 +283,16 @@ def project_gradients(
             )
             out[i] = view.leaf(new)
             # What is not finite must not stay in the state for good; the moments of a
-            # leaf belong together.
-            recoveries[i], accepted = engine.accept(
-                (recovery_state, [new_moments[w] for w in own]),
-                (recoveries[i], [moments[w] for w in own]),
-            )
-            new_moments |= dict(zip(own, accepted, strict=True))
+            # leaf belong together. Told by the gradient, not by each of them: the
+            # choice is then made while they are computed, and costs no pass; but
+            # after the directions, which are made of the old ones too.
+            size = jnp.linalg.norm(coeffs[i])
+            ok = jnp.isfinite(batching.after(size, out[i]))
+            ok &= engine.finite(recovery_state)
+            recoveries[i] = engine.where(ok, recovery_state, recoveries[i])
+            new_moments |= {
+                w: engine.where(ok, new_moments[w], moments[w]) for w in own
+            }
         new_state = state._replace(
             step=engine.increment(state.step),
             recovery=treedef.unflatten(recoveries),
@@ -296,15 +305,25 @@ def project_gradients(
 
 @engine.compiled
 def _down(
-    parts, key, step, phase, first, grad, basis, refresh_state, recovery_state, moments
+    parts,
+    key,
+    step,
+    phase,
+    first,
+    grad,
+    basis,
+    refresh_state,
+    recovery_state,
+    moments,
+    turn,
 ):
-    """Renew the basis if due, and project the gradient to it."""
+    """Renew the basis if due, and project the gradient, once ``turn`` is known."""
     subspace, refresh, transfer, recovery, rank = parts
     grad = recovery.prepare(grad, recovery_state)
-    coeff = matmul(basis.mT, grad)
+    coeff = project(batching.after(basis, turn), grad)
     size = jnp.linalg.norm(coeff)
     # A basis that has not seen a usable gradient yet is zero: it is always due.
-    unset = jnp.all(basis == 0)
+    unset = jnp.all(basis[..., 0] == 0)
     due = unset | (first & refresh.due(refresh_state, step, phase, size))
 
     def renew():
@@ -317,7 +336,7 @@ def _down(
         used = jnp.sum(jnp.any(basis != 0, axis=-2))
         share = jnp.sum(overlap**2) / jnp.maximum(used, 1)
         carried = transfer.carry(moments, overlap)
-        return matmul(new.mT, grad), new, carried, share, jnp.linalg.norm(grad)
+        return project(new, grad), new, carried, share, jnp.linalg.norm(grad)
 
     def keep():
         return coeff, basis, moments, jnp.ones([], basis.dtype), size
@@ -327,7 +346,7 @@ def _down(
     after = engine.accept(
         engine.where(unset | first, after, refresh_state), refresh_state
     )
-    return coeff, basis, due, after, moments
+    return coeff, basis, due, after, moments, size
 
 
 @engine.compiled
@@ -340,7 +359,7 @@ def _draw(parts, key):
 
 @engine.compiled
 def _project(parts, basis, param):
-    return matmul(basis.mT, param)
+    return project(basis, param)
 
 
 @engine.compiled

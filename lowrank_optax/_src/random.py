@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-_places: list[jax.Array] = []
+_places: list[jax.Array | int] = []
 
 
 @contextlib.contextmanager
-def place_in_stack(place: jax.Array) -> Iterator[None]:
+def place_in_stack(place: jax.Array | int) -> Iterator[None]:
     """Say where in whole stacks the first matrix of each stack within stands."""
     _places.append(place)
     try:

@@ -29,7 +29,7 @@ class Drop:
         return grad
 
     def recover(self, grad, coeff, direction, basis, scale, state):
-        return scale * matmul(basis, direction), state
+        return matmul(basis, scale * direction), state
 
 
 class FiraState(NamedTuple):
@@ -275,7 +275,7 @@ class SparseResidual:
         return grad
 
     def recover(self, grad, coeff, direction, basis, scale, state):
-        update = scale * matmul(basis, direction)
+        update = matmul(basis, scale * direction)
         *batch, m, n = grad.shape
         row, col = state.index // n, state.index % n
         stack = jnp.arange(math.prod(batch)).reshape(*batch, 1)

@@ -41,7 +41,7 @@ class TopSingular:
     def select(self, key, grad, old, step):
         rank = old.shape[-1]
         if self.method == "svd":
-            return jnp.linalg.svd(grad, full_matrices=False)[0][..., :rank]
+            return linalg.svd(grad)[0][..., :rank]
         if self.method == "gram_eigh":
             return linalg.gram_eigh(grad, rank)[0]
         if self.method == "warm":
