@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import lowrank_optax as lro
@@ -16,6 +17,22 @@ from examples.common.adapters import (
     freeze,
 )
 from examples.common.relora import relora_adamw
+
+
+def matrices(params: Any) -> Any:
+    """Which parameters are matrices: those of the library's rule, and stacks of layers.
+
+    Where the layers are held as one, each kernel has a leading axis, and what has two
+    axes are vectors.
+    """
+
+    def axes(path: Any, leaf: Any, by_rule: Any) -> Any:
+        names = [getattr(key, "key", getattr(key, "idx", None)) for key in path]
+        if "layers" not in names or isinstance(names[names.index("layers") + 1], int):
+            return by_rule
+        return lro.MatrixAxes() if jnp.ndim(leaf) > 2 else None
+
+    return jax.tree_util.tree_map_with_path(axes, params, lro.default_matrices(params))
 
 
 @dataclass(frozen=True)
@@ -47,42 +64,42 @@ METHODS = {
     ),
     "galore_adamw": Method(
         lambda lr, rank, every, decay: lro.galore_adamw(
-            lr, rank=rank, update_every=every, weight_decay=decay
+            lr, rank=rank, update_every=every, weight_decay=decay, matrices=matrices
         ),
         1e-2,
         rank=32,
     ),
     "galore_adafactor": Method(
         lambda lr, rank, every, decay: lro.galore_adafactor(
-            lr, rank=rank, update_every=every, weight_decay=decay
+            lr, rank=rank, update_every=every, weight_decay=decay, matrices=matrices
         ),
         1e-2,
         rank=32,
     ),
     "mlorc_adamw": Method(
         lambda lr, rank, every, decay: lro.mlorc_adamw(
-            lr, rank=rank, weight_decay=decay
+            lr, rank=rank, weight_decay=decay, matrices=matrices
         ),
         3e-3,
         rank=4,
     ),
     "mlorc_lion": Method(
         lambda lr, rank, every, decay: lro.mlorc_lion(
-            lr, rank=rank, weight_decay=decay
+            lr, rank=rank, weight_decay=decay, matrices=matrices
         ),
         1e-3,
         rank=4,
     ),
     "fira_adamw": Method(
         lambda lr, rank, every, decay: lro.fira_adamw(
-            lr, rank=rank, update_every=every, weight_decay=decay
+            lr, rank=rank, update_every=every, weight_decay=decay, matrices=matrices
         ),
         1e-2,
         rank=32,
     ),
     "i3s_adamw": Method(
         lambda lr, rank, every, decay: lro.i3s_adamw(
-            lr, rank=rank, update_every=every, weight_decay=decay
+            lr, rank=rank, update_every=every, weight_decay=decay, matrices=matrices
         ),
         1e-2,
         rank=32,
@@ -94,6 +111,7 @@ METHODS = {
             update_every=every,
             weight_decay=decay,
             subspace=lro.ImportanceSampled(),
+            matrices=matrices,
         ),
         1e-2,
         rank=32,
@@ -106,13 +124,16 @@ METHODS = {
             update_every=every,
             scale=0.25,
             weight_decay=decay,
+            matrices=matrices,
         ),
         1e-2,
         rank=32,
         needs=("steps",),
     ),
     "ldadamw": Method(
-        lambda lr, rank, every, decay: lro.ldadamw(lr, rank=rank, weight_decay=decay),
+        lambda lr, rank, every, decay: lro.ldadamw(
+            lr, rank=rank, weight_decay=decay, matrices=matrices
+        ),
         3e-3,
         rank=32,
     ),
@@ -121,21 +142,21 @@ METHODS = {
     ),
     "galore_adamw_8bit": Method(
         lambda lr, rank, every, decay: lro.galore_adamw_8bit(
-            lr, rank=rank, update_every=every, weight_decay=decay
+            lr, rank=rank, update_every=every, weight_decay=decay, matrices=matrices
         ),
         1e-2,
         rank=32,
     ),
     "adarankgrad_adamw": Method(
         lambda lr, rank, every, decay: lro.adarankgrad_adamw(
-            lr, max_rank=rank, max_interval=every, weight_decay=decay
+            lr, max_rank=rank, max_interval=every, weight_decay=decay, matrices=matrices
         ),
         1e-2,
         rank=32,
     ),
     "apollo_adamw": Method(
         lambda lr, rank, every, decay: lro.apollo_adamw(
-            lr, rank=rank, update_every=every, weight_decay=decay
+            lr, rank=rank, update_every=every, weight_decay=decay, matrices=matrices
         ),
         1e-2,
         rank=32,
@@ -148,20 +169,26 @@ METHODS = {
             scale=128**0.5,
             weight_decay=decay,
             per="tensor",
+            matrices=matrices,
         ),
         1e-2,
         rank=1,
     ),
     "flora": Method(
         lambda lr, rank, every, decay: lro.flora(
-            lr, rank=rank, update_every=every, weight_decay=decay
+            lr, rank=rank, update_every=every, weight_decay=decay, matrices=matrices
         ),
         1e-2,
         rank=32,
     ),
     "galore_plus_adamw": Method(
         lambda lr, rank, every, decay, heads: lro.galore_plus_adamw(
-            lr, rank=rank, update_every=every, weight_decay=decay, num_heads=heads
+            lr,
+            rank=rank,
+            update_every=every,
+            weight_decay=decay,
+            num_heads=heads,
+            matrices=matrices,
         ),
         1e-2,
         rank=32,
@@ -169,7 +196,7 @@ METHODS = {
     ),
     "q_galore_adamw_8bit": Method(
         lambda lr, rank, every, decay: lro.q_galore_adamw_8bit(
-            lr, rank=rank, update_every=every, weight_decay=decay
+            lr, rank=rank, update_every=every, weight_decay=decay, matrices=matrices
         ),
         1e-2,
         rank=32,
@@ -179,7 +206,7 @@ METHODS = {
     ),
     "galore_adam_mini": Method(
         lambda lr, rank, every, decay: lro.galore_adam_mini(
-            lr, rank=rank, update_every=every, weight_decay=decay
+            lr, rank=rank, update_every=every, weight_decay=decay, matrices=matrices
         ),
         1e-2,
         rank=32,
@@ -240,5 +267,4 @@ def matrix_state_bytes(tx: optax.GradientTransformation, params: Any) -> int:
     def keep(leaf: Any, view: Any) -> Any:
         return None if view is None else leaf
 
-    matrices = lro.default_matrices(params)
-    return lro.state_bytes(tx, jax.tree.map(keep, params, matrices))
+    return lro.state_bytes(tx, jax.tree.map(keep, params, matrices(params)))
