@@ -28,6 +28,9 @@ from lowrank_optax._src.matrix import MatrixView as MatrixView
 from lowrank_optax._src.memory import describe as describe
 from lowrank_optax._src.memory import memory_report as memory_report
 from lowrank_optax._src.memory import state_bytes as state_bytes
+from lowrank_optax._src.methods.adafactor import (
+    scale_by_adafactor as scale_by_adafactor,
+)
 from lowrank_optax._src.methods.adam_mini import adam_mini as adam_mini
 from lowrank_optax._src.methods.adam_mini import galore_adam_mini as galore_adam_mini
 from lowrank_optax._src.methods.adam_mini import (
@@ -181,6 +184,7 @@ __all__ = [
     "q_galore_project",
     "quantize_state",
     "rank",
+    "scale_by_adafactor",
     "scale_by_adam_mini",
     "scale_by_ldadam",
     "state_bytes",

@@ -171,14 +171,6 @@ def test_cast_takes_every_large_leaf():
 # How leaves are seen
 
 
-def test_a_stacked_leaf_is_the_loop_over_its_slices():
-    grads = gradients((3, 5, 8))
-    stacked = on_one_leaf(compress(matrices=lro.MatrixAxes()), grads)
-    for i in range(3):
-        alone = on_one_leaf(compress(), [g[i] for g in grads])
-        assert_close([u[i] for u in stacked], alone, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("shape", "axes", "flat"),
     [

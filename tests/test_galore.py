@@ -113,6 +113,17 @@ def test_state_size(make, formula, r):
     assert lro.state_bytes(tx, MATRIX) == sum(x.nbytes for x in jax.tree.leaves(state))
 
 
+def test_a_stack_keeps_what_its_matrices_keep():
+    stack = {
+        "w": jax.ShapeDtypeStruct((50, M, N), jnp.float32)
+    }  # more layers than rows
+    for momentum in (None, 0.9):
+        tx = lro.galore_adafactor(
+            0.1, rank=4, momentum=momentum, matrices=lro.MatrixAxes()
+        )
+        assert numbers(tx, stack)[0] == 50 * numbers(tx, MATRIX)[0]
+
+
 # Whole optimizers
 
 

@@ -182,15 +182,6 @@ METHODS = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_stacked_leaf_is_the_loop_over_its_slices(name):
-    grads = gradients((3, 5, 8), steps=5)
-    stacked = on_one_leaf(METHODS[name](matrices=lro.MatrixAxes()), grads)
-    for i in range(3):
-        alone = on_one_leaf(METHODS[name](), [g[i] for g in grads])
-        assert relative_error([u[i] for u in stacked], alone) < 1e-4
-
-
-@pytest.mark.parametrize("name", METHODS)
 def test_a_kernel_with_heads_is_its_reshaped_matrix(name):
     grads = gradients((5, 2, 4), steps=5)
     axes = lro.MatrixAxes(rows=0, cols=(1, 2))

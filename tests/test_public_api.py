@@ -278,6 +278,9 @@ FROZEN = {
     "ldadamw": (
         f"(learning_rate, rank=16, *, {LDADAM}, {DECAY}, matrices=None, key=0)"
     ),
+    "scale_by_adafactor": (
+        "(decay_rate=0.8, clipping_threshold=1.0, *, matrices=None, key=0)"
+    ),
     "scale_by_adam_mini": f"({ADAM}, *, matrices=None, key=0)",
     "galore_adam_mini": f"({LOW_RANK}, *, {ADAM}, {ALIAS})",
     "quantize_state": "(inner, *, bits=8, block=256, fields=None, key=0)",

@@ -41,7 +41,7 @@ def i3s_subspace(
     ``recovery=FiraResidual()``, as `fira_project`. The same state as these.
 
     Args:
-      inner: such as ``optax.scale_by_adam()``, ``optax.scale_by_factored_rms()``.
+      inner: such as ``optax.scale_by_adam()``, ``lro.scale_by_adafactor()``.
       rank: r.
       update_every: T; the first update always refreshes (I3-1).
       transfer: the paper keeps the moments (I3-2); `Rotate` carries them to the new
