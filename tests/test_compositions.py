@@ -198,6 +198,13 @@ def test_a_lazy_refresh_compares_the_ranks_in_use():
         _, state = update(grads, state)
     assert np.sum(np.any(state.basis["w"] != 0, axis=0)) == 1
     assert state.refresh["w"].stretch == 2
+    # What chooses no basis does not show a steady one.
+    for nothing in (0.0, jnp.nan):
+        spoiled, before = jax.tree.map(lambda g, x=nothing: x * g, grads), state
+        for _ in range(20):
+            _, state = update(spoiled, state)
+        assert state.refresh["w"].stretch == 2
+        np.testing.assert_array_equal(state.basis["w"], before.basis["w"])
 
 
 # What combines

@@ -334,9 +334,11 @@ def _down(
         new = _safe_select(subspace, key, grad, old, step)[..., : basis.shape[-1]]
         overlap = matmul(new.mT, basis)
         used = jnp.sum(jnp.any(basis != 0, axis=-2))
-        share = jnp.sum(overlap**2) / jnp.maximum(used, 1)
+        size = jnp.linalg.norm(grad)
+        usable = jnp.isfinite(size) & (size > 0)  # else nothing was chosen
+        share = jnp.where(usable, jnp.sum(overlap**2) / jnp.maximum(used, 1), 0.0)
         carried = transfer.carry(moments, overlap)
-        return project(new, grad), new, carried, share, jnp.linalg.norm(grad)
+        return project(new, grad), new, carried, share, size
 
     def keep():
         return coeff, basis, moments, jnp.ones([], basis.dtype), size

@@ -198,7 +198,7 @@ class WhenDrifted:
         return state.left <= 0
 
     def after(self, state, due, size, overlap):
-        compared = due & (overlap > 0)  # at the start there is nothing to compare with
+        compared = due & (overlap > 0)
         recent = jnp.append(state.recent[1:], overlap)
         recent = jnp.where(compared, recent, state.recent)
         steady = compared & (jnp.mean(recent) >= self.threshold)

@@ -60,8 +60,10 @@ class Refresh(Protocol):
     def after(self, state: Any, due: Array, size: Array, overlap: Array) -> Any:
         """The next state; ``overlap`` is ``||new^T old||_F^2 / r``, 1 if not due.
 
-        r counts the columns of the old basis that are not zero. ``size`` is as above,
-        or that of the whole gradient if due: what the new basis was chosen for.
+        It is 0 where there is nothing to compare: no old basis, or a gradient that is
+        zero or not finite, which leaves the old one. r counts the columns of the old
+        basis that are not zero. ``size`` is as above, or that of the whole gradient if
+        due: what the new basis was chosen for.
         """
         ...
 
