@@ -423,6 +423,17 @@ def test_a_schedule_for_the_scale(name):
         assert_close(u["embed"], want["embed"], rtol=2e-4, atol=1e-5)
 
 
+def test_a_schedule_must_be_injected():
+    def schedule(count):
+        return 0.5 * (count + 1)
+
+    for name in SCALED:
+        for argument in ("scale", "update_every"):
+            match = f"`{argument}` must be a number.*inject_hyperparams.*{argument}="
+            with pytest.raises(TypeError, match=match):
+                BY_NAME[name].make(**{argument: schedule})
+
+
 @pytest.mark.parametrize("name", [m.name for m in METHODS if m.is_optimizer])
 @pytest.mark.parametrize("injected", [True, False])
 def test_a_schedule_for_the_learning_rate(name, injected):

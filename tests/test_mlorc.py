@@ -54,6 +54,18 @@ def test_mlorc_lion_follows_the_formulas(shape):
         np.testing.assert_array_equal(u, want)
 
 
+def test_float64_parameters_have_float64_moments():
+    with jax.enable_x64(True):
+        grads = [jnp.asarray(g, jnp.float64) for g in gradients((5, 8), steps=10)]
+        tx = lro.mlorc_scale_by_adam(RANK, 0.7, 0.95, **EXACT)
+        updates = on_one_leaf(tx, grads)
+    for u, want in zip(
+        updates, reference.mlorc_adam(grads, RANK, 0.7, 0.95), strict=True
+    ):
+        assert u.dtype == np.float64
+        assert relative_error(u, want) < 1e-9
+
+
 def test_the_formulas_are_not_those_of_the_uncompressed_optimizers():
     # Or the two tests above would hold without any compression.
     grads = gradients((5, 8))

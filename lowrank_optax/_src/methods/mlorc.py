@@ -214,7 +214,7 @@ class MLorcAdam:
             self.mu.draw(key, state.mu),
             self.nu.draw(key, state.nu),
         )
-        b1, b2, t = self.b1, batching.take_turn(self.b2), step + 1
+        b1, b2, t = self.b1, batching.take_turn(self.b2, grad.dtype), step + 1
         m = b1 * self.mu.decode(state.mu) + (1 - b1) * grad
         v = b2 * clamp_negative(low_rank_product(state.nu), zeta) + (1 - b2) * grad**2
         m_hat, v_hat = m * (1 / (1 - b1**t)), v * (1 / (1 - self.b2**t))
@@ -240,7 +240,7 @@ class MLorcLion:
 
     def update(self, key, step, grad, state):
         omega = yield from self.mu.draw(key, state.mu)
-        b1 = batching.take_turn(self.b1)
+        b1 = batching.take_turn(self.b1, grad.dtype)
         c = b1 * self.mu.decode(state.mu) + (1 - b1) * grad
         average = Average(self.b2, state.mu, grad)
         mu, finite = yield from self.mu.compress(omega, average, state.mu, True)
