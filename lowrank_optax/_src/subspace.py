@@ -47,7 +47,8 @@ class TopSingular:
         if self.method == "warm":
             # At the start there is no old basis: a zero column would waste its place.
             started = jnp.any(old != 0, axis=(-2, -1), keepdims=True)
-            fresh = random.draw(jax.random.normal, key, old.shape, old.dtype)
+            fresh_key, key = random.split(key)
+            fresh = random.draw(jax.random.normal, fresh_key, old.shape, old.dtype)
             start = jnp.where(started, old, fresh)
             return linalg.subspace_iteration(key, grad, rank, iters=1, start=start)
         iters = 1 if self.method == "rsvd" else 2

@@ -124,7 +124,11 @@ class Codec(Protocol):
         ...
 
     def encode(self, key: Key[Array, "*b"], x: Array, old: Any) -> NamedTuple:
-        """The code of ``x``; ``old`` is the code that it replaces."""
+        """The code of ``x``; ``old`` is the code that it replaces.
+
+        ``key`` is one for each matrix, and another one for each field of a leaf, unless
+        the codec has an attribute ``one_key = True``.
+        """
         ...
 
     def decode(self, code: Any) -> Array:
