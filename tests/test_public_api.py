@@ -294,7 +294,9 @@ FROZEN = {
     "diagnostics.stable_rank": "(x)",
     "diagnostics.subspace_overlap": "(u, v)",
     "diagnostics.captured_energy": "(x, basis)",
-    "diagnostics.state_metrics": "(opt_state)",
+    "diagnostics.state_metrics": (
+        "(opt_state, *, tx=None, grads=None, earlier=None, moments=False)"
+    ),
     "adapters.extract_lora": "(finetuned, base, *, rank=None, energy=0.9)",
     "adapters.save_peft": (
         "(adapters, directory, *, base_model_name, key_map=module_name, task_type=None)"
