@@ -68,6 +68,9 @@ from lowrank_optax._src.methods.q_galore import (
 )
 from lowrank_optax._src.methods.q_galore import q_galore_project as q_galore_project
 from lowrank_optax._src.methods.quantize import adamw_8bit as adamw_8bit
+from lowrank_optax._src.methods.quantize import (
+    adarankgrad_adamw_8bit as adarankgrad_adamw_8bit,
+)
 from lowrank_optax._src.methods.quantize import galore_adamw_8bit as galore_adamw_8bit
 from lowrank_optax._src.methods.quantize import quantize_state as quantize_state
 from lowrank_optax._src.project import ProjectState as ProjectState
@@ -147,6 +150,7 @@ __all__ = [
     "adapters",
     "adaptive_rank",
     "adarankgrad_adamw",
+    "adarankgrad_adamw_8bit",
     "apollo_adamw",
     "apollo_scale",
     "compress_state",

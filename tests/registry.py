@@ -320,6 +320,13 @@ METHODS = [
         optax.adam(0.02),
     ),
     Method(
+        "adarankgrad_adamw_8bit",
+        lro.adarankgrad_adamw_8bit,
+        dict(learning_rate=0.02, max_rank=RANK, scale=1.0, max_interval=PERIOD),
+        ("mu", "nu"),
+        optax.adam(0.02),
+    ),
+    Method(
         "apollo_scale",
         lro.apollo_scale,
         # Factors from one or two random numbers jump at each refresh, and a limit of 1%

@@ -250,6 +250,11 @@ FROZEN = {
         f"(learning_rate, max_rank=128, scale=0.25, *, {ADAM}, {DECAY}, {ENERGY}, "
         f"transfer={ROTATE}, recovery=Drop(), side='long', matrices=None, key=0)"
     ),
+    "adarankgrad_adamw_8bit": (
+        f"(learning_rate, max_rank=128, scale=0.25, *, {ADAM}, {DECAY}, {ENERGY}, "
+        f"transfer={ROTATE}, recovery=Drop(), block=256, side='long', matrices=None, "
+        "key=0)"
+    ),
     "q_galore_project": (
         "(inner, *, rank, update_every=200, bits=4, threshold=0.4, max_stretch=16, "
         f"{PROJECTION}, scale=1.0, {COMMON})"
