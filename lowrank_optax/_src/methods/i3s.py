@@ -125,6 +125,10 @@ def hybrid_subspace(
     theorem has it at the new gradient (I3-7). Second moments, which the paper has none
     of, are transformed with the squares of the coefficients.
 
+    References:
+      Zhang et al., I3S: Importance Sampling Subspace Selection for Low-Rank
+      Optimization in LLM Pretraining, 2025.
+
     >>> import jax.numpy as jnp, optax, lowrank_optax as lro
     >>> tx = lro.hybrid_subspace(optax.ema(0.9, debias=False), rank=3, leading=1)
     >>> params = {"w": jnp.ones((4, 6))}
