@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -23,6 +25,7 @@ from flax import nnx
 from tokenizers import Tokenizer
 
 from examples.common.data import load_corpus
+from examples.common.loop import TrainState
 from examples.common.metrics import read_metrics
 from examples.common.schedule import warmup_cosine
 from examples.common.tokens import END_OF_TEXT, Packed
@@ -243,6 +246,20 @@ def test_a_finished_run_resumes_to_its_report(smoke):
     assert main(["--resume", "--out", str(smoke)]) == 0
     assert (smoke / "report.md").exists()
     assert (metrics_of(smoke, "adamw"), result_of(smoke)) == before
+
+
+def test_a_run_does_not_go_on_from_another_models_checkpoint(smoke, tmp_path, capsys):
+    out = shutil.copytree(smoke, tmp_path / "run")
+    (out / "result.json").unlink()
+    foreign = TrainState({"norm": {"scale": jnp.ones(7)}}, (jnp.ones(3),), [])
+    checkpoints = out / "adamw" / "checkpoints"
+    shutil.rmtree(checkpoints)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save((checkpoints / "10" / "default").resolve(), foreign)
+    assert main(["--resume", "--out", str(out)]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"The checkpoint {checkpoints / '10'} is of another model" in said
+    assert not (out / "result.json").exists()
 
 
 def test_resume_without_a_directory_takes_the_latest(tmp_path, monkeypatch, capsys):

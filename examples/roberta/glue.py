@@ -27,6 +27,7 @@ import lowrank_optax as lro
 from examples.common.errors import one_line
 from examples.common.files import sha256, write_json
 from examples.common.interrupt import Interrupted, StopRequest
+from examples.common.loop import ForeignCheckpoint
 from examples.common.settings import RECORD, parse_settings, settings_record
 from examples.common.weights import local_directory
 from examples.roberta.batches import encode
@@ -182,6 +183,9 @@ def main(argv: list[str] | None = None) -> int:
                 method: job.run(method, weights, stop)
                 for method in job.settings.methods
             }
+        except ForeignCheckpoint as error:
+            print("glue:", error, file=sys.stderr)
+            return 2
         except Interrupted as stopped:
             resume = f"python -m examples.roberta.glue --resume --out {job.out}"
             print(f"{stopped}; go on with: {resume}", file=sys.stderr)

@@ -117,7 +117,7 @@ def _truncate(
     difference: Float[Array, "*b m n"], rank: int | None, energy: float
 ) -> LoraAdapter:
     scaled, scale = linalg.unit_scale(difference)
-    u, s, vt = jnp.linalg.svd(scaled, full_matrices=False)
+    u, s, vt = linalg.svd(scaled)
     if rank is None:
         rank = int(jnp.max(diagnostics.rank_keeping(s, energy)))
     rank = min(rank, s.shape[-1])

@@ -71,13 +71,13 @@ def drive(*steps: Steps, count: jax.Array | None = None) -> list[Any]:
 _turns: list[jax.Array | None] = []  # of each `drive` that runs, the last turn's end
 
 
-def take_turn(x: Any) -> jax.Array:
-    """A number or an array, but not before the turn taken last is over.
+def take_turn(x: Any, dtype: Any) -> jax.Array:
+    """A number or an array in a dtype, but not before the turn taken last is over.
 
     What is computed from it waits, so that the large temporaries of one leaf are gone
     before those of the next one come: fresh memory costs more time than arithmetic.
     """
-    x = jnp.asarray(x, jnp.float32)
+    x = jnp.asarray(x, dtype)
     return x if not _turns or _turns[-1] is None else after(x, _turns[-1])
 
 

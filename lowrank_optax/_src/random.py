@@ -5,6 +5,7 @@ So a matrix of a stack sees the same numbers whether the stack is updated as one
 """
 
 import contextlib
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -69,6 +70,11 @@ def split(key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Two keys, or stacks of keys, from one."""
     pair = _over(key, jax.random.split)
     return pair[..., 0], pair[..., 1]
+
+
+def named(key: jax.Array, name: str) -> jax.Array:
+    """A key, or a stack of keys, of its own for a name."""
+    return _over(key, lambda k: jax.random.fold_in(k, zlib.crc32(name.encode())))
 
 
 def _over(key: jax.Array, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
