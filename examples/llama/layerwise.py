@@ -20,7 +20,7 @@ def step_of(
 
     The step is ``(params, opt_state, rows) -> (params, opt_state, record)``, where each
     row of tokens `(B, T + 1)` is read but for its last token and predicted but for its
-    first. A layer is five blocks, so that the gradients of few of its weights exist at
+    first. A layer is six blocks, so that the gradients of few of its weights exist at
     a time, and the scores of the attention for one row at a time.
 
     Args:
@@ -56,8 +56,13 @@ def step_of(
         x, mixed = given
         return x + layer(w).self_attn.joined(mixed)
 
-    def widen(w: Any, x: jax.Array, rows: jax.Array) -> tuple[jax.Array, ...]:
-        return x, layer(w).mlp.hidden(layer(w).post_attention_layernorm(x))
+    def gate(w: Any, x: jax.Array, rows: jax.Array) -> tuple[jax.Array, ...]:
+        normed = layer(w).post_attention_layernorm(x)
+        return x, normed, layer(w).mlp.gate_proj(normed)
+
+    def widen(w: Any, given: tuple[jax.Array, ...], rows: jax.Array) -> Any:
+        x, normed, gate = given
+        return x, jax.nn.silu(gate) * layer(w).mlp.up_proj(normed)
 
     def narrow(w: Any, given: tuple[jax.Array, ...], rows: jax.Array) -> jax.Array:
         x, hidden = given
@@ -70,7 +75,7 @@ def step_of(
         return losses.mean()
 
     def make(tx: optax.GradientTransformation) -> Callable[..., Any]:
-        blocks = [project, attend, join, widen, narrow]
+        blocks = [project, attend, join, gate, widen, narrow]
         update = lro.layerwise.value_and_update(tx, embed, blocks, head, clip=clip)
 
         def step(params: Any, opt_state: Any, rows: jax.Array) -> Any:

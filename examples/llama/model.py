@@ -131,11 +131,7 @@ class FeedForward(nnx.Module):
         self.down_proj = _linear(config, wide, config.hidden_size, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(self.hidden(x))
-
-    def hidden(self, x: jax.Array) -> jax.Array:
-        """What `down_proj` is given."""
-        return jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Layer(nnx.Module):

@@ -218,8 +218,17 @@ class _Model:
         start = now, after_turn(dx, now.turn)
         places = jnp.arange(self.depth)
         (now, dx), _ = jax.lax.scan(backward, start, (places, inputs), reverse=True)
-        used = self.in_embed
-        _, own, _ = _pull(self.embed, self.outer, used, now.leaves, (), dx)
+
+        def pull():
+            used = self.in_embed
+            return _pull(self.embed, self.outer, used, now.leaves, (), dx)[1]
+
+        def never():
+            return {i: jnp.zeros_like(now.leaves[i]) for i in self.in_embed}
+
+        # XLA makes constants before all else: outside of a branch, the zeros to which
+        # an embedding's gradient is added would be there from the start.
+        own = jax.lax.cond(now.turn == 0, pull, never)
         return value, use(now, _add(grads, own))
 
 
