@@ -133,7 +133,9 @@ def _table(figures: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for x in figures:
-        sizes = [f"{x[k] / 1e9:.2f}" for k in ("weights", "state", "temporaries", "peak")]
+        sizes = [
+            f"{x[k] / 1e9:.2f}" for k in ("weights", "state", "temporaries", "peak")
+        ]
         ratios = [f"{x[k]:.3f}" for k in ("peak over weights", "without state")]
         cells = [x["dtype"], x["method"], x["step"], *sizes, *ratios]
         lines.append(f"| {' | '.join(cells)} | {x['seconds to compile']:.0f} |")

@@ -122,6 +122,8 @@ METHODS = {
         0.05, rank=2, update_every=3, matrices=matrices
     ),
     "apollo_adamw": lro.apollo_adamw(0.05, 2, 3, matrices=matrices),
+    "fira_adamw": lro.fira_adamw(0.05, 2, 3, matrices=matrices),
+    "ldadamw": lro.ldadamw(0.05, 2, matrices=matrices),
     "cold MLorc": lro.mlorc_lion(0.05, 2, matrices=matrices, warm_start=False),
     "a compressed trace": optax.chain(
         lro.compress_state(
@@ -138,6 +140,38 @@ def test_the_trajectory_is_that_of_the_ordinary_step(params, name):
     # 5 steps of 0.05; MLorc's inner products are added up in another order.
     assert_close(got[:2], expected[:2], rtol=1e-5, atol=1e-5)
     assert_close(got[2], expected[2], rtol=1e-3, atol=1e-4)
+
+
+def test_bytes_of_layers_that_alone_would_be_too_small_for_them():
+    wide = {"kernel": (2, 64, 40), "scale": (2, 2560)}  # from 4,096 numbers on
+    params = {"layers": random_like(wide, 0), "last": jnp.ones(40)}
+    model = dict(
+        embed=lambda outer, batch: batch,
+        layer=lambda w, x, batch: jnp.tanh(x @ w["kernel"]).sum() * w["scale"][:64],
+        head=lambda outer, x, batch: jnp.sum(x[:40] * outer["last"]),
+    )
+    tx = lro.adamw_8bit(0.05, block=64)
+    state = tx.init(params)
+    coded = [x.dtype for x in jax.tree.leaves(state) if x.ndim > 1]
+    assert coded.count(jnp.uint8) == 4
+    batch = random_like((64,), 1)
+    step = lro.layerwise.value_and_update(tx, **model)
+
+    @jax.jit
+    def ordinary_step(params, state):
+        def loss(params):
+            x = batch
+            for i in range(2):
+                x = model["layer"](jax.tree.map(lambda x: x[i], params["layers"]), x, 0)
+            return model["head"](params, x, batch)
+
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    expected, got = (params, state), (params, state)
+    for _ in range(3):
+        expected, got = ordinary_step(*expected), jax.jit(step)(*got, batch)[2:]
+    assert_close(got[0], expected[0], rtol=1e-5, atol=1e-5)
 
 
 def test_blocks_are_a_matter_of_memory_alone(params):
@@ -225,6 +259,15 @@ def test_what_cannot_be_taken_apart_is_refused(params):
     summed = lro.galore_adamw(0.1, 2, matrices=matrices)
     summed = lro.accumulate_gradients(summed, 2)
     check(name + "AccumulateState" + forgotten, summed, params)
+    clipped = optax.chain(optax.clip_by_global_norm(1.0), METHODS["adamw"])
+    check(name + "optax.clip_by_global_norm.*give .* its `clip`", clipped, params)
+    # Within others, and within an engine.
+    labels = {"layers": "a", "embed": "b", "scale": "b", "lm_head": "b"}
+    parts = {"a": optax.lamb(0.1), "b": optax.sgd(0.1)}
+    check(name + "optax.scale_by_trust_ratio", optax.partition(parts, labels), params)
+    inner = optax.chain(optax.trace(0.9), optax.clip_by_block_rms(1.0))
+    inside = lro.galore_project(inner, rank=2, matrices=matrices)
+    check(name + "optax.clip_by_block_rms", inside, params)
     finite = optax.apply_if_finite(optax.adamw(0.1), 3)
     check(name + "ApplyIfFiniteState.*layer by layer", finite, params)
     # The stacked scales are taken for one matrix.
@@ -232,7 +275,11 @@ def test_what_cannot_be_taken_apart_is_refused(params):
     check(name + "the state field '0/.*norm/scale.*None for stacked", merged, params)
     # One number of the whole stack follows the gradients of all layers.
     drift = lro.q_galore_project(optax.scale_by_adam(), rank=2, matrices=matrices)
-    check(name + "the state field 'inner_state/refresh/layers/.*kernel", drift, params)
+    once = ".*decided once for a whole stack"
+    field = "the state field 'inner_state/refresh/layers/.*kernel"
+    check(name + field + once, drift, params)
+    ranks = lro.adarankgrad_adamw(0.1, max_rank=2, matrices=matrices)
+    check(name + "the state field '0/refresh/layers/.*kernel" + once, ranks, params)
 
 
 def test_parameters_must_be_stacks_at_a_name(params):

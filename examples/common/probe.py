@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 
 import lowrank_optax as lro
-from examples.common.methods import matrices
 
 _LEADING = 8  # singular values counted as the top, as in MLorc's Figure 1
 _MATRICES = 8  # a full SVD of every matrix of a large model would take hours
@@ -29,8 +28,8 @@ class Probe:
 
     @classmethod
     def of(cls, params: Any, rank: int) -> "Probe":
-        """A probe of the leaves that the methods take for matrices."""
-        views = jax.tree_util.tree_leaves_with_path(matrices(params))
+        """A probe of the leaves that the library calls matrices by default."""
+        views = jax.tree_util.tree_leaves_with_path(lro.default_matrices(params))
         paths = [path for path, view in views if view is not None]
         return cls(tuple(paths[:: -(-len(paths) // _MATRICES)]), rank)
 

@@ -1,7 +1,10 @@
 """Updates of some parameters at a time, in place, by an optimizer of all of them."""
 
+import contextlib
 import functools
-from collections.abc import Iterable, Sequence
+import inspect
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lowrank_optax._src import compatible, random, trees
+from lowrank_optax._src import compatible, trees
 from lowrank_optax._src.accumulate import AccumulateState
 from lowrank_optax._src.batching import after
+from lowrank_optax._src.stack import one_layer
 
 
 class Progress(NamedTuple):
@@ -40,25 +44,26 @@ class PartialUpdate:
         flat, self.structure = jax.tree_util.tree_flatten_with_path(opt_state)
         self.places = {tuple(path): k for k, (path, _) in enumerate(flat)}
         self.state = [x for _, x in flat]
-        _check_state(opt_state)
+        _check(tx, opt_state)
 
     def __call__(self, now: Progress, grads: dict[int, jax.Array], at: Any) -> Progress:
         """Update what has gradients: outer parameters, or those of the layer ``at``."""
-        in_layer = at is not None
         params = {i: now.leaves[i] for i in grads}
-        if in_layer:
+        if at is not None:
             params = {i: slice_layer(x, at) for i, x in params.items()}
             grads = {i: g[None] for i, g in grads.items()}
-        entries, structure = self._entries(params, in_layer)
-        # What all parts share, such as a count, is that of before the step for each.
-        old = [
-            slice_layer(now.state[k], at) if s else self.state[k] for k, s in entries
-        ]
-        with random.place_in_stack(at if in_layer else 0):
+        layer = contextlib.nullcontext() if at is None else one_layer(at, self.depth)
+        with layer:
+            entries, structure = self._entries(params, at is not None)
+            # What all parts share, such as a count, is that of before the step.
+            old = [
+                slice_layer(now.state[k], at) if stacked else self.state[k]
+                for k, stacked in entries
+            ]
             updates, new = self.tx.update(
                 self._tree(grads), structure.unflatten(old), self._tree(params)
             )
-        if not in_layer:
+        if at is None:
             updates = after_turn(updates, now.turn)
         applied = optax.apply_updates(self._tree(params), updates)
         leaves, state, turn = dict(now.leaves), list(now.state), now.turn
@@ -95,11 +100,14 @@ class PartialUpdate:
                 raise compatible.cannot_use(
                     _NAME,
                     f"the state field '{field}' of shape {whole}",
-                    "it",
-                    f"state of the shape {stack or x.shape}, stacked as the layers are",
+                    _NAME,
+                    f"an entry for each layer, such as {stack or 'its own'}, where "
+                    "this one is made of the gradients of all layers",
                     "that",
                     "Let `matrices` name rows and columns of stacked matrices, such as "
-                    "MatrixAxes(), and None for stacked vectors.",
+                    "MatrixAxes(), and None for stacked vectors. What is decided once "
+                    "for a whole stack, as AdaRankGrad and Q-GaLore decide when to "
+                    "choose a new subspace, cannot be decided layer by layer.",
                 )
             entries.append((k, stacked))
         return entries, structure
@@ -115,21 +123,54 @@ class PartialUpdate:
 
 
 _NAME = "layerwise.value_and_update"
-_NEEDS = {
-    optax.MultiStepsState: "that each gradient is used at once and then forgotten, "
-    "where accumulation keeps all of them",
-    AccumulateState: "that each gradient is used at once and then forgotten, "
-    "where accumulation keeps all of them",
+_AT_ONCE = "that each gradient is used at once and then forgotten, where accumulation "
+_AT_ONCE += "keeps all of them"
+_STATES = {
+    optax.MultiStepsState: _AT_ONCE,
+    AccumulateState: _AT_ONCE,
     optax.ApplyIfFiniteState: "an update that is decided on layer by layer",
+}
+_ONE_LAYER = "an update of one layer that does not depend on the others"
+_CLIP = "For a clip by the global norm, give value_and_update its `clip`."
+# These of Optax have no state that would tell: a norm of all leaves, or of a stack.
+_MAKERS = {
+    "clip_by_global_norm": _CLIP,
+    "normalize_by_update_norm": "",
+    "clip_by_block_rms": "",
+    "adaptive_grad_clip": "",
+    "scale_by_trust_ratio": "",
 }
 
 
-def _check_state(opt_state: Any) -> None:
-    kinds = tuple(_NEEDS)
+def _check(tx: optax.GradientTransformation, opt_state: Any) -> None:
+    """Refuse what needs the gradients of several layers, where it can be told."""
+    kinds = tuple(_STATES)
     for x in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kinds)):
         if isinstance(x, kinds):
-            need = _NEEDS[type(x)]
+            need = _STATES[type(x)]
             raise compatible.cannot_use(_NAME, type(x).__name__, _NAME, need, "that")
+    for maker in _makers(tx.update, set()):
+        if maker in _MAKERS:
+            remedy = _MAKERS[maker]
+            raise compatible.cannot_use(
+                _NAME, f"optax.{maker}", _NAME, _ONE_LAYER, "that", remedy
+            )
+
+
+def _makers(x: Any, seen: set[int]) -> Iterator[str]:
+    """Names of the functions that made a function, and what it is made of."""
+    if id(x) in seen:
+        return
+    seen.add(id(x))
+    if isinstance(x, types.FunctionType):
+        yield x.__qualname__.partition(".")[0]
+        parts = inspect.getclosurevars(x).nonlocals.values()
+    elif isinstance(x, Mapping):
+        parts = x.values()
+    else:
+        parts = x if isinstance(x, tuple | list) else ()
+    for part in parts:
+        yield from _makers(part, seen)
 
 
 def slice_layer(x: jax.Array, at: Any) -> jax.Array:

@@ -1,35 +1,23 @@
 """Random numbers for stacks of matrices, a key for each matrix.
 
-So a matrix of a stack sees the same numbers whether the stack is updated as one or, as
-`layerwise` does, one layer after the other.
+So what a matrix of a stack sees does not depend on the others in it, nor on whether
+these are updated with it.
 """
 
-import contextlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-_places: list[jax.Array | int] = []
-
-
-@contextlib.contextmanager
-def place_in_stack(place: jax.Array | int) -> Iterator[None]:
-    """Say where in whole stacks the first matrix of each stack within stands."""
-    _places.append(place)
-    try:
-        yield
-    finally:
-        _places.pop()
+from lowrank_optax._src import stack
 
 
 def matrix_keys(key: jax.Array, batch: tuple[int, ...]) -> jax.Array:
     """The keys ``(*batch,)`` of a leaf's matrices: its own, folded by their places."""
-    first = _places[-1] if _places else 0
     for axis, size in enumerate(batch):
-        places = jnp.arange(size) + (first if axis == 0 else 0)
+        places = jnp.arange(size) + (stack.place() if axis == 0 else 0)
         key = _over(
             key,
             lambda k, places=places: jax.vmap(
