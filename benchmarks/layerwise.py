@@ -122,7 +122,6 @@ def main(settings: Settings) -> None:
         ):
             found = measure(config, METHODS[method](), make, rows)
             figures.append({"dtype": dtype, "method": method, "step": form, **found})
-            print(figures[-1])
     write_record("layerwise", settings, figures, _table(figures), settings.out)
 
 

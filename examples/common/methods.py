@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import lowrank_optax as lro
@@ -20,19 +20,23 @@ from examples.common.relora import relora_adamw
 
 
 def matrices(params: Any) -> Any:
-    """Which parameters are matrices: those of the library's rule, and stacks of layers.
+    """Which parameters are matrices: those of the library's rule, and stacks of them.
 
-    Where the layers are held as one, each kernel has a leading axis, and what has two
+    Where all layers are held as one, each kernel has a leading axis, and what has two
     axes are vectors.
     """
 
-    def axes(path: Any, leaf: Any, by_rule: Any) -> Any:
-        names = [getattr(key, "key", getattr(key, "idx", None)) for key in path]
-        if "layers" not in names or isinstance(names[names.index("layers") + 1], int):
+    def axes(path: Any, by_rule: Any) -> Any:
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        if not any(a == "layers" and not b.isdigit() for a, b in pairwise(names)):
             return by_rule
-        return lro.MatrixAxes() if jnp.ndim(leaf) > 2 else None
+        return lro.MatrixAxes() if names[-1] == "kernel" else None
 
-    return jax.tree_util.tree_map_with_path(axes, params, lro.default_matrices(params))
+    def is_spec(x: Any) -> bool:
+        return x is None or isinstance(x, lro.MatrixAxes)
+
+    rule = lro.default_matrices(params)
+    return jax.tree_util.tree_map_with_path(axes, rule, is_leaf=is_spec)
 
 
 @dataclass(frozen=True)
