@@ -47,8 +47,9 @@ class Settings:
     """Sequences in a batch."""
     seq_len: int = 512
     """Tokens in a sequence."""
-    param_dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    """Types of the weights, and of the activations."""
+    param_dtypes: tuple[str, ...] = ("float32",)
+    """Types of the weights, and of the activations. On CPU, XLA multiplies bfloat16 in
+    float32, and keeps a float32 copy of all weights for that."""
     methods: tuple[str, ...] = tuple(METHODS)
     """Optimizers."""
     out: Path | None = None
