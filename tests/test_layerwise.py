@@ -252,6 +252,9 @@ def test_what_cannot_be_taken_apart_is_refused(params):
     inner = optax.chain(optax.trace(0.9), optax.clip_by_block_rms(1.0))
     inside = lro.galore_project(inner, rank=2, matrices=matrices)
     check(name + "optax.clip_by_block_rms", inside, params)
+    # A number of the whole model, made of all gradients.
+    whole = optax.contrib.prodigy()
+    check(name + "the state field 'estim_lr'.*not depend on the others", whole, params)
     finite = optax.apply_if_finite(optax.adamw(0.1), 3)
     check(name + "ApplyIfFiniteState.*layer by layer", finite, params)
     # The stacked scales are taken for one matrix.

@@ -60,10 +60,11 @@ def value_and_update(
 
     ``tx`` must treat the matrices of a stack one by one. Optimizers of this library do
     where ``matrices`` makes the layers a batch axis (``MatrixAxes()`` for
-    ``(L, m, n)``, None for stacked vectors); those of Optax do where they work number
-    by number. What must see all gradients together has no place in it: for
-    ``optax.clip_by_global_norm`` there is ``clip``. `Staggered` spreads the leaves of a
-    layer over its period as if there were no others.
+    ``(L, m, n)``, None for stacked vectors), but for AdaRankGrad and Q-GaLore, which
+    decide for a whole stack when to choose a new subspace; those of Optax do where they
+    work number by number. For ``optax.clip_by_global_norm`` there is ``clip``.
+    `Staggered` spreads the leaves of a layer over its period as if there were no
+    others.
 
     Args:
       tx: the optimizer, learning rate included.
@@ -81,9 +82,10 @@ def value_and_update(
       ``tx.init(params)`` makes it.
 
     Raises:
-      ValueError: for parameters without the name, or stacks of different depths; for a
-        state that cannot be taken apart by layers, of which gradient accumulation is
-        one: summed gradients are what per-layer updates do without.
+      ValueError: for parameters without the name, or stacks of different depths; for an
+        optimizer whose state cannot be taken apart by layers, or that is known to look
+        at several at once; for gradient accumulation, as summed gradients are what
+        per-layer updates do without.
 
     >>> import jax, jax.numpy as jnp, optax, lowrank_optax as lro
     >>> params = {

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.interpreters import partial_eval
 
 from lowrank_optax._src import compatible, trees
 from lowrank_optax._src.accumulate import AccumulateState
@@ -60,9 +61,9 @@ class PartialUpdate:
                 slice_layer(now.state[k], at) if stacked else self.state[k]
                 for k, stacked in entries
             ]
-            updates, new = self.tx.update(
-                self._tree(grads), structure.unflatten(old), self._tree(params)
-            )
+            own = self._tree(grads), structure.unflatten(old), self._tree(params)
+            self._check_shared(*own)
+            updates, new = self.tx.update(*own)
         if at is None:
             updates = after_turn(updates, now.turn)
         applied = optax.apply_updates(self._tree(params), updates)
@@ -96,10 +97,9 @@ class PartialUpdate:
             own = in_layer and jnp.issubdtype(x.dtype, jnp.floating)
             shared = whole == x.shape and not (own and self._within(path, params))
             if not stacked and not shared:
-                field = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise compatible.cannot_use(
                     _NAME,
-                    f"the state field '{field}' of shape {whole}",
+                    f"the state field '{_readable(path)}' of shape {whole}",
                     _NAME,
                     f"an entry for each layer, such as {stack or 'its own'}, where "
                     "this one is made of the gradients of all layers",
@@ -111,6 +111,27 @@ class PartialUpdate:
                 )
             entries.append((k, stacked))
         return entries, structure
+
+    def _check_shared(self, grads: Any, state: Any, params: Any) -> None:
+        """Refuse a number of the whole model that would be made of a part's gradients.
+
+        Such as D-Adaptation's step size; those of `inject_hyperparams` are not.
+        """
+        flat = jax.tree_util.tree_leaves_with_path(state)
+        everyone = range(len(self.names))
+        shared = [
+            jnp.issubdtype(x.dtype, jnp.floating) and not self._within(path, everyone)
+            for path, x in flat
+        ]
+        if not any(shared):
+            return
+        new_state = jax.make_jaxpr(lambda *given: self.tx.update(*given)[1])
+        jaxpr = new_state(grads, state, params).jaxpr
+        _, used = partial_eval.dce_jaxpr(jaxpr, shared)
+        if any(used[: len(jax.tree.leaves(grads))]):
+            path, _ = flat[shared.index(True)]
+            field = f"the state field '{_readable(path)}'"
+            raise compatible.cannot_use(_NAME, field, _NAME, _ONE_LAYER, "that")
 
     def _within(self, path: Any, numbers: Iterable[int]) -> bool:
         """Whether a place in the state belongs to one of these parameters."""
@@ -171,6 +192,10 @@ def _makers(x: Any, seen: set[int]) -> Iterator[str]:
         parts = x if isinstance(x, tuple | list) else ()
     for part in parts:
         yield from _makers(part, seen)
+
+
+def _readable(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def slice_layer(x: jax.Array, at: Any) -> jax.Array:
