@@ -123,14 +123,14 @@ def value_and_update(
             )
         model = _Model(params, layers, batch, embed, blocks, head)
         update = PartialUpdate(tx, params, opt_state, model.depth)
-        factor = None
+        before, factor = None, None
         if clip is not None:
-            _, before = model.sweep(Progress(model.leaves))
+            before = model.sweep(Progress(model.leaves))[1].squares
             # As optax.clip_by_global_norm has it.
-            norm = jnp.sqrt(before.squares)
+            norm = jnp.sqrt(before)
             factor = jnp.where(norm < clip, 1.0, clip / norm)
         value, now = model.sweep(Progress(model.leaves, update.state), update, factor)
-        squares = now.squares if clip is None else before.squares
+        squares = now.squares if before is None else before
         new_params = update.treedef.unflatten(
             [now.leaves[i] for i in range(len(now.leaves))]
         )
