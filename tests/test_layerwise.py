@@ -117,14 +117,14 @@ METHODS = {
     "galore_adamw": lro.galore_adamw(
         lambda count: 0.05 / (1 + count), 2, 3, matrices=matrices
     ),
-    "golore_adamw": lro.golore_adamw(0.05, 2, 2, 3, matrices=matrices),
     "i3s_subspace": lro.inject_hyperparams(lro.i3s_adamw)(
         0.05, rank=2, update_every=3, matrices=matrices
     ),
     "apollo_adamw": lro.apollo_adamw(0.05, 2, 3, matrices=matrices),
     "fira_adamw": lro.fira_adamw(0.05, 2, 3, matrices=matrices),
-    "ldadamw": lro.ldadamw(0.05, 2, matrices=matrices),
-    "cold MLorc": lro.mlorc_lion(0.05, 2, matrices=matrices, warm_start=False),
+    "mlorc_lion without a warm start": lro.mlorc_lion(
+        0.05, 2, matrices=matrices, warm_start=False
+    ),
     "a compressed trace": optax.chain(
         lro.compress_state(
             optax.trace(0.9), {"trace": lro.LowRank(2)}, matrices=matrices
