@@ -81,6 +81,11 @@ class MatrixView:
         return math.prod(self.shape)
 
     @property
+    def transposed(self) -> bool:
+        """Whether the matrix lies in memory column by column."""
+        return self.left > self.right
+
+    @property
     def batch_shape(self) -> tuple[int, ...]:
         return tuple(self.shape[a] for a in self.batch)
 

@@ -212,6 +212,7 @@ def project_gradients(
                     transfer,
                     recovery_at[i],
                     view.rank(rank),
+                    view.transposed,
                 ),
                 keys[i],
                 state.step,
@@ -284,18 +285,35 @@ def _down(
     parts, key, step, phase, grad, basis, refresh_state, recovery_state, moments, turn
 ):
     """Renew the basis if due, and project the gradient, once ``turn`` is known."""
-    subspace, refresh, transfer, recovery, rank = parts
+    subspace, refresh, transfer, recovery, rank, transposed = parts
     grad = recovery.prepare(grad, recovery_state)
-    coeff = project(batching.after(basis, turn), grad)
-    size = jnp.linalg.norm(coeff)
+    # As it lies in memory: a conditional copies a transposed view that it is given.
+    lying = grad.mT if transposed else grad
+
+    def project_old():
+        turned = batching.after(basis, turn)
+        return project(turned, lying.mT if transposed else lying)
+
     # A basis that has not seen a usable gradient yet is zero: it is always due.
-    due = jnp.all(basis[..., 0] == 0) | refresh.due(refresh_state, step, phase, size)
+    unset = jnp.all(basis[..., 0] == 0)
+    if getattr(refresh, "reads_size", True):
+        coeff = project_old()
+        size = jnp.linalg.norm(coeff)
+        due = unset | refresh.due(refresh_state, step, phase, size)
+    else:  # and a renewal goes without the old projection
+        due = unset | refresh.due(refresh_state, step, phase, None)
+        shape = jax.eval_shape(project_old)
+        coeff = jax.lax.cond(
+            due, lambda: jnp.zeros(shape.shape, shape.dtype), project_old
+        )
+        size = jnp.linalg.norm(coeff)
 
     def renew():
         # A shrunk basis is renewed as a whole one is, and cut off again: its columns
         # stay those that it would have without.
         missing = rank - basis.shape[-1]
         old = jnp.pad(basis, [(0, 0)] * (basis.ndim - 1) + [(0, missing)])
+        old = batching.after(old, turn)
         new = _safe_select(subspace, key, grad, old, step)[..., : basis.shape[-1]]
         overlap = matmul(new.mT, basis)
         used = jnp.sum(jnp.any(basis != 0, axis=-2))
@@ -357,11 +375,10 @@ def _safe_select(subspace: Subspace, key, grad, old, step):
     """A new basis with the signs of the old one, which an unusable gradient keeps."""
     if not _is_stored(subspace):
         return subspace.select(key, grad, old, step)  # as it will be drawn again
-    usable = jnp.all(jnp.isfinite(grad), axis=(-2, -1), keepdims=True)
-    usable &= jnp.any(grad != 0, axis=(-2, -1), keepdims=True)
-    new = subspace.select(
-        key, linalg.unit_scale(jnp.where(usable, grad, 0))[0], old, step
-    )
+    largest = jnp.max(jnp.abs(grad), axis=(-2, -1), keepdims=True)
+    usable = jnp.isfinite(largest) & (largest > 0)
+    inverse, _ = linalg.power_of_two(jnp.where(usable, largest, 0))
+    new = subspace.select(key, jnp.where(usable, grad * inverse, 0), old, step)
     inner_product = jnp.sum(new * old, axis=-2, keepdims=True)
     new = jnp.where(inner_product < 0, -new, new)
     # In a stack of which others start, a matrix without a usable gradient starts too,

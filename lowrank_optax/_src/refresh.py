@@ -28,6 +28,7 @@ class Every:
     """
 
     update_every: Any
+    reads_size: ClassVar[bool] = False
 
     def __post_init__(self):
         _check_period(self.update_every)
@@ -57,6 +58,7 @@ class Staggered:
     """
 
     update_every: Any
+    reads_size: ClassVar[bool] = False
 
     def __post_init__(self):
         _check_period(self.update_every)
@@ -181,6 +183,7 @@ class WhenDrifted:
     update_every: Any
     threshold: Any = 0.4
     max_stretch: Any = 16
+    reads_size: ClassVar[bool] = False
     requires: ClassVar[tuple[str, ...]] = (compatible.ORTHONORMAL, compatible.CHOSEN)
 
     def __post_init__(self):

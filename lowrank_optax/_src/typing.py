@@ -52,7 +52,8 @@ class Refresh(Protocol):
         """Whether to renew now.
 
         ``phase`` in [0, 1) spreads the leaves by cost; ``size`` is the Frobenius norm
-        of the gradient projected to the present basis.
+        of the gradient projected to the present basis, or None where a rule says
+        ``reads_size = False``.
         """
         ...
 
