@@ -6,7 +6,7 @@ import os
 import socket
 import sysconfig
 import tokenize
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +81,7 @@ def load_corpus(spec: str, hub_bytes: int) -> Corpus:
     if spec == "auto":
         return _auto(hub_bytes)
     if spec == "stdlib":
-        train, validation = _split(_stdlib())
+        train, validation = _split(stdlib_documents())
     elif kind == "path" and name:
         train, validation = _split(_files(Path(name)))
     elif kind == "hf" and name:
@@ -100,12 +100,16 @@ def _split(documents: list[Document]) -> tuple[list[str], list[str]]:
         lines = documents[0][1].splitlines(keepends=True)
         cut = len(lines) - max(1, len(lines) // _HELD_OUT)
         return ["".join(lines[:cut])], ["".join(lines[cut:])]
-    names = [name for name, _ in documents]
-    by_hash = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
-    held_out = set(by_hash[: max(1, len(names) // _HELD_OUT)])
-    train = [text for name, text in documents if name not in held_out]
-    validation = [text for name, text in documents if name in held_out]
+    kept = held_out([name for name, _ in documents])
+    train = [text for name, text in documents if name not in kept]
+    validation = [text for name, text in documents if name in kept]
     return train, validation
+
+
+def held_out(names: Sequence[str]) -> set[str]:
+    """One name of twenty, at least one; which ones depends on the names alone."""
+    by_hash = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    return set(by_hash[: max(1, len(names) // _HELD_OUT)])
 
 
 def _take(texts: Iterable[str], limit: int) -> tuple[str, ...]:
@@ -119,7 +123,8 @@ def _take(texts: Iterable[str], limit: int) -> tuple[str, ...]:
     return tuple(taken)
 
 
-def _stdlib() -> list[Document]:
+def stdlib_documents() -> list[Document]:
+    """Python's own sources, without tests and third-party packages, in order."""
     root = Path(sysconfig.get_paths()["stdlib"])
     documents = []
     for directory, children, files in os.walk(root):
@@ -211,13 +216,18 @@ def _hub(name: str, train_bytes: int) -> Corpus:
     return Corpus(f"hf:{label}", train, validation)
 
 
-def _auto(train_bytes: int) -> Corpus:
+def probe_hub() -> None:
+    """Tells `datasets`, if it is not yet imported, where the hub does not answer."""
     try:
         socket.create_connection(("huggingface.co", 443), timeout=2).close()
     except OSError:
         # Read by `datasets` when it is imported: without it every request is retried
         # for half a minute before it fails.
         os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _auto(train_bytes: int) -> Corpus:
+    probe_hub()
     try:
         corpus = _hub(DEFAULT_HUB_DATASET, train_bytes)
     except ValueError as error:

@@ -4,13 +4,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lowrank_optax._src import batching, compatible, linalg
+from lowrank_optax._src import batching, compatible, linalg, random
 from lowrank_optax._src.engine import check_rank
 from lowrank_optax._src.linalg import matmul
 
@@ -52,6 +52,8 @@ class LowRank:
     oversample: int = 4
     power_iters: int = 0
     warm_start: bool = True
+    # Both moments of a leaf may have the same sketch, as `mlorc_scale_by_adam` draws.
+    one_key: ClassVar[bool] = True
 
     @property
     def lacks(self) -> tuple[str, ...]:
@@ -91,8 +93,9 @@ class LowRank:
         if size == n:
             return jnp.broadcast_to(jnp.eye(n, dtype=old.right.dtype), (*batch, n, n))
         if not self.warm_start:
-            return jax.random.normal(key, (*batch, n, size), old.right.dtype)
-        seeds = linalg.seeds(key, batch)[..., None, None]
+            shape = (*batch, n, size)
+            return random.draw(jax.random.normal, key, shape, old.right.dtype)
+        seeds = jnp.broadcast_to(linalg.seeds(key), batch)[..., None, None]
         return (yield from batching.ask(_beside_signs(size - r), seeds, old.right))
 
     def compress(
@@ -194,7 +197,7 @@ def _best_code(y: Array, z: Array, old_right: Array) -> tuple[LowRankCode, Array
     t = linalg.whitening(y)
     q, b = matmul(y, t), matmul(t.mT, z)
     unit, scale = linalg.unit_scale(b)
-    vectors = jnp.linalg.eigh(matmul(unit, unit.mT))[1]
+    vectors = linalg.eigh(matmul(unit, unit.mT))[1]
     vectors = jnp.flip(vectors, -1)[..., :rank]
     right = matmul(vectors.mT, unit)
     norm = jnp.linalg.norm(right, axis=-1, keepdims=True)

@@ -20,6 +20,8 @@ Per = Literal["channel", "tensor"]
 class Drop:
     """Nothing: the update is ``scale * P N``, as in GaLore."""
 
+    provides: ClassVar[tuple[str, ...]] = (compatible.COEFFICIENTS,)
+
     def init(self, view):
         return optax.MaskedNode()
 
