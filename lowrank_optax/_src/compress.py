@@ -150,7 +150,7 @@ def compress_fields(
         if all(map(_elementwise, codec_of.values())):
             views = trees.dense_views(tree, creating)
         else:
-            views = trees.views(tree, matrices, "left", creating)
+            views = trees.views(tree, matrices, creating=creating)
         return views, {
             (name, i): (codec_of[name], view)
             for (name, i), x in moments.items()

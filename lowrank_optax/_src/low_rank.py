@@ -90,8 +90,6 @@ class LowRank:
         size = min(r + self.oversample, old.left.shape[-2], n)
         if size == old.left.shape[-2]:
             return None
-        if size == n:
-            return jnp.broadcast_to(jnp.eye(n, dtype=old.right.dtype), (*batch, n, n))
         if not self.warm_start:
             shape = (*batch, n, size)
             return random.draw(jax.random.normal, key, shape, old.right.dtype)
@@ -125,13 +123,13 @@ class LowRank:
                 batching.end_turn(largest)
             for _ in range(self.power_iters):
                 y = yield from batching.ask(linalg.range_basis, y)
-                z = x.project(y).mT
+                z = x.join(*x.project(y)).mT
                 y, _ = x.sketch((yield from batching.ask(linalg.range_basis, z)))
             if y.shape[-1] == old.right.shape[-1]:  # the faint directions count too
                 y = yield from batching.ask(linalg.range_basis, y)
         # A is multiplied by the sketch as it is, not by its basis: no factorization
         # comes between the two products with A, which need not be kept in the meantime.
-        return (yield from batching.ask(_best_code, y, x.project(y), old.right))
+        return (yield from batching.ask(x.best_code, y, old.right, *x.project(y)))
 
 
 @functools.cache
@@ -149,7 +147,11 @@ def _beside_signs(cols: int) -> Callable[[Array, Array], Array]:
 
 @dataclasses.dataclass(frozen=True)
 class Whole:
-    """A matrix A, by its products."""
+    """A matrix A, by its products.
+
+    A thin matrix is at hand in each update of each leaf; what is made of thin matrices
+    alone is left to `best_code`, which runs for all leaves together.
+    """
 
     matrix: Array
 
@@ -159,9 +161,17 @@ class Whole:
         largest = jnp.max(jnp.abs(y), (-2, -1), keepdims=True)
         return y * linalg.power_of_two(largest)[0], largest
 
-    def project(self, q: Array) -> Array:
-        """``q^T A``."""
-        return linalg.project(q, self.matrix)
+    def project(self, q: Array) -> tuple[Array, ...]:
+        """Thin arrays that `join` to ``q^T A``."""
+        return (linalg.project(q, self.matrix),)
+
+    @staticmethod
+    def join(z: Array) -> Array:
+        return z
+
+    @staticmethod
+    def best_code(y: Array, old_right: Array, z: Array) -> tuple[LowRankCode, Array]:
+        return _best_code(y, z, old_right)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,10 +191,22 @@ class Average:
         y = self.decay * kept + (1 - self.decay) * new
         return y * linalg.power_of_two(largest)[0], largest
 
-    def project(self, q: Array) -> Array:
-        kept = LowRankCode(matmul(q.mT, self.old.left), self.old.right)
-        new = linalg.project(q, self.grad)
-        return self.decay * low_rank_product(kept) + (1 - self.decay) * new
+    def project(self, q: Array) -> tuple[Array, ...]:
+        decay = jnp.asarray(self.decay, q.dtype) * jnp.ones(
+            (*q.shape[:-2], 1, 1), q.dtype
+        )
+        kept, new = matmul(q.mT, self.old.left), linalg.project(q, self.grad)
+        return decay, kept, self.old.right, new
+
+    @staticmethod
+    def join(decay: Array, kept: Array, right: Array, new: Array) -> Array:
+        return decay * matmul(kept, right) + (1 - decay) * new
+
+    @staticmethod
+    def best_code(
+        y: Array, old_right: Array, *parts: Array
+    ) -> tuple[LowRankCode, Array]:
+        return _best_code(y, Average.join(*parts), old_right)
 
 
 def _best_code(y: Array, z: Array, old_right: Array) -> tuple[LowRankCode, Array]:

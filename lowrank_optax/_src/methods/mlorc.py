@@ -61,7 +61,7 @@ def mlorc_compress(
     >>> tx = lro.mlorc_compress(optax.trace(decay=0.9), rank=2)
     >>> state = tx.init({"w": jnp.ones((8, 6))})
     >>> state.inner_state.trace["w"].right.shape
-    (2, 6)
+    (2, 8)
     """
 
     first = LowRank(rank, False, oversample, power_iters, warm_start)
