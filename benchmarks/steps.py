@@ -61,13 +61,13 @@ _WIDTHS = {"60m": (512, 1376), "7b": (4096, 11008)}
 _HEADS = {"60m": 8, "7b": 32}
 
 
-def matrices(settings: Settings) -> dict[str, Any]:
+def matrices(model: str, layers: int) -> dict[str, Any]:
     """Shapes of the linear kernels of a LLaMA."""
-    d, hidden = _WIDTHS[settings.shapes]
+    d, hidden = _WIDTHS[model]
     shapes = {f"{name}_proj": (d, d) for name in "qkvo"}
     shapes |= {"gate_proj": (d, hidden), "up_proj": (d, hidden)}
     shapes |= {"down_proj": (hidden, d)}
-    return {f"layer{i}": shapes for i in range(settings.layers)}
+    return {f"layer{i}": shapes for i in range(layers)}
 
 
 class NaiveState(NamedTuple):
@@ -227,7 +227,7 @@ def main(settings: Settings) -> None:
     def is_shape(x):
         return isinstance(x, tuple)
 
-    shapes = matrices(settings)
+    shapes = matrices(settings.shapes, settings.layers)
     params = jax.tree.map(lambda s: normal(s, 0.02), shapes, is_leaf=is_shape)
     grads = [jax.tree.map(normal, shapes, is_leaf=is_shape) for _ in range(2)]
 
