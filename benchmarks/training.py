@@ -69,7 +69,6 @@ def main(settings: Settings) -> None:
     for name in (bar := tqdm(settings.methods)):
         bar.set_description(name)
         contender = enter(known[name](), params, batches[0], jax.grad(loss))
-        contender.start = None
         for batch in batches:
             contender.run(batch)
         contenders[name] = contender

@@ -152,15 +152,16 @@ def _gram(y: Array) -> Array:
     return matmul(y.mT, y)
 
 
-def _polish(y: Array) -> Array:
+def _polish(y: Array, gram: Array | None = None) -> Array:
     """One Newton-Schulz step: squares a small orthonormality error, keeps zeros."""
-    return matmul(y, 1.5 * jnp.eye(y.shape[-1], dtype=y.dtype) - 0.5 * _gram(y))
+    gram = _gram(y) if gram is None else gram
+    return matmul(y, 1.5 * jnp.eye(y.shape[-1], dtype=y.dtype) - 0.5 * gram)
 
 
-def _cholesky_pass(y: Array) -> Array:
+def _cholesky_pass(y: Array, gram: Array | None = None) -> Array:
     """``y R^-1`` with ``R^T R = y^T y + shift``: same span, far better conditioned."""
     r = y.shape[-1]
-    gram = _gram(y)
+    gram = _gram(y) if gram is None else gram
     # The absolute floor is for the zero matrix, which must come out zero.
     shift = 2 * r * _EPS * jnp.max(jnp.diagonal(gram, axis1=-2, axis2=-1), -1) + 1e-30
     eye = jnp.eye(r, dtype=y.dtype)
@@ -209,19 +210,23 @@ def orthonormalize(a: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
     largest = jnp.max(jnp.abs(y), axis=-2, keepdims=True)
     y = unit_columns(y / jnp.where(largest > 0, largest, 1.0))
     y = y + 1e-6 * m**-0.5 * filler(m, r).astype(y.dtype)
-    # Each pass lifts a small singular value at least a hundredfold. Two are enough for
-    # what is not nearly dependent: the polish squares an error of 0.05 below 1e-5.
-    y = _cholesky_pass(_cholesky_pass(y))
-    error = _gram(y) - jnp.eye(r, dtype=y.dtype)
-    near = jnp.all(jnp.linalg.norm(error, axis=(-2, -1)) < 0.05)
-    y = jax.lax.cond(near, lambda y: y, _four_cholesky_passes, y)
-    return _polish(_polish(y))
 
+    tolerance = max(1e-3, 4 * r * _EPS)  # of a column; below is what the shift leaves
 
-def _four_cholesky_passes(y: Array) -> Array:
-    for _ in range(4):
-        y = _cholesky_pass(y)
-    return y
+    def far(state):
+        _, gram, passes = state
+        error = jnp.linalg.norm(gram - jnp.eye(r, dtype=y.dtype), axis=-1)
+        return (passes < 8) & jnp.any(error > tolerance)
+
+    def lift(state):
+        y, gram, passes = state
+        y = _cholesky_pass(y, gram)
+        return y, _gram(y), passes + 1
+
+    # Each pass lifts a small singular value at least a hundredfold: two are enough for
+    # most, and six for dependent columns.
+    y, gram, _ = jax.lax.while_loop(far, lift, (y, _gram(y), 0))
+    return _polish(_polish(y, gram))
 
 
 def _whiten(y: Array) -> tuple[Array, Array]:
