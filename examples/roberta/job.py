@@ -132,26 +132,15 @@ class Job:
 
     def model(self, method: str, seed: int, weights: Weights) -> Classifier:
         """The initial classifier, as the method trains it."""
-        if method == SCRATCH:
-            weights = Weights(weights.config, {})
-        rngs = nnx.Rngs(seed)
-        model, rank = weights.model(rngs), self.settings.rank_of(method)
-        kind = None if method == SCRATCH else METHODS[method].linear
-        if kind is not None and rank is not None:
-            if method in _ADAPTERS_ONLY:
-                kind = partial(kind, alpha=_ALPHA)
-            adapt(model.encoder, kind, rank, rngs=rngs)
-        return model
+        return _initial(method, self.settings.rank_of(method), seed, weights)
 
     def graph(self, method: str) -> nnx.GraphDef:
         """The classifier as the method trains it, without its weights."""
-        blank = Weights(self.config, {})
-        return nnx.graphdef(nnx.eval_shape(lambda: self.model(method, 0, blank)))
+        return _abstract(method, self.settings.rank_of(method), self.config)[0]
 
     def shapes(self, method: str) -> Any:
         """Shapes and types of the parameters that the method starts from."""
-        blank = Weights(self.config, {})
-        return jax.eval_shape(lambda: params_of(self.model(method, 0, blank)))
+        return _abstract(method, self.settings.rank_of(method), self.config)[1]
 
     def check(self) -> None:
         """Raises ValueError for a method that does not fit the model."""
@@ -305,6 +294,30 @@ class Job:
             "matrix_state_bytes": matrix_state_bytes(tx, params) - freed,
             "tokens_per_step": self.batch_size,
         }
+
+
+def _initial(method: str, rank: int | None, seed: int, weights: Weights) -> Classifier:
+    if method == SCRATCH:
+        weights = Weights(weights.config, {})
+    rngs = nnx.Rngs(seed)
+    model = weights.model(rngs)
+    kind = None if method == SCRATCH else METHODS[method].linear
+    if kind is not None and rank is not None:
+        if method in _ADAPTERS_ONLY:
+            kind = partial(kind, alpha=_ALPHA)
+        adapt(model.encoder, kind, rank, rngs=rngs)
+    return model
+
+
+@lru_cache
+def _abstract(
+    method: str, rank: int | None, config: EncoderConfig
+) -> tuple[nnx.GraphDef, Any]:
+    model = nnx.eval_shape(lambda: _initial(method, rank, 0, Weights(config, {})))
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params_of(model)
+    )
+    return nnx.graphdef(model), shapes
 
 
 def params_of(model: nnx.Module) -> Any:

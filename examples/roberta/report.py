@@ -20,7 +20,7 @@ RESULT = "result.json"
 _NOTES = {
     "lora": "trains adapters and head only",
     "dora": "trains adapters and head only",
-    SCRATCH: "adamw from random weights",
+    SCRATCH: "adamw from random weights, so from scratch",
 }
 
 

@@ -1,0 +1,508 @@
+"""The GLUE command: what it writes, what it refuses, killing and resuming."""
+
+import ast
+import dataclasses
+import inspect
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from examples.common.metrics import read_metrics
+from examples.roberta import glue, job, report
+from examples.roberta.batches import Encoded
+from examples.roberta.glue import main, prepare
+from examples.roberta.settings import Glue
+from examples.roberta.weights import load_classifier
+
+TINY = Path(__file__).parent / "data" / "bert-cls-tiny"
+METHODS = ("adamw", "lora")
+SEEDS = (0, 3)
+STEPS = 6  # two epochs of 20 pairs, 8 in a batch
+
+
+def write_data(folder):
+    """Pairs in Microsoft's format, of which those with equal texts are equivalent."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for split, rows in (("train", 20), ("test", 12)):
+        lines = ["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"]
+        for row in range(rows):
+            first, second = (
+                " ".join(f"w{i}" for i in rng.integers(0, 30, 4)) for _ in range(2)
+            )
+            texts = f"{first}\t{first if row % 2 else second}"
+            lines.append(f"{row % 2}\t{row}\t{row}\t{texts}")
+        text = "\ufeff" + "".join(line + "\r\n" for line in lines)
+        (folder / f"mrpc_{split}.tsv").write_bytes(text.encode())
+    return folder
+
+
+def write_model(folder):
+    """A base checkpoint with its vocabulary, but without a head."""
+    shutil.copytree(TINY, folder)
+    tensors = load_file(folder / "model.safetensors")
+    kept = {n: x for n, x in tensors.items() if not n.startswith("classifier")}
+    save_file(kept, folder / "model.safetensors")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words += [f"w{i}" for i in range(160 - len(words))]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    write_data(folder / "mrpc")
+    write_model(folder / "model")
+    return folder
+
+
+def flags(inputs, out, *more):
+    given = {
+        "--task": "mrpc",
+        "--data": inputs / "mrpc",
+        "--model": inputs / "model",
+        "--batch-size": 8,
+        "--epochs": 2,
+        "--max-length": 16,
+        "--rank": 2,
+        "--learning-rate": 1e-2,
+        "--checkpoint-every": 4,
+        "--out": out,
+    }
+    return [str(x) for pair in given.items() for x in pair] + [*more]
+
+
+MANY = ("--methods", *METHODS, "--seeds", "0", "3", "--grid", "0.1", "1")
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    """A finished run, and beside it what it printed."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    printed = {"out": io.StringIO(), "err": io.StringIO()}
+    with redirect_stdout(printed["out"]), redirect_stderr(printed["err"]):
+        assert main(flags(inputs, out, *MANY)) == 0
+    for name, text in printed.items():
+        (out.parent / name).write_text(text.getvalue())
+    return out
+
+
+def result_of(out):
+    """The result but for the measured times."""
+    result = json.loads((out / "result.json").read_text())
+    for run in result["runs"].values():
+        assert run.pop("timing")["step_seconds"] > 0
+    return result
+
+
+# A finished run
+
+
+def test_the_result_has_scores_of_every_seed_at_the_best_rate(finished):
+    result = result_of(finished)
+    assert tuple(result["runs"]) == METHODS
+    assert result["start"].startswith("pretrained, with fresh classifier.bias")
+    assert result["steps"] == STEPS and result["settings"]["seeds"] == [0, 3]
+    assert result["constant_answer"] == {"f1": pytest.approx(2 / 3)}
+    for method, run in result["runs"].items():
+        assert set(run["tried"]) == {"0.001", "0.01"}
+        rate = max(run["tried"], key=lambda r: (run["tried"][r], -float(r)))
+        assert run["learning_rate"] == float(rate)
+        assert set(run["seeds"]) == {"0", "3"}
+        assert run["seeds"]["0"]["f1"] == run["tried"][rate]
+        for seed, found in run["seeds"].items():
+            path = finished / method / f"lr-{rate}-seed-{seed}" / "metrics.jsonl"
+            records = [r for r in read_metrics(path)[1:] if "f1" in r]
+            assert [r["step"] for r in records] == [3, 6]
+            best = max(records, key=lambda r: r["f1"])
+            assert found["best_step"] == best["step"]
+            assert {k: found[k] for k in ("f1", "accuracy")} == {
+                k: best[k] for k in ("f1", "accuracy")
+            }
+        values = [run["seeds"][str(seed)]["f1"] for seed in SEEDS]
+        assert run["scores"]["f1"]["mean"] == pytest.approx(np.mean(values))
+        assert run["scores"]["f1"]["spread"] == pytest.approx(np.std(values, ddof=1))
+
+
+def test_lora_trains_adapters_and_head_only(finished):
+    runs = result_of(finished)["runs"]
+    adapters = 2 * 2 * (4 * 64 + 2 * 96)  # two layers, rank 2, (m + n) of each matrix
+    head = 32 * 32 + 32 + 32 * 2 + 2
+    assert runs["lora"]["trained_parameters"] == adapters + head
+    # Two moments each; besides a few counters.
+    assert 0 < runs["lora"]["state_bytes"] - 8 * (adapters + head) < 64
+    rate = runs["lora"]["learning_rate"]
+    best = load_file(finished / "lora" / f"lr-{rate:g}-seed-0/best/model.safetensors")
+    first = load_file(TINY / "model.safetensors")
+    changed = {n for n in best if not np.array_equal(best[n], first[n])}
+    assert {n.split(".")[1] for n in changed if n.startswith("bert.")} == {
+        "encoder",
+        "pooler",
+    }
+    assert all("weight" in n and "Norm" not in n for n in changed if "encoder" in n)
+
+
+def test_the_best_checkpoint_has_the_best_score_again(finished, inputs):
+    run = result_of(finished)["runs"]["adamw"]
+    best = finished / "adamw" / f"lr-{run['learning_rate']:g}-seed-3" / "best"
+    given = prepare(dataclasses.replace(settings(inputs), model=str(best)), Path("x"))
+    weights = load_classifier(best)
+    assert weights.start == "pretrained, head included"
+    assert weights.config.labels == ("not_equivalent", "equivalent")
+    params = job.params_of(weights.model(nnx.Rngs(0)))
+    record = given._evaluate(given.graph("adamw"), params)
+    assert record["f1"] == run["seeds"]["3"]["f1"]
+    assert record["validation_loss"] == pytest.approx(
+        run["seeds"]["3"]["validation_loss"], rel=1e-5
+    )
+
+
+def test_only_what_is_of_use_is_kept(finished):
+    for method in METHODS:
+        runs = sorted(path.name for path in (finished / method).iterdir())
+        assert len(runs) == 3  # two rates, and another seed of the better one
+        kept = [path for path in (finished / method).glob("*/best")]
+        assert len(kept) == 2
+    assert not list(finished.rglob("checkpoints"))
+
+
+def test_the_report_shows_spread_bytes_and_the_papers_figures(finished):
+    page, result = (finished / "report.md").read_text(), result_of(finished)
+    printed = (finished.parent / "out").read_text()
+    assert "pretrained, with fresh" in page and "pretrained, with fresh" in printed
+    for method, run in result["runs"].items():
+        row = next(line for line in page.splitlines() if f"| `{method}`" in line)
+        score = run["scores"]["f1"]
+        assert f"{100 * score['mean']:.2f} ± {100 * score['spread']:.2f}" in row
+        assert f"{run['state_bytes']:,} B" in row
+        assert f"{run['peak_bytes'] / 2**20:,.1f} MiB" in row
+        assert row in printed
+    assert "**not measured here**" in page and "MLorc, Table 5 (rank 8)" in page
+    assert "| 90.77 |" in page
+    assert "Learning rates that were tried" in page
+    for name in ("report.md", "scores.png", "curves.png", "memory.png", "result.json"):
+        assert (finished / name).stat().st_size > 0
+        assert str(finished / name) in printed
+
+
+def test_there_is_a_progress_bar_a_run(finished):
+    printed = (finished.parent / "err").read_text()
+    pattern = r"lora, rate 0\.01, seed 0: 6/6.*ETA.*loss \d.*examples/s"
+    assert re.search(pattern, printed)
+
+
+# Killing and resuming
+
+
+class Crash(BaseException):
+    """What no handler of the command catches, as little as a kill."""
+
+
+def crash_at(monkeypatch, owner, name, call):
+    """Has the so-manieth call of a function end all."""
+    original, calls = getattr(owner, name), []
+
+    def function(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == call:
+            monkeypatch.setattr(owner, name, original)
+            raise Crash
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, function)
+
+
+def test_a_run_that_crashes_anywhere_ends_as_one_that_does_not(
+    finished, inputs, tmp_path, monkeypatch
+):
+    out = tmp_path / "run"
+    argv = flags(inputs, out, *MANY, "--methods", "lora")
+    points = [
+        (Encoded, "training_batch", 6),  # in the first run, past a checkpoint
+        (job, "save_model", 1),  # a better validation, not yet on record
+        (job.Job, "_sum_up", 1),  # a run is done, and no summary is written
+        (job.shutil, "rmtree", 3),  # a run is done, its checkpoints are still there
+        (report, "write_json", 1),
+    ]
+    for owner, name, call in points:
+        crash_at(monkeypatch, owner, name, call)
+        with pytest.raises(Crash):
+            main(argv)
+        assert not (out / "result.json").exists()
+        argv = ["--resume", "--out", str(out)]
+    assert main(argv) == 0
+    assert result_of(out)["runs"]["lora"] == result_of(finished)["runs"]["lora"]
+
+    def files(folder):
+        return {x.relative_to(folder) for x in folder.rglob("*") if x.is_file()}
+
+    assert files(out / "lora") == files(finished / "lora")
+
+
+def test_a_killed_run_resumes_from_its_last_checkpoint(finished, inputs, tmp_path):
+    out = tmp_path / "run"
+    # One of the runs of the other, which has the record that this should come to.
+    argv = flags(inputs, out, "--methods", "adamw", "--learning-rate", "0.001")
+    program = (
+        "import os, signal\n"
+        "from examples.roberta.batches import Encoded\n"
+        "from examples.roberta.glue import main\n"
+        "original = Encoded.training_batch\n"
+        "def training_batch(self, seed, step, size):\n"
+        "    if step == 5:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return original(self, seed, step, size)\n"
+        "Encoded.training_batch = training_batch\n"
+        f"main({argv!r})\n"
+    )
+    root = Path(glue.__file__).parents[2]
+    killed = subprocess.run([sys.executable, "-c", program], cwd=root, timeout=300)
+    assert killed.returncode == -signal.SIGKILL
+    run = "adamw/lr-0.001-seed-0"
+    # A step past the checkpoint is on record, and has to be taken back.
+    assert read_metrics(out / run / "metrics.jsonl")[-1]["step"] == 5
+    assert not (out / "result.json").exists()
+    assert main([*argv, "--resume"]) == 0
+    found, expected = (read_metrics(d / run / "metrics.jsonl") for d in (out, finished))
+    for record in (*found, *expected):
+        record.pop("seconds", None)
+    assert found == expected
+    score = result_of(out)["runs"]["adamw"]["scores"]["f1"]
+    tried = result_of(finished)["runs"]["adamw"]["tried"]["0.001"]
+    assert score == {"mean": tried, "spread": None}
+
+
+def test_a_stopped_run_says_how_to_go_on(inputs, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    original = Encoded.training_batch
+
+    def training_batch(self, seed, step, size):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, seed, step, size)
+
+    monkeypatch.setattr(Encoded, "training_batch", training_batch)
+    assert main(flags(inputs, out, "--methods", "adamw")) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "adamw, rate 0.01, seed 0 stopped after step 2" in last
+    assert f"python -m examples.roberta.glue --resume --out {out}" in last
+    assert not (out / "result.json").exists()
+
+
+def test_a_resumed_run_must_find_its_data_and_model_unchanged(
+    finished, inputs, tmp_path, capsys
+):
+    for part in ("model", "data"):
+        out = tmp_path / part
+        out.mkdir()
+        record = json.loads((finished / "run.json").read_text())
+        record[part]["sha256"] = "another"
+        (out / "run.json").write_text(json.dumps(record))
+        assert main(["--resume", "--out", str(out)]) == 2
+        assert f"the {part} is not what it was" in capsys.readouterr().err
+    assert main(["--resume", "--out", str(finished), "--rank", "3"]) == 2
+    assert "rank = 3" in capsys.readouterr().err
+
+
+# What is refused
+
+
+def edit(name, change):
+    """Flags for a copy of the inputs in which a file is changed, or gone."""
+
+    def make(inputs, folder):
+        shutil.copytree(inputs, folder, dirs_exist_ok=True)
+        path = folder / name
+        content = change(path.read_bytes())
+        path.unlink() if content is None else path.write_bytes(content)
+        return ["--data", str(folder / "mrpc"), "--model", str(folder / "model")]
+
+    return make
+
+
+def config_of(**changes):
+    return lambda content: json.dumps(json.loads(content) | changes).encode()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--task", "wnli"], "'wnli': choose from stdlib, cola"),
+        (["--methods", "adamw", "sgdd"], "'sgdd': choose from adamw"),
+        (["--methods", "scratch", "scratch"], "each at most once"),
+        (["--seeds", "1", "1"], "each at most once"),
+        (["--grid", "0"], "grid must have factors above 0"),
+        (["--rank", "0"], "rank"),
+        (["--epochs", "0"], "epochs must be above 0"),
+        (["--warmup", "2"], "warmup must be from 0 to 1"),
+        (["--max-length", "65"], "65 tokens: the model takes 64"),
+        (["--data", "nowhere"], "'nowhere': no such file"),
+        (["--task", "rte"], "no file for RTE"),
+        (["--task", "stdlib"], "leave --data out"),
+        (["--model", "no/such/model"], "no/such/model is no directory"),
+        (
+            edit("mrpc/mrpc_train.tsv", lambda b: b + b"1\t2\n"),
+            "mrpc_train.tsv: row 22",
+        ),
+        (
+            edit("mrpc/mrpc_test.tsv", lambda b: b.replace(b"\n0\t", b"\n7\t", 1)),
+            "mrpc_test.tsv: row 2: the label '7'",
+        ),
+        (edit("mrpc/mrpc_train.tsv", lambda b: b""), "mrpc_train.tsv: it has no rows"),
+        (
+            edit("mrpc/mrpc_train.tsv", lambda b: b.decode().encode("utf-16")),
+            "mrpc_train.tsv: row 1 is not UTF-8",
+        ),
+        (edit("model/vocab.txt", lambda b: b + b"more\n"), "vocab.txt does not fit"),
+        (edit("model/vocab.txt", lambda b: None), "has no tokenizer"),
+        (edit("model/config.json", config_of(model_type="gpt2")), "model_type='gpt2'"),
+        (edit("model/config.json", config_of(hidden_size=64)), "misshapen"),
+        (edit("model/config.json", config_of(model_type="roberta")), "missing"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_what_cannot_work_is_refused_in_one_line(
+    change, said, inputs, tmp_path, monkeypatch, capsys
+):
+    # Without it the hub's client asks the network for a model of that name.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    own = change if isinstance(change, list) else change(inputs, tmp_path / "inputs")
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    argv = flags(inputs, work / "run", *own)
+    # The last of a flag that is given twice counts.
+    assert main(argv) == 2
+    printed = capsys.readouterr()
+    lines = printed.err.splitlines()
+    assert len(lines) == 1 and said in lines[0], lines
+    assert len(lines[0]) < 900
+    assert printed.out == ""
+    assert list(work.iterdir()) == []
+
+
+def test_help_explains_every_flag(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    shown = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
+    body = ast.parse(inspect.getsource(Glue)).body[0].body
+    explained = {
+        field.target.id: " ".join(text.value.value.split())
+        for field, text in zip(body, body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign)
+    }
+    assert explained.keys() == {field.name for field in dataclasses.fields(Glue)}
+    for name, text in explained.items():
+        assert f"--{name.replace('_', '-')}" in shown
+        assert text in shown
+
+
+# Parts of the job
+
+
+def settings(inputs, **changes):
+    return Glue(
+        task="mrpc",
+        data=str(inputs / "mrpc"),
+        model=str(inputs / "model"),
+        batch_size=8,
+        max_length=16,
+        rank=2,
+        learning_rate=1e-2,
+        **changes,
+    )
+
+
+def test_rows_that_fill_a_batch_up_count_for_nothing(inputs):
+    given = prepare(settings(inputs), Path("x"))
+    graph = given.graph("adamw")
+    model = given.model("adamw", 0, given.weights)
+    params = job.params_of(model)
+    loss = jax.jit(jax.value_and_grad(partial(job.weighted_loss, graph, False)))
+    rows = np.array([4, 9, 11])
+    value, grads = loss(params, given.train.batch(rows, 8))
+    exact, expected = loss(params, given.train.batch(rows, 3))
+    assert value == pytest.approx(float(exact), rel=1e-5)
+    for x, y in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+
+
+def test_numbers_are_learnt_by_squares_and_classes_by_entropy():
+    numbers = job._losses(jnp.array([[1.0], [4.0]]), jnp.array([2.0, 4.5]))
+    np.testing.assert_allclose(numbers, [1.0, 0.25])
+    logits = np.array([[0.0, np.log(3.0)]])
+    np.testing.assert_allclose(
+        job._losses(jnp.asarray(logits), jnp.array([1])), -np.log(0.75), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "method", ["mlorc_adamw", "galore_plus_adamw", "dora", "relora", "factorized"]
+)
+def test_every_kind_of_method_fits_the_encoder(method, inputs):
+    given = prepare(settings(inputs, methods=(method,)), Path("x"))
+    tx = given.optimizer(method, 1e-3)
+    shapes = given.shapes(method)
+    found = {
+        row["rank"]
+        for row in map(vars, glue.lro.describe(tx, shapes))
+        if row["view"] is not None
+    }
+    if method in ("mlorc_adamw", "galore_plus_adamw"):
+        assert found == {2}
+    model = given.model(method, 0, given.weights)
+    batch = given.train.batch(np.arange(3), 3)
+    logits = jax.jit(partial(job._logits, given.graph(method)), static_argnums=2)(
+        job.params_of(model), batch, None
+    )
+    plain = given.weights.model(nnx.Rngs(0))
+    expected = job._logits(given.graph("adamw"), job.params_of(plain), batch, None)
+    if method != "factorized":  # which begins with the nearest of the rank
+        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+# The model that is made here
+
+
+def test_a_model_is_made_first_where_none_is_given(tmp_path, capsys):
+    out = tmp_path / "run"
+    small = ["--train-examples", "32", "--validation-examples", "16"]
+    methods = ["--methods", "adamw", "scratch", "--pretrain-steps", "3"]
+    assert main(["--smoke", "--out", str(out), *small, *methods]) == 0
+    result = result_of(out)
+    assert "masked language modelling" in result["start"]
+    assert result["runs"]["adamw"]["start"] == result["start"]
+    assert result["runs"]["scratch"]["start"] == "from scratch"
+    assert len(result["data"]["labels"]) == 10
+    assert "from scratch" in (out / "report.md").read_text()
+    assert "masked language modelling" in capsys.readouterr().out
+
+    made = load_classifier(out / "pretrained", labels=result["data"]["labels"])
+    assert all(name.startswith("classifier.") for name in made.fresh)
+    steps = [r["step"] for r in read_metrics(out / "pretrained" / "metrics.jsonl")]
+    assert steps == [0, 1, 2, 3]
+    # One row begins with what was made, the other does not.
+    names = {"adamw": True, "scratch": False}
+    for method, near in names.items():
+        best = load_classifier(next((out / method).glob("*/best")))
+        table = ("encoder", "embeddings", "word_embeddings", "embedding")
+        distance = np.abs(best.read[table] - made.read[table]).max()
+        assert (distance < 0.02) == near
