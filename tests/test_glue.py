@@ -22,6 +22,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+import lowrank_optax as lro
+from examples.common.methods import METHODS as ALL_METHODS
 from examples.common.metrics import read_metrics
 from examples.roberta import glue, job, report
 from examples.roberta.batches import Encoded
@@ -433,16 +435,13 @@ def settings(inputs, **changes):
 
 def test_rows_that_fill_a_batch_up_count_for_nothing(inputs):
     given = prepare(settings(inputs), Path("x"))
-    graph = given.graph("adamw")
-    model = given.model("adamw", 0, given.weights)
-    params = job.params_of(model)
-    loss = jax.jit(jax.value_and_grad(partial(job.weighted_loss, graph, False)))
+    params = job.params_of(given.model("adamw", 0, given.weights))
+    loss = jax.jit(partial(job.weighted_loss, given.graph("adamw"), False))
     rows = np.array([4, 9, 11])
-    value, grads = loss(params, given.train.batch(rows, 8))
-    exact, expected = loss(params, given.train.batch(rows, 3))
-    assert value == pytest.approx(float(exact), rel=1e-5)
-    for x, y in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+    exact = loss(params, given.train.batch(rows, 3))
+    assert loss(params, given.train.batch(rows, 8)) == pytest.approx(exact, rel=1e-5)
+    other = loss(params, given.train.batch(rows[:2], 8))
+    assert abs(other - exact) > 1e-4
 
 
 def test_numbers_are_learnt_by_squares_and_classes_by_entropy():
@@ -459,15 +458,9 @@ def test_numbers_are_learnt_by_squares_and_classes_by_entropy():
 )
 def test_every_kind_of_method_fits_the_encoder(method, inputs):
     given = prepare(settings(inputs, methods=(method,)), Path("x"))
-    tx = given.optimizer(method, 1e-3)
-    shapes = given.shapes(method)
-    found = {
-        row["rank"]
-        for row in map(vars, glue.lro.describe(tx, shapes))
-        if row["view"] is not None
-    }
-    if method in ("mlorc_adamw", "galore_plus_adamw"):
-        assert found == {2}
+    if ALL_METHODS[method].linear is None:
+        rows = lro.describe(given.optimizer(method, 1e-3), given.shapes(method))
+        assert {row.rank for row in rows if row.view is not None} == {2}
     model = given.model(method, 0, given.weights)
     batch = given.train.batch(np.arange(3), 3)
     logits = jax.jit(partial(job._logits, given.graph(method)), static_argnums=2)(
@@ -499,10 +492,10 @@ def test_a_model_is_made_first_where_none_is_given(tmp_path, capsys):
     assert all(name.startswith("classifier.") for name in made.fresh)
     steps = [r["step"] for r in read_metrics(out / "pretrained" / "metrics.jsonl")]
     assert steps == [0, 1, 2, 3]
-    # One row begins with what was made, the other does not.
+    # Adam moves by its rate at most: one row begins with what was made, one does not.
     names = {"adamw": True, "scratch": False}
     for method, near in names.items():
         best = load_classifier(next((out / method).glob("*/best")))
         table = ("encoder", "embeddings", "word_embeddings", "embedding")
         distance = np.abs(best.read[table] - made.read[table]).max()
-        assert (distance < 0.02) == near
+        assert (distance < 0.0025) == near
