@@ -5,9 +5,12 @@ methods without a learning rate, and whole optimizers. Please do not use names f
 `lowrank_optax._src`.
 """
 
+from lowrank_optax import adapters as adapters
 from lowrank_optax import diagnostics as diagnostics
 from lowrank_optax import linalg as linalg
 from lowrank_optax import rank as rank
+from lowrank_optax._src.accumulate import AccumulateState as AccumulateState
+from lowrank_optax._src.accumulate import accumulate_gradients as accumulate_gradients
 from lowrank_optax._src.aliases import galore_adafactor as galore_adafactor
 from lowrank_optax._src.aliases import galore_adamw as galore_adamw
 from lowrank_optax._src.aliases import mlorc_adamw as mlorc_adamw
@@ -25,6 +28,9 @@ from lowrank_optax._src.matrix import MatrixView as MatrixView
 from lowrank_optax._src.memory import describe as describe
 from lowrank_optax._src.memory import memory_report as memory_report
 from lowrank_optax._src.memory import state_bytes as state_bytes
+from lowrank_optax._src.methods.adafactor import (
+    scale_by_adafactor as scale_by_adafactor,
+)
 from lowrank_optax._src.methods.adam_mini import adam_mini as adam_mini
 from lowrank_optax._src.methods.adam_mini import galore_adam_mini as galore_adam_mini
 from lowrank_optax._src.methods.adam_mini import (
@@ -62,6 +68,9 @@ from lowrank_optax._src.methods.q_galore import (
 )
 from lowrank_optax._src.methods.q_galore import q_galore_project as q_galore_project
 from lowrank_optax._src.methods.quantize import adamw_8bit as adamw_8bit
+from lowrank_optax._src.methods.quantize import (
+    adarankgrad_adamw_8bit as adarankgrad_adamw_8bit,
+)
 from lowrank_optax._src.methods.quantize import galore_adamw_8bit as galore_adamw_8bit
 from lowrank_optax._src.methods.quantize import quantize_state as quantize_state
 from lowrank_optax._src.project import ProjectState as ProjectState
@@ -99,6 +108,7 @@ from lowrank_optax._src.typing import Transfer as Transfer
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccumulateState",
     "BlockInt8",
     "Cast",
     "Codec",
@@ -134,10 +144,13 @@ __all__ = [
     "Transfer",
     "UniformSampled",
     "WhenDrifted",
+    "accumulate_gradients",
     "adam_mini",
     "adamw_8bit",
+    "adapters",
     "adaptive_rank",
     "adarankgrad_adamw",
+    "adarankgrad_adamw_8bit",
     "apollo_adamw",
     "apollo_scale",
     "compress_state",
@@ -175,6 +188,7 @@ __all__ = [
     "q_galore_project",
     "quantize_state",
     "rank",
+    "scale_by_adafactor",
     "scale_by_adam_mini",
     "scale_by_ldadam",
     "state_bytes",

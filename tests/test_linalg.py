@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from lowrank_optax import linalg
-from lowrank_optax._src.linalg import filler
+from lowrank_optax._src.linalg import (
+    _inverse_root,
+    eigh,
+    filler,
+    svd,
+    unit_scale,
+    whitening,
+)
 
 
 def normal(*shape, seed=0):
@@ -178,6 +185,19 @@ def test_leading_columns_span_the_leading_columns():
         np.testing.assert_allclose(
             projector(q[:, :k]), projector(exact[:, :k]), rtol=0, atol=2e-5
         )
+
+
+@pytest.mark.parametrize("name", WORST)
+def test_whitening_makes_columns_orthonormal_or_zero(name):
+    scaled, _ = unit_scale(WORST[name])
+    y, t = (np.asarray(x, np.float64) for x in (scaled, jax.jit(whitening)(scaled)))
+    assert np.all(np.isfinite(t))
+    q = y @ t
+    unit = np.linalg.norm(q, axis=0) > 0.5
+    np.testing.assert_allclose(q.T @ q, np.diag(1.0 * unit), rtol=0, atol=5e-4)
+    # Of a column nothing is left out but what is small beside it.
+    left_out = np.linalg.norm(y - q @ (q.T @ y), axis=0)
+    assert np.all(left_out <= 2e-3 * np.linalg.norm(y, axis=0) + 1e-18)
 
 
 @pytest.mark.parametrize("function", [orthonormalize, range_basis])
@@ -431,3 +451,16 @@ def test_batched_equals_loop(name, stack):
     elif name != "range_basis":
         result, loop = result[..., :3], loop[..., :3]
     np.testing.assert_allclose(result, loop, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", [eigh, svd, _inverse_root])
+def test_a_stack_is_factored_one_by_one_on_cpu(function):
+    """As many stacks at a time as there are threads would wait for ever in jaxlib."""
+    x = jnp.eye(5) + 0 * jnp.ones((3, 5, 5))
+    compiled = jax.jit(function).lower(x).compile().as_text()
+    calls = [line for line in compiled.splitlines() if "lapack_" in line]
+    assert calls and not any("[3,5,5]" in line for line in calls)
+    one = jax.tree.leaves(function(x[0]))
+    stack = jax.tree.leaves(function(x[None]))
+    for a, b in zip(one, stack, strict=True):
+        np.testing.assert_allclose(b[0, 1], a, atol=1e-6)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax._src import compatible, engine, matrix, trees
+from lowrank_optax._src import compatible, engine, matrix, random, trees
 from lowrank_optax._src.matrix import MatrixView
 from lowrank_optax._src.transfer import FIRST_MOMENTS, SECOND_MOMENTS
 from lowrank_optax._src.typing import Codec
@@ -207,7 +207,8 @@ def compress_fields(
         for w, x in start.items():
             codec, view = coded[w]
             plain = jax.tree.map(matrix.value_of, codes[w], is_leaf=matrix.is_variable)
-            code = _encode(codec, keys[w[1]], view.matrix(x), plain)
+            own_keys = _own_keys(codec, keys[w[1]], w[0], view)
+            code = _encode(codec, own_keys, view.matrix(x), plain)
             codes[w] = jax.tree.map(
                 lambda old, new: old.replace(new) if matrix.is_variable(old) else new,
                 codes[w],
@@ -222,19 +223,21 @@ def compress_fields(
         views, coded = see(updates, layout.names, layout.abstract)
         keys = trees.leaf_keys(key, [v.path for v in views], state.step)
         old = layout.get(state.inner_state)
+        whole = {w: view.leaf(_decode(c, old[w])) for w, (c, view) in coded.items()}
         directions, inner_state = inner.update(
             grads,
-            layout.set(
-                state.inner_state,
-                {w: view.leaf(_decode(c, old[w])) for w, (c, view) in coded.items()},
-            ),
+            layout.set(state.inner_state, whole),
             None if params is None else jax.tree.map(trees.full_precision, params),
             **extra,
         )
         new = layout.get(inner_state)
         for (name, i), (codec, view) in coded.items():
-            x = view.matrix(new[name, i])
-            new[name, i] = _encode(codec, keys[i], x, old[name, i])
+            x = new[name, i]
+            own_keys = _own_keys(codec, keys[i], name, view)
+            new[name, i] = _encode(codec, own_keys, view.matrix(x), old[name, i])
+            if engine.accumulating() == "add":  # most often, only the sum has changed
+                changed = jnp.any(x != whole[name, i])
+                new[name, i] = engine.where(changed, new[name, i], old[name, i])
         # A leaf with codes is accepted as a whole or not at all: its moments belong
         # together, those that stay uncompressed too.
         for i in {i for _, i in coded}:
@@ -260,6 +263,12 @@ def _decode(codec, code):
 @engine.compiled
 def _encode(codec, key, x, old):
     return codec.encode(key, x, old)
+
+
+def _own_keys(codec: Codec, key: jax.Array, name: str, view: MatrixView) -> jax.Array:
+    """A key for each matrix of a field, of which a leaf may have several."""
+    key = key if getattr(codec, "one_key", False) else random.named(key, name)
+    return random.matrix_keys(key, view.batch_shape)
 
 
 def _elementwise(codec: Codec) -> bool:

@@ -4,13 +4,16 @@ Boxes (NNX variables) and meshes of explicit axes are handled here and in
 `MatrixView.full`, and nowhere else.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lowrank_optax._src import matrix, trees
@@ -100,7 +103,7 @@ def _rebuild(part: Any, change: Callable[[Any], Any]) -> Any:
 
 def _empty(parts: Any, numbers: list[Any]) -> Any:
     def take(x):
-        if not isinstance(x, jax.Array):
+        if not isinstance(x, (jax.Array, np.ndarray)):
             return x
         numbers.append(x)
         return _Hole(len(numbers) - 1)
@@ -134,7 +137,7 @@ class StateFields:
         )
         values = [matrix.value_of(x) for _, x in flat]
         shapes = tuple((tuple(x.shape), jnp.dtype(x.dtype)) for x in values)
-        seen = (treedef, shapes, trees.limits())
+        seen = (treedef, shapes, trees.limits(), accumulating() is not None)
         if seen not in self._layouts:
             boxes = [
                 ParamBox(jax.ShapeDtypeStruct(*shape), path=str(i))
@@ -255,6 +258,24 @@ def fit_boxes(layout: Layout, state: Any, tree: Any) -> Any:
     return layout.set(state, {w: fit(w, x) for w, x in layout.get(state).items()})
 
 
+_phases: list[str] = []
+
+
+def accumulating() -> str | None:
+    """What `accumulate_gradients` asks of the engine inside of it, see there."""
+    return _phases[-1] if _phases else None
+
+
+@contextlib.contextmanager
+def accumulation(phase: str) -> Iterator[None]:
+    """Let transformations within take their part in the sum of several gradients."""
+    _phases.append(phase)
+    try:
+        yield
+    finally:
+        _phases.pop()
+
+
 def increment(step: jax.Array) -> jax.Array:
     """The next step; stays at the largest int32 instead of wrapping around."""
     return jnp.asarray(optax.safe_increment(step))
@@ -280,20 +301,41 @@ def where(accept: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(pick, new, old)
 
 
+def finite(tree: Any) -> jax.Array:
+    """Whether every array is finite."""
+    each = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
+    return jnp.stack(each).all() if each else jnp.array(True)
+
+
 def accept(new: Any, old: Any) -> Any:
     """``new`` if every array of it is finite, else ``old``: bad input never sticks."""
-    finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(new)]
-    return where(jnp.stack(finite).all(), new, old) if finite else new
+    return where(finite(new), new, old)
+
+
+def check_number(value: Any, name: str) -> None:
+    """Refuse a schedule where a number belongs, and say where it is taken."""
+    if callable(value):
+        raise TypeError(
+            f"`{name}` must be a number, got the function {value!r}. For a schedule "
+            "use lowrank_optax.inject_hyperparams, as in "
+            f"inject_hyperparams(galore_adamw)(learning_rate=0.01, {name}=schedule)."
+        )
 
 
 def check_rank(rank: Any, name: str = "rank") -> int:
     """A rank as a positive int, or an error that says what would be right."""
-    if isinstance(rank, bool) or not isinstance(rank, int):
+    try:
+        # An array of JAX would be concrete here, and not in an update.
+        wrong = isinstance(rank, (bool, jax.Array))
+        number = None if wrong else operator.index(rank)
+    except TypeError:
+        number = None
+    if number is None:
         raise TypeError(
             f"`{name}` must be a Python int, as it decides shapes; got {rank!r} of "
             f"type {type(rank).__name__}. To inject hyperparameters, use "
             "lowrank_optax.inject_hyperparams, which keeps it static."
         )
-    if rank < 1:
-        raise ValueError(f"`{name}` must be at least 1, got {rank}.")
-    return rank
+    if number < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {number}.")
+    return number

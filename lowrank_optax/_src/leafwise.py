@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax._src import batching, engine, matrix, trees
+from lowrank_optax._src import batching, engine, matrix, random, trees
 from lowrank_optax._src.compress import CompressState
 from lowrank_optax._src.matrix import MatrixView
 from lowrank_optax._src.typing import Rule
@@ -119,7 +119,13 @@ def leafwise(
         old = {i: load(i) for i in at_matrix}
         keys = trees.leaf_keys(key, [v.path for v in views], state.step)
         steps = [
-            _steps(rule, keys[i], state.step, view.matrix(grads[i]), old[i])
+            _steps(
+                rule,
+                random.matrix_keys(keys[i], view.batch_shape),
+                state.step,
+                view.matrix(grads[i]),
+                old[i],
+            )
             for i, view in at_matrix.items()
         ]
         results = dict(

@@ -4,13 +4,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lowrank_optax._src import batching, compatible, linalg
+from lowrank_optax._src import batching, compatible, linalg, random
 from lowrank_optax._src.engine import check_rank
 from lowrank_optax._src.linalg import matmul
 
@@ -52,6 +52,8 @@ class LowRank:
     oversample: int = 4
     power_iters: int = 0
     warm_start: bool = True
+    # Both moments of a leaf may have the same sketch, as `mlorc_scale_by_adam` draws.
+    one_key: ClassVar[bool] = True
 
     @property
     def lacks(self) -> tuple[str, ...]:
@@ -89,8 +91,9 @@ class LowRank:
         if size == old.left.shape[-2]:
             return None
         if not self.warm_start:
-            return jax.random.normal(key, (*batch, n, size), old.right.dtype)
-        seeds = linalg.seeds(key, batch)[..., None, None]
+            shape = (*batch, n, size)
+            return random.draw(jax.random.normal, key, shape, old.right.dtype)
+        seeds = jnp.broadcast_to(linalg.seeds(key), batch)[..., None, None]
         return (yield from batching.ask(_beside_signs(size - r), seeds, old.right))
 
     def compress(
@@ -160,7 +163,7 @@ class Whole:
 
     def project(self, q: Array) -> tuple[Array, ...]:
         """Thin arrays that `join` to ``q^T A``."""
-        return (matmul(q.mT, self.matrix),)
+        return (linalg.project(q, self.matrix),)
 
     @staticmethod
     def join(z: Array) -> Array:
@@ -192,7 +195,7 @@ class Average:
         decay = jnp.asarray(self.decay, q.dtype) * jnp.ones(
             (*q.shape[:-2], 1, 1), q.dtype
         )
-        kept, new = matmul(q.mT, self.old.left), matmul(q.mT, self.grad)
+        kept, new = matmul(q.mT, self.old.left), linalg.project(q, self.grad)
         return decay, kept, self.old.right, new
 
     @staticmethod
@@ -216,7 +219,7 @@ def _best_code(y: Array, z: Array, old_right: Array) -> tuple[LowRankCode, Array
     t = linalg.whitening(y)
     q, b = matmul(y, t), matmul(t.mT, z)
     unit, scale = linalg.unit_scale(b)
-    vectors = jnp.linalg.eigh(matmul(unit, unit.mT))[1]
+    vectors = linalg.eigh(matmul(unit, unit.mT))[1]
     vectors = jnp.flip(vectors, -1)[..., :rank]
     right = matmul(vectors.mT, unit)
     norm = jnp.linalg.norm(right, axis=-1, keepdims=True)

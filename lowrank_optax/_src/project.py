@@ -7,14 +7,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from lowrank_optax._src import compatible, engine, linalg, matrix, trees
-from lowrank_optax._src.linalg import matmul
+from lowrank_optax._src import (
+    accumulate,
+    batching,
+    compatible,
+    engine,
+    linalg,
+    matrix,
+    random,
+    trees,
+)
+from lowrank_optax._src.linalg import matmul, project
 from lowrank_optax._src.matrix import MatrixView
 from lowrank_optax._src.recovery import Drop
-from lowrank_optax._src.refresh import Every
+from lowrank_optax._src.refresh import Every, spread
 from lowrank_optax._src.subspace import TopSingular
 from lowrank_optax._src.transfer import Keep
 from lowrank_optax._src.typing import Recovery, Refresh, Subspace, Transfer
@@ -85,7 +93,8 @@ def project_gradients(
       A transformation from full-shape updates to full-shape updates.
 
     Raises:
-      TypeError, ValueError: for a rank below 1 or not an int, an unknown side, or
+      TypeError, ValueError: for a rank below 1 or not an int, a scale that is a
+        function (see `inject_hyperparams`), an unknown side, or
         ``matrices`` that do not fit the parameters; for parts that do not go
         together, at init where it takes the parameters or the inner optimizer's
         moments to tell.
@@ -109,6 +118,7 @@ def project_gradients(
     ... )
     """
     rank = engine.check_rank(rank)
+    engine.check_number(scale, "scale")
     inner = optax.with_extra_args_support(inner)
     fields = engine.StateFields(inner)
     stored = _is_stored(subspace)
@@ -117,6 +127,7 @@ def project_gradients(
         compatible.check_rank(subspace, rank)
         for part in (refresh, recovery):
             compatible.check(part, subspace)
+        accumulate.check(recovery)
         need = compatible.NAMED_SIDE
         if need in getattr(subspace, "requires", ()) and side not in ("left", "right"):
             user, other = compatible.name(subspace), f"side={side!r}"
@@ -132,10 +143,12 @@ def project_gradients(
         paths = [view.path for view in views.values()]
         keys = trees.leaf_keys(key, paths, [kept[i] for i in views])
         shapes = ((*v.batch_shape, v.m, v.rank(rank)) for v in views.values())
-        return {
-            i: functools.partial(_draw, (subspace, shape, view.compute_dtype), k)
-            for (i, view), shape, k in zip(views.items(), shapes, keys, strict=True)
-        }
+        drawn = {}
+        for (i, view), shape, own in zip(views.items(), shapes, keys, strict=True):
+            parts = subspace, shape, view.compute_dtype
+            own = random.matrix_keys(own, view.batch_shape)
+            drawn[i] = functools.partial(_draw, parts, own)
+        return drawn
 
     def init(params):
         views = trees.views(params, matrices, side, creating=True)
@@ -167,7 +180,7 @@ def project_gradients(
         for (own, _, r, _), (part, view) in cases.items():
             view = dataclasses.replace(view, source=None)
             _check_moments(transfer, part, view, r, dict(own))
-        return ProjectState(
+        state = ProjectState(
             step=jnp.zeros([], jnp.int32),
             basis=tree(
                 (lambda v: v.zeros("m", v.rank(rank)))
@@ -178,12 +191,14 @@ def project_gradients(
             recovery=tree(lambda v: _at(v, recovery).init(v)),
             inner_state=engine.fit_boxes(layout, inner_state, proxies),
         )
+        return accumulate.start(state, proxies)
 
-    def update(updates, state, params=None, **extra):
+    def down(updates, state, first):
+        """The projected gradients, and the state with the bases for them."""
         treedef = jax.tree.structure(updates)
         views = trees.views(updates, matrices, side)
         at_matrix = {i: v for i, v in enumerate(views) if isinstance(v, MatrixView)}
-        phases = _phases(views)
+        phases = spread([getattr(view, "size", 0.0) for view in views])
         keys = trees.leaf_keys(key, [v.path for v in views], state.step)
         grads = treedef.flatten_up_to(updates)
         bases, refreshes, recoveries = (
@@ -198,29 +213,51 @@ def project_gradients(
         layout = fields.layout(treedef.unflatten(low))
         moments = layout.get(state.inner_state)
 
-        recovery_at = {i: _at(view, recovery) for i, view in at_matrix.items()}
         basis_at = load(at_matrix, bases)
+        # Leaf by leaf: XLA's CPU backend orders by depth, and would first project all
+        # gradients and last project all directions back, with all of them alive.
+        turn = jnp.zeros([])
         for i, view in at_matrix.items():
             own = {name: x for (name, j), x in moments.items() if j == i}
-            low[i], basis, due, refreshes[i], own = _down(
+            low[i], basis, due, refreshes[i], own, turn = _down(
                 (
                     _at(view, subspace),
                     refresh,
                     transfer,
-                    recovery_at[i],
+                    _at(view, recovery),
                     view.rank(rank),
                 ),
-                keys[i],
+                random.matrix_keys(keys[i], view.batch_shape),
                 state.step,
                 phases[i],
+                first,
                 view.matrix(grads[i]),
                 basis_at[i](),
                 refreshes[i],
                 recoveries[i],
                 own,
+                turn,
             )
             bases[i] = basis if stored else jnp.where(due, state.step, bases[i])
             moments |= {(name, i): x for name, x in own.items()}
+        return treedef.unflatten(low), state._replace(
+            basis=treedef.unflatten(bases),
+            refresh=treedef.unflatten(refreshes),
+            inner_state=layout.set(state.inner_state, moments),
+        )
+
+    def up(updates, low, state, params, **extra):
+        """The update by the projected gradients, in the bases of the state."""
+        treedef = jax.tree.structure(updates)
+        views = trees.views(updates, matrices, side)
+        at_matrix = {i: v for i, v in enumerate(views) if isinstance(v, MatrixView)}
+        grads, coeffs, bases, recoveries = (
+            treedef.flatten_up_to(x)
+            for x in (updates, low, state.basis, state.recovery)
+        )
+        layout = fields.layout(low)
+        moments = layout.get(state.inner_state)
+        recovery_at = {i: _at(view, recovery) for i, view in at_matrix.items()}
 
         # Drawn once more, as otherwise those of all leaves would be alive at once.
         basis_at = load(at_matrix, bases)
@@ -229,12 +266,7 @@ def project_gradients(
             for i, view in at_matrix.items():
                 weights[i] = _project(None, basis_at[i](), view.matrix(weights[i]))
             params = treedef.unflatten(weights)
-        directions, inner_state = inner.update(
-            treedef.unflatten(low),
-            layout.set(state.inner_state, moments),
-            params,
-            **extra,
-        )
+        directions, inner_state = inner.update(low, state.inner_state, params, **extra)
 
         directions = treedef.flatten_up_to(directions)
         new_moments = layout.get(inner_state)
@@ -245,7 +277,7 @@ def project_gradients(
             new, recovery_state = _recover(
                 (recovery_at[i], scale),
                 view.matrix(grads[i]),
-                low[i],
+                coeffs[i],
                 directions[i],
                 basis_at[i](),
                 recoveries[i],
@@ -253,33 +285,48 @@ def project_gradients(
             )
             out[i] = view.leaf(new)
             # What is not finite must not stay in the state for good; the moments of a
-            # leaf belong together.
-            recoveries[i], accepted = engine.accept(
-                (recovery_state, [new_moments[w] for w in own]),
-                (recoveries[i], [moments[w] for w in own]),
-            )
-            new_moments |= dict(zip(own, accepted, strict=True))
-        new_state = ProjectState(
+            # leaf belong together. Told by the gradient, not by each of them: the
+            # choice is then made while they are computed, and costs no pass; but
+            # after the directions, which are made of the old ones too.
+            size = jnp.linalg.norm(coeffs[i])
+            ok = jnp.isfinite(batching.after(size, out[i]))
+            ok &= engine.finite(recovery_state)
+            recoveries[i] = engine.where(ok, recovery_state, recoveries[i])
+            new_moments |= {
+                w: engine.where(ok, new_moments[w], moments[w]) for w in own
+            }
+        new_state = state._replace(
             step=engine.increment(state.step),
-            basis=treedef.unflatten(bases),
-            refresh=treedef.unflatten(refreshes),
             recovery=treedef.unflatten(recoveries),
             inner_state=layout.set(inner_state, new_moments),
         )
         return treedef.unflatten(out), new_state
 
-    return engine.transformation(init, update)
+    return engine.transformation(init, accumulate.stepwise(down, up))
 
 
 @engine.compiled
-def _down(parts, key, step, phase, grad, basis, refresh_state, recovery_state, moments):
-    """Renew the basis if due, and project the gradient to it."""
+def _down(
+    parts,
+    key,
+    step,
+    phase,
+    first,
+    grad,
+    basis,
+    refresh_state,
+    recovery_state,
+    moments,
+    turn,
+):
+    """Renew the basis if due, and project the gradient, once ``turn`` is known."""
     subspace, refresh, transfer, recovery, rank = parts
     grad = recovery.prepare(grad, recovery_state)
-    coeff = matmul(basis.mT, grad)
+    coeff = project(batching.after(basis, turn), grad)
     size = jnp.linalg.norm(coeff)
     # A basis that has not seen a usable gradient yet is zero: it is always due.
-    due = jnp.all(basis == 0) | refresh.due(refresh_state, step, phase, size)
+    unset = jnp.all(basis[..., 0] == 0)
+    due = unset | (first & refresh.due(refresh_state, step, phase, size))
 
     def renew():
         # A shrunk basis is renewed as a whole one is, and cut off again: its columns
@@ -289,16 +336,21 @@ def _down(parts, key, step, phase, grad, basis, refresh_state, recovery_state, m
         new = _safe_select(subspace, key, grad, old, step)[..., : basis.shape[-1]]
         overlap = matmul(new.mT, basis)
         used = jnp.sum(jnp.any(basis != 0, axis=-2))
-        share = jnp.sum(overlap**2) / jnp.maximum(used, 1)
+        size = jnp.linalg.norm(grad)
+        usable = jnp.isfinite(size) & (size > 0)  # else nothing was chosen
+        share = jnp.where(usable, jnp.sum(overlap**2) / jnp.maximum(used, 1), 0.0)
         carried = transfer.carry(moments, overlap)
-        return matmul(new.mT, grad), new, carried, share, jnp.linalg.norm(grad)
+        return project(new, grad), new, carried, share, size
 
     def keep():
         return coeff, basis, moments, jnp.ones([], basis.dtype), size
 
     coeff, basis, moments, share, size = jax.lax.cond(due, renew, keep)
     after = refresh.after(refresh_state, due, size, share)
-    return coeff, basis, due, engine.accept(after, refresh_state), moments
+    after = engine.accept(
+        engine.where(unset | first, after, refresh_state), refresh_state
+    )
+    return coeff, basis, due, after, moments, size
 
 
 @engine.compiled
@@ -311,7 +363,7 @@ def _draw(parts, key):
 
 @engine.compiled
 def _project(parts, basis, param):
-    return matmul(basis.mT, param)
+    return project(basis, param)
 
 
 @engine.compiled
@@ -360,10 +412,3 @@ def _safe_select(subspace: Subspace, key, grad, old, step):
     usable |= unset & jnp.any(usable)
     usable &= jnp.all(jnp.isfinite(new), axis=(-2, -1), keepdims=True)
     return jnp.where(usable, new, old)
-
-
-def _phases(views) -> list[np.float32]:
-    """Where in a period each leaf is renewed: midpoints of its share of all cost."""
-    cost = np.array([v.size if isinstance(v, MatrixView) else 0.0 for v in views])
-    total = max(cost.sum(), 1.0)
-    return list(((np.cumsum(cost) - cost / 2) / total).astype(np.float32))

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._src import compatible, linalg
+from lowrank_optax._src import compatible, linalg, random
 from lowrank_optax._src.engine import check_rank
 from lowrank_optax._src.typing import Subspace
 
@@ -41,22 +41,25 @@ class TopSingular:
     def select(self, key, grad, old, step):
         rank = old.shape[-1]
         if self.method == "svd":
-            return jnp.linalg.svd(grad, full_matrices=False)[0][..., :rank]
+            return linalg.svd(grad)[0][..., :rank]
         if self.method == "gram_eigh":
             return linalg.gram_eigh(grad, rank)[0]
         if self.method == "warm":
             # At the start there is no old basis: a zero column would waste its place.
             started = jnp.any(old != 0, axis=(-2, -1), keepdims=True)
-            random = jax.random.normal(key, old.shape, old.dtype)
-            start = jnp.where(started, old, random)
+            fresh_key, key = random.split(key)
+            fresh = random.draw(jax.random.normal, fresh_key, old.shape, old.dtype)
+            start = jnp.where(started, old, fresh)
             return linalg.subspace_iteration(key, grad, rank, iters=1, start=start)
         iters = 1 if self.method == "rsvd" else 2
         return linalg.subspace_iteration(key, grad, rank, iters)
 
 
-# Relative to the largest singular value: with fewer non-zero ones than the rank, the
-# rest is drawn from the others (I3-5).
-_WEIGHT_FLOOR = 1e-30
+# Relative to the largest: what is smaller is the noise of a Gram matrix, not a value.
+_NULL = 1e-3
+# The logarithm of its weight: with fewer other vectors than the rank, the rest is drawn
+# among the null ones (I3-5).
+_NULL_WEIGHT = -1e4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +67,15 @@ class ImportanceSampled:
     """Singular vectors drawn with their singular values as weights: I3S.
 
     Without replacement, one after the other among those that are left; in the order of
-    the singular values. All min(m, n) vectors can be drawn, those of zero singular
-    values only where the others do not suffice.
+    the singular values. All min(m, n) vectors can be drawn, those of singular values
+    below 1e-3 of the largest only where the others do not suffice.
 
     Args:
       pool: None draws among all singular vectors, by `gram_eigh`. A number, at least
         the rank, draws among so many leading ones of a randomized SVD instead: cheaper,
         and an approximation that leaves the tail of the spectrum out.
+      weight_power: the weights are singular values to this power, at least 0: 1 is the
+        paper's, 2 draws by energy (I3-4).
 
     >>> import optax, lowrank_optax as lro
     >>> tx = lro.project_gradients(
@@ -79,10 +84,14 @@ class ImportanceSampled:
     """
 
     pool: int | None = None
+    weight_power: Any = 1.0
 
     def __post_init__(self):
         if self.pool is not None:
             check_rank(self.pool, "pool")
+        power = self.weight_power
+        if isinstance(power, (int, float)) and power < 0:
+            raise ValueError(f"`weight_power` must be at least 0, got {power}.")
 
     @property
     def largest_rank(self) -> int | None:
@@ -90,7 +99,7 @@ class ImportanceSampled:
 
     def select(self, key, grad, old, step):
         rank = old.shape[-1]
-        sketch_key, key = jax.random.split(key)
+        sketch_key, key = random.split(key)
         if self.pool is None:
             vectors, values = linalg.gram_eigh(grad)
         else:
@@ -100,8 +109,10 @@ class ImportanceSampled:
             vectors, values = linalg.gram_eigh(coeff, size)
             vectors = linalg.matmul(within, vectors)
         # The largest k of log w + Gumbel noise are k draws without replacement.
-        weights = jnp.log(values + _WEIGHT_FLOOR)
-        noise = jax.random.gumbel(key, values.shape, values.dtype)
+        known = values > _NULL * values[..., :1]
+        logs = self.weight_power * jnp.log(jnp.where(known, values, 1.0))
+        weights = jnp.where(known, logs, _NULL_WEIGHT)
+        noise = random.draw(jax.random.gumbel, key, values.shape, values.dtype)
         return _take(vectors, weights + noise, rank)
 
 
@@ -131,7 +142,7 @@ class Hybrid:
 
     def select(self, key, grad, old, step):
         vectors, values = linalg.gram_eigh(grad)
-        score = jax.random.uniform(key, values.shape, values.dtype)
+        score = random.draw(jax.random.uniform, key, values.shape, values.dtype)
         first = jnp.arange(values.shape[-1]) < self.leading
         return _take(vectors, jnp.where(first, 2.0, score), old.shape[-1])
 
@@ -172,7 +183,9 @@ class RandomOrthonormal:
     lacks: ClassVar[tuple[str, ...]] = (compatible.CHOSEN,)
 
     def select(self, key, grad, old, step):
-        return linalg.orthonormalize(jax.random.normal(key, old.shape, old.dtype))
+        return linalg.orthonormalize(
+            random.draw(jax.random.normal, key, old.shape, old.dtype)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,7 +293,7 @@ class RandomGaussian:
     )
 
     def select(self, key, grad, old, step):
-        normal = jax.random.normal(key, old.shape, old.dtype)
+        normal = random.draw(jax.random.normal, key, old.shape, old.dtype)
         return normal * old.shape[-1] ** -0.5
 
 
@@ -324,8 +337,8 @@ class CrossHead:
                 f"{n} columns of a gradient of shape {grad.shape}."
             )
         drawn = min(heads, -(-old.shape[-1] * heads // n))
-        head_key, key = jax.random.split(key)
-        score = jax.random.uniform(head_key, (*batch, heads))
+        head_key, key = random.split(key)
+        score = random.draw(jax.random.uniform, head_key, (*batch, heads), jnp.float32)
         chosen = jax.lax.top_k(score, drawn)[1][..., None, :, None]
         blocks = grad.reshape(*batch, m, heads, n // heads)
         part = jnp.take_along_axis(blocks, chosen, axis=-2).reshape(*batch, m, -1)

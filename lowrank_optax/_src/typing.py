@@ -27,7 +27,7 @@ class Subspace(Protocol):
 
     def select(
         self,
-        key: Key[Array, ""],
+        key: Key[Array, "*b"],
         grad: Float[Array, "*b m n"],
         old: Float[Array, "*b m r"],
         step: Step,
@@ -35,7 +35,8 @@ class Subspace(Protocol):
         """A new basis for ``grad``, scaled to a largest magnitude in [1/2, 1).
 
         Law: columns orthonormal to 1e-5 or exactly zero, finite for any finite
-        ``grad``. ``old`` is the basis to be replaced, zero at the start.
+        ``grad``. ``old`` is the basis to be replaced, zero at the start. ``key`` is one
+        for each matrix; see `lowrank_optax.linalg.draw`.
         """
         ...
 
@@ -59,8 +60,10 @@ class Refresh(Protocol):
     def after(self, state: Any, due: Array, size: Array, overlap: Array) -> Any:
         """The next state; ``overlap`` is ``||new^T old||_F^2 / r``, 1 if not due.
 
-        r counts the columns of the old basis that are not zero. ``size`` is as above,
-        or that of the whole gradient if due: what the new basis was chosen for.
+        It is 0 where there is nothing to compare: no old basis, or a gradient that is
+        zero or not finite, which leaves the old one. r counts the columns of the old
+        basis that are not zero. ``size`` is as above, or that of the whole gradient if
+        due: what the new basis was chosen for.
         """
         ...
 
@@ -120,8 +123,12 @@ class Codec(Protocol):
         """The code of zero. Law: ``decode(init)`` is zero, as moments start."""
         ...
 
-    def encode(self, key: Key[Array, ""], x: Array, old: Any) -> NamedTuple:
-        """The code of ``x``; ``old`` is the code that it replaces."""
+    def encode(self, key: Key[Array, "*b"], x: Array, old: Any) -> NamedTuple:
+        """The code of ``x``; ``old`` is the code that it replaces.
+
+        ``key`` is one for each matrix, and another one for each field of a leaf, unless
+        the codec has an attribute ``one_key = True``.
+        """
         ...
 
     def decode(self, code: Any) -> Array:
@@ -138,7 +145,11 @@ class Rule(Protocol):
         ...
 
     def update(
-        self, key: Key[Array, ""], step: Step, grad: Float[Array, "*b m n"], state: Any
+        self,
+        key: Key[Array, "*b"],
+        step: Step,
+        grad: Float[Array, "*b m n"],
+        state: Any,
     ) -> Any:
         """``(update, next state)``, shaped as ``grad`` and ``state``; ``step`` from 0.
 
