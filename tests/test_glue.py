@@ -18,16 +18,20 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import lowrank_optax as lro
+from examples.common.loop import TrainState
 from examples.common.methods import METHODS as ALL_METHODS
 from examples.common.metrics import read_metrics
 from examples.roberta import glue, job, report
 from examples.roberta.batches import Encoded
+from examples.roberta.config import EncoderConfig
 from examples.roberta.glue import main, prepare
+from examples.roberta.masked import Masking
 from examples.roberta.settings import Glue
 from examples.roberta.weights import load_classifier
 
@@ -216,18 +220,30 @@ class Crash(BaseException):
     """What no handler of the command catches, as little as a kill."""
 
 
-def crash_at(monkeypatch, owner, name, call):
-    """Has the so-manieth call of a function end all."""
+def at_call(monkeypatch, owner, name, n, act):
+    """Has something happen at the n-th call of a function, once."""
     original, calls = getattr(owner, name), []
 
     def function(*args, **kwargs):
         calls.append(args)
-        if len(calls) == call:
+        if len(calls) == n:
             monkeypatch.setattr(owner, name, original)
-            raise Crash
+            act()
         return original(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, function)
+
+
+def crash():
+    raise Crash
+
+
+def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def files(folder):
+    return {x.relative_to(folder) for x in folder.rglob("*") if x.is_file()}
 
 
 def test_a_run_that_crashes_anywhere_ends_as_one_that_does_not(
@@ -243,7 +259,7 @@ def test_a_run_that_crashes_anywhere_ends_as_one_that_does_not(
         (report, "write_json", 1),
     ]
     for owner, name, call in points:
-        crash_at(monkeypatch, owner, name, call)
+        at_call(monkeypatch, owner, name, call, crash)
         with pytest.raises(Crash):
             main(argv)
         assert not (out / "result.json").exists()
@@ -251,36 +267,43 @@ def test_a_run_that_crashes_anywhere_ends_as_one_that_does_not(
     assert main(argv) == 0
     assert result_of(out)["runs"]["lora"] == result_of(finished)["runs"]["lora"]
 
-    def files(folder):
-        return {x.relative_to(folder) for x in folder.rglob("*") if x.is_file()}
-
     assert files(out / "lora") == files(finished / "lora")
 
 
-def test_a_killed_run_resumes_from_its_last_checkpoint(finished, inputs, tmp_path):
+def test_a_run_killed_while_it_saves_and_stopped_goes_on(
+    finished, inputs, tmp_path, monkeypatch, capsys
+):
     out = tmp_path / "run"
     # One of the runs of the other, which has the record that this should come to.
     argv = flags(inputs, out, "--methods", "adamw", "--learning-rate", "0.001")
     program = (
-        "import os, signal\n"
-        "from examples.roberta.batches import Encoded\n"
+        "import os, signal, sys\n"
         "from examples.roberta.glue import main\n"
-        "original = Encoded.training_batch\n"
-        "def training_batch(self, seed, step, size):\n"
-        "    if step == 5:\n"
+        "def hook(event, args):\n"
+        "    if event == 'os.rename' and str(args[1]).endswith('/checkpoints/6'):\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return original(self, seed, step, size)\n"
-        "Encoded.training_batch = training_batch\n"
-        f"main({argv!r})\n"
+        "sys.addaudithook(hook)\n"
+        "main(sys.argv[1:])\n"
     )
+    command = [sys.executable, "-c", program, *argv]
     root = Path(glue.__file__).parents[2]
-    killed = subprocess.run([sys.executable, "-c", program], cwd=root, timeout=300)
+    killed = subprocess.run(command, cwd=root, timeout=300)
     assert killed.returncode == -signal.SIGKILL
     run = "adamw/lr-0.001-seed-0"
-    # A step past the checkpoint is on record, and has to be taken back.
-    assert read_metrics(out / run / "metrics.jsonl")[-1]["step"] == 5
+    names = sorted(path.name for path in (out / run / "checkpoints").iterdir())
+    assert names[0] == "4" and names[1].startswith("6.") and len(names) == 2
+    # Steps past the checkpoint are on record, and have to be taken back.
+    assert read_metrics(out / run / "metrics.jsonl")[-1]["step"] == 6
     assert not (out / "result.json").exists()
-    assert main([*argv, "--resume"]) == 0
+
+    at_call(monkeypatch, Encoded, "training_batch", 1, stop)
+    assert main([*argv, "--resume"]) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "adamw, rate 0.001, seed 0 stopped after step 5" in last
+    assert f"python -m examples.roberta.glue --resume --out {out}" in last
+    assert not (out / "result.json").exists()
+
+    assert main(["--resume", "--out", str(out)]) == 0
     found, expected = (read_metrics(d / run / "metrics.jsonl") for d in (out, finished))
     for record in (*found, *expected):
         record.pop("seconds", None)
@@ -288,23 +311,6 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(finished, inputs, tmp_pat
     score = result_of(out)["runs"]["adamw"]["scores"]["f1"]
     tried = result_of(finished)["runs"]["adamw"]["tried"]["0.001"]
     assert score == {"mean": tried, "spread": None}
-
-
-def test_a_stopped_run_says_how_to_go_on(inputs, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "run"
-    original = Encoded.training_batch
-
-    def training_batch(self, seed, step, size):
-        if step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, seed, step, size)
-
-    monkeypatch.setattr(Encoded, "training_batch", training_batch)
-    assert main(flags(inputs, out, "--methods", "adamw")) == 130
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert "adamw, rate 0.01, seed 0 stopped after step 2" in last
-    assert f"python -m examples.roberta.glue --resume --out {out}" in last
-    assert not (out / "result.json").exists()
 
 
 def test_a_resumed_run_must_find_its_data_and_model_unchanged(
@@ -320,6 +326,23 @@ def test_a_resumed_run_must_find_its_data_and_model_unchanged(
         assert f"the {part} is not what it was" in capsys.readouterr().err
     assert main(["--resume", "--out", str(finished), "--rank", "3"]) == 2
     assert "rank = 3" in capsys.readouterr().err
+
+
+def test_a_run_does_not_go_on_from_another_models_checkpoint(
+    finished, tmp_path, capsys
+):
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in ("run.json", "tokenizer.json"):
+        shutil.copy(finished / name, out)
+    checkpoint = out / "adamw/lr-0.001-seed-0/checkpoints/4"
+    foreign = TrainState({"classifier": {"kernel": jnp.ones(7)}}, (jnp.ones(3),), [])
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save((checkpoint / "default").resolve(), foreign)
+    assert main(["--resume", "--out", str(out)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and f"The checkpoint {checkpoint} is of another" in lines[0]
+    assert not (out / "result.json").exists()
 
 
 # What is refused
@@ -438,9 +461,10 @@ def test_rows_that_fill_a_batch_up_count_for_nothing(inputs):
     params = job.params_of(given.model("adamw", 0, given.weights))
     loss = jax.jit(partial(job.weighted_loss, given.graph("adamw"), False))
     rows = np.array([4, 9, 11])
-    exact = loss(params, given.train.batch(rows, 3))
-    assert loss(params, given.train.batch(rows, 8)) == pytest.approx(exact, rel=1e-5)
-    other = loss(params, given.train.batch(rows[:2], 8))
+    exact = float(loss(params, given.train.batch(rows, 3)))
+    filled = float(loss(params, given.train.batch(rows, 8)))
+    other = float(loss(params, given.train.batch(rows[:2], 8)))
+    assert filled == pytest.approx(exact, rel=1e-5)
     assert abs(other - exact) > 1e-4
 
 
@@ -454,7 +478,7 @@ def test_numbers_are_learnt_by_squares_and_classes_by_entropy():
 
 
 @pytest.mark.parametrize(
-    "method", ["mlorc_adamw", "galore_plus_adamw", "dora", "relora", "factorized"]
+    "method", ["mlorc_adamw", "galore_plus_adamw", "dora", "factorized"]
 )
 def test_every_kind_of_method_fits_the_encoder(method, inputs):
     given = prepare(settings(inputs, methods=(method,)), Path("x"))
@@ -474,28 +498,74 @@ def test_every_kind_of_method_fits_the_encoder(method, inputs):
 
 # The model that is made here
 
+MADE = (
+    "--smoke --train-examples 32 --validation-examples 16 --batch-size 16"
+    " --max-length 16 --pretrain-steps 3 --methods adamw scratch"
+).split()
 
-def test_a_model_is_made_first_where_none_is_given(tmp_path, capsys):
-    out = tmp_path / "run"
-    small = ["--train-examples", "32", "--validation-examples", "16"]
-    methods = ["--methods", "adamw", "scratch", "--pretrain-steps", "3"]
-    assert main(["--smoke", "--out", str(out), *small, *methods]) == 0
-    result = result_of(out)
+
+@pytest.fixture(scope="module")
+def stdlib():
+    """Has the standard library read once, and few of its docstrings."""
+    dataset, docstrings = glue.load_stdlib()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(glue, "load_stdlib", lambda: (dataset, docstrings[:1000]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(stdlib, tmp_path_factory):
+    out = tmp_path_factory.mktemp("made") / "run"
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        assert main([*MADE, "--out", str(out)]) == 0
+    (out.parent / "out").write_text(printed.getvalue())
+    return out
+
+
+def test_a_model_is_made_first_where_none_is_given(made):
+    result = result_of(made)
     assert "masked language modelling" in result["start"]
     assert result["runs"]["adamw"]["start"] == result["start"]
     assert result["runs"]["scratch"]["start"] == "from scratch"
     assert len(result["data"]["labels"]) == 10
-    assert "from scratch" in (out / "report.md").read_text()
-    assert "masked language modelling" in capsys.readouterr().out
+    assert "from scratch" in (made / "report.md").read_text()
+    assert "masked language modelling" in (made.parent / "out").read_text()
 
-    made = load_classifier(out / "pretrained", labels=result["data"]["labels"])
-    assert all(name.startswith("classifier.") for name in made.fresh)
-    steps = [r["step"] for r in read_metrics(out / "pretrained" / "metrics.jsonl")]
+    base = load_classifier(made / "pretrained", labels=result["data"]["labels"])
+    assert all(name.startswith("classifier.") for name in base.fresh)
+    steps = [r["step"] for r in read_metrics(made / "pretrained" / "metrics.jsonl")]
     assert steps == [0, 1, 2, 3]
     # Adam moves by its rate at most: one row begins with what was made, one does not.
     names = {"adamw": True, "scratch": False}
     for method, near in names.items():
-        best = load_classifier(next((out / method).glob("*/best")))
+        best = load_classifier(next((made / method).glob("*/best")))
         table = ("encoder", "embeddings", "word_embeddings", "embedding")
-        distance = np.abs(best.read[table] - made.read[table]).max()
+        distance = np.abs(best.read[table] - base.read[table]).max()
         assert (distance < 0.0025) == near
+
+
+def test_making_it_goes_on_too_after_a_stop_and_crashes(
+    made, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "run"
+    # The first two batches of a call give shapes, the fourth is that of step 2.
+    at_call(monkeypatch, Masking, "batch", 4, stop)
+    assert main([*MADE, "--out", str(out)]) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "masked tokens stopped after step 2" in last
+    argv = ["--resume", "--out", str(out)]
+    points = [
+        (Masking, "batch", 3),  # in step 3
+        (EncoderConfig, "to_json", 1),  # its weights are there, but no config
+        (job.Job, "run", 2),  # between two methods
+    ]
+    for owner, name, call in points:
+        at_call(monkeypatch, owner, name, call, crash)
+        with pytest.raises(Crash):
+            main(argv)
+    assert main(argv) == 0
+    assert result_of(out) == result_of(made)
+    assert files(out) == files(made)
+    tensors = "pretrained/model.safetensors"
+    assert (out / tensors).read_bytes() == (made / tensors).read_bytes()
