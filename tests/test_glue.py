@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 import lowrank_optax as lro
 from examples.common.loop import TrainState
@@ -34,40 +34,11 @@ from examples.roberta.glue import main, prepare
 from examples.roberta.masked import Masking
 from examples.roberta.settings import Glue
 from examples.roberta.weights import load_classifier
+from tests.mrpc import TINY, write_data, write_model
 
-TINY = Path(__file__).parent / "data" / "bert-cls-tiny"
 METHODS = ("adamw", "lora")
 SEEDS = (0, 3)
 STEPS = 6  # two epochs of 20 pairs, 8 in a batch
-
-
-def write_data(folder):
-    """Pairs in Microsoft's format, of which those with equal texts are equivalent."""
-    rng = np.random.default_rng(0)
-    folder.mkdir(parents=True)
-    for split, rows in (("train", 20), ("test", 12)):
-        lines = ["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"]
-        for row in range(rows):
-            first, second = (
-                " ".join(f"w{i}" for i in rng.integers(0, 30, 4)) for _ in range(2)
-            )
-            texts = f"{first}\t{first if row % 2 else second}"
-            lines.append(f"{row % 2}\t{row}\t{row}\t{texts}")
-        text = "\ufeff" + "".join(line + "\r\n" for line in lines)
-        (folder / f"mrpc_{split}.tsv").write_bytes(text.encode())
-    return folder
-
-
-def write_model(folder):
-    """A base checkpoint with its vocabulary, but without a head."""
-    shutil.copytree(TINY, folder)
-    tensors = load_file(folder / "model.safetensors")
-    kept = {n: x for n, x in tensors.items() if not n.startswith("classifier")}
-    save_file(kept, folder / "model.safetensors")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    words += [f"w{i}" for i in range(160 - len(words))]
-    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +143,7 @@ def test_the_best_checkpoint_has_the_best_score_again(finished, inputs):
     assert weights.start == "pretrained, head included"
     assert weights.config.labels == ("not_equivalent", "equivalent")
     params = job.params_of(weights.model(nnx.Rngs(0)))
-    record = given._evaluate(given.graph("adamw"), params)
+    record = given.evaluate(given.graph("adamw"), params)
     assert record["f1"] == run["seeds"]["3"]["f1"]
     assert record["validation_loss"] == pytest.approx(
         run["seeds"]["3"]["validation_loss"], rel=1e-5
