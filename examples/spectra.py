@@ -74,7 +74,8 @@ class Spectra:
     resume: bool = False
     """Continue the run in --out with the settings it was started with."""
     measurements: int = 24
-    """How many times along the run; each takes the singular values of every matrix."""
+    """How many times along the run, besides its start; each takes the singular values
+    of every matrix."""
     seed: int = 0
     """Seed of the fresh head, of the order of the batches and of dropout."""
     learning_rate: float | None = None
@@ -201,7 +202,7 @@ def follow(
     task = dataclasses.replace(
         task, validation=[task.batch(job.steps)], evaluate=lambda params: {}
     )
-    every = max(1, job.steps // count)
+    every = -(-job.steps // count)
     timetable = Timetable(job.steps, 1, every, s.checkpoint_every, job.steps)
     tx, directory = job.optimizer(method, rate), job.out / method
 

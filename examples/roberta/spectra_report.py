@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from examples.common.files import write_json
 from examples.common.metrics import Record
@@ -152,7 +153,9 @@ def _by_matrix(dense: Run, names: Sequence[str]) -> tuple[Figure, str]:
     axes.set(xlabel="step")
     axes.invert_yaxis()
     axes.grid(visible=False)
-    figure.colorbar(image, label="effective rank of the gradient")
+    figure.colorbar(
+        image, label="effective rank of the gradient", ticks=MaxNLocator(integer=True)
+    )
     return figure, (
         f"The smallest rank that leaves out at most {RESIDUALS[0]:g} of the gradient's"
         " squared norm, matrix by matrix along full fine-tuning by AdamW. Compare"
@@ -175,25 +178,22 @@ def _by_threshold(dense: Run, names: Sequence[str]) -> tuple[Figure, str]:
     )
 
 
-def _chosen(adaptive: Run) -> tuple[Figure, str]:
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    steps, values = adaptive.series("", ["rank", "memory_reduction"])
-    rank, saved = values[1:].T
-    axes.plot(steps[1:], rank, drawstyle="steps-post", color="C2")
-    axes.set(xlabel="step", ylabel="rank of the subspaces, weighted mean")
-    axes.set_ylim(bottom=0)
-    axes.yaxis.label.set_color("C2")
-    right = axes.twinx()
-    right.plot(steps[1:], saved, drawstyle="steps-post", color="C0")
-    right.set(ylabel="numbers saved")
+def _chosen(adaptive: Run, names: Sequence[str]) -> tuple[Figure, str]:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    steps, ranks = adaptive.series("rank/", names)
+    left.plot(steps, ranks, drawstyle="steps-post", color="C0", alpha=0.25, lw=1)
+    steps, means = adaptive.series("rank", [""])
+    left.plot(steps, means, drawstyle="steps-post", color="C0", lw=2)
+    left.set(xlabel="step", ylabel="rank of the subspace")
+    left.set_ylim(bottom=0)
+    _, saved = adaptive.series("memory_reduction", [""])
+    right.plot(steps, saved[-len(steps) :], drawstyle="steps-post", color="C2")
+    right.set(xlabel="step", ylabel="numbers saved, all matrices")
     right.set_ylim(bottom=0)
-    right.yaxis.label.set_color("C0")
-    right.spines["right"].set_visible(True)
-    right.grid(visible=False)
     return figure, (
-        "The rank that AdaRankGrad chooses, mean over the matrices weighted with m + n,"
-        " and the numbers that basis and one moment have less than at the largest rank."
-        " Compare its Figure 4."
+        "The ranks that AdaRankGrad chooses, each matrix thin and their mean weighted"
+        " with m + n bold, and how many numbers all bases with one moment each have"
+        " less than at the largest rank. Compare its Figure 4."
     )
 
 
@@ -229,7 +229,7 @@ def write_files(
         Plot("ranks", "Effective rank by matrix", partial(_by_matrix, dense, names)),
         matrix_table(dense, adaptive, matrices),
         Plot("thresholds", "Thresholds", partial(_by_threshold, dense, names)),
-        Plot("chosen", "AdaRankGrad", partial(_chosen, adaptive)),
+        Plot("chosen", "AdaRankGrad", partial(_chosen, adaptive, names)),
     ]
     title = f"Spectra of fine-tuning on {job.settings.chosen_task.title}"
     paths = write_page(job.out, title, lines, sections)
