@@ -118,10 +118,12 @@ def leafwise(
 
         old = {i: load(i) for i in at_matrix}
         keys = trees.leaf_keys(key, [v.path for v in views], state.step)
-        steps = [
-            _steps(rule, keys[i], state.step, view.matrix(grads[i]), old[i])
+        any_dtype = getattr(rule, "any_dtype", False)
+        seen = {
+            i: view.matrix(grads[i], grads[i].dtype if any_dtype else None)
             for i, view in at_matrix.items()
-        ]
+        }
+        steps = [_steps(rule, keys[i], state.step, seen[i], old[i]) for i in at_matrix]
         results = dict(
             zip(at_matrix, batching.drive(*steps, count=state.step), strict=True)
         )

@@ -60,6 +60,12 @@ def power_of_two(x: Array) -> tuple[Array, Array]:
     return power(inverse) + broken, power(top - 1 - inverse)
 
 
+def near_one(y: Array) -> tuple[Array, Array]:
+    """``y / s`` with the power of two s at its largest magnitude; and that magnitude."""
+    largest = jnp.max(jnp.abs(y), (-2, -1), keepdims=True)
+    return y * power_of_two(largest)[0], largest
+
+
 def unit_columns(y: Array) -> Array:
     """Columns of norm one; zero columns stay zero."""
     norm = jnp.linalg.norm(y, axis=-2, keepdims=True)

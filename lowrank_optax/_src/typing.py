@@ -142,6 +142,9 @@ class Rule(Protocol):
     ) -> Any:
         """``(update, next state)``, shaped as ``grad`` and ``state``; ``step`` from 0.
 
+        ``grad`` is in float32, or in the leaf's own dtype if ``any_dtype`` is true of
+        the rule.
+
         May be a generator, ``x, = yield [(function, array)]``, to have small problems
         of all leaves solved as one batch: see `lowrank_optax._src.batching`.
         """

@@ -1,7 +1,7 @@
 """MLorc (Shen et al. 2025): optimizers whose momentum is stored at low rank."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,9 @@ import optax
 
 from lowrank_optax._src import batching, engine
 from lowrank_optax._src.compress import by_moment, compress_fields
+from lowrank_optax._src.kernels import mlorc as kernels
 from lowrank_optax._src.leafwise import leafwise
+from lowrank_optax._src.linalg import at_least_float32
 from lowrank_optax._src.low_rank import (
     Average,
     LowRank,
@@ -204,6 +206,7 @@ class MLorcAdam:
     eps: Any
     mu: LowRank
     nu: LowRank
+    any_dtype: ClassVar[bool] = True
 
     def init(self, view):
         return MLorcAdamState(self.mu.init(view), self.nu.init(view))
@@ -214,6 +217,10 @@ class MLorcAdam:
             self.mu.draw(key, state.mu),
             self.nu.draw(key, state.nu),
         )
+        if kernels.suits(grad, (self.mu, mu_omega), (self.nu, nu_omega)):
+            omegas = mu_omega, nu_omega
+            return (yield from kernels.adam(self, step, grad, state, zeta, *omegas))
+        grad = at_least_float32(grad)
         b1, b2, t = self.b1, batching.take_turn(self.b2), step + 1
         m = b1 * self.mu.decode(state.mu) + (1 - b1) * grad
         v = b2 * clamp_negative(low_rank_product(state.nu), zeta) + (1 - b2) * grad**2
@@ -234,12 +241,16 @@ class MLorcLion:
     b1: Any
     b2: Any
     mu: LowRank
+    any_dtype: ClassVar[bool] = True
 
     def init(self, view):
         return MLorcLionState(self.mu.init(view))
 
     def update(self, key, step, grad, state):
         omega = yield from self.mu.draw(key, state.mu)
+        if kernels.suits(grad, (self.mu, omega)):
+            return (yield from kernels.lion(self, grad, state, omega))
+        grad = at_least_float32(grad)
         b1 = batching.take_turn(self.b1)
         c = b1 * self.mu.decode(state.mu) + (1 - b1) * grad
         average = Average(self.b2, state.mu, grad)
