@@ -61,7 +61,7 @@ def power_of_two(x: Array) -> tuple[Array, Array]:
 
 
 def near_one(y: Array) -> tuple[Array, Array]:
-    """``y / s`` with the power of two s at its largest magnitude; and that magnitude."""
+    """``y / s`` with the power of two s at its largest magnitude, and the latter."""
     largest = jnp.max(jnp.abs(y), (-2, -1), keepdims=True)
     return y * power_of_two(largest)[0], largest
 

@@ -94,7 +94,7 @@ class MatrixView:
         return min(rank, self.m, self.n, *([] if self.limit is None else [self.limit]))
 
     def matrix(self, leaf: jax.Array, dtype: Any = None) -> jax.Array:
-        """The leaf as ``(*batch, m, n)``, in the compute dtype unless another is given."""
+        """The leaf as ``(*batch, m, n)``, in the compute dtype if no other is given."""
         x = jnp.transpose(leaf, (*self.batch, *self.left, *self.right))
         x = x.reshape(*self.batch_shape, self.m, self.n)
         return x.astype(dtype or self.compute_dtype)

@@ -119,7 +119,9 @@ def mlorc_lion(g, left, right, omega, b1):
     """A tile of the update, and its part of ``G Omega``."""
     g32 = g.astype(jnp.float32)
     c = b1 * product(left, right) + (1 - b1) * g32
-    return jnp.sign(c).astype(g.dtype), dot(g32, omega, (1, 1))
+    # Not `jnp.sign`, whose lowering for TPU asks the device at hand what it is.
+    sign = jnp.where(c > 0, 1.0, jnp.where(c < 0, -1.0, c))
+    return sign.astype(g.dtype), dot(g32, omega, (1, 1))
 
 
 def mlorc_lion_sketch(g, y):
