@@ -11,6 +11,8 @@ import numpy as np
 import optax
 
 from lowrank_optax._src import compatible, engine, linalg, matrix, trees
+from lowrank_optax._src.kernels.adam import recognize
+from lowrank_optax._src.kernels.projected_adam import projected_adam, suits
 from lowrank_optax._src.linalg import matmul
 from lowrank_optax._src.matrix import MatrixView
 from lowrank_optax._src.recovery import Drop
@@ -109,6 +111,7 @@ def project_gradients(
     ... )
     """
     rank = engine.check_rank(rank)
+    adam = recognize(inner)
     inner = optax.with_extra_args_support(inner)
     fields = engine.StateFields(inner)
     stored = _is_stored(subspace)
@@ -224,6 +227,11 @@ def project_gradients(
 
         # Drawn once more, as otherwise those of all leaves would be alive at once.
         basis_at = load(at_matrix, bases)
+        # At these, one pass stands for the inner optimizer and what is around it.
+        in_one = [i for i, v in at_matrix.items() if suits(adam, recovery_at[i], v)]
+        for i in in_one:
+            low[i] = optax.MaskedNode()
+        masks = {w: optax.MaskedNode() for w in moments if w[1] in in_one}
         if params is not None:
             weights = [trees.full_precision(w) for w in treedef.flatten_up_to(params)]
             for i, view in at_matrix.items():
@@ -231,26 +239,40 @@ def project_gradients(
             params = treedef.unflatten(weights)
         directions, inner_state = inner.update(
             treedef.unflatten(low),
-            layout.set(state.inner_state, moments),
+            layout.set(state.inner_state, moments | masks),
             params,
             **extra,
         )
 
         directions = treedef.flatten_up_to(directions)
         new_moments = layout.get(inner_state)
-        out = [d.astype(g.dtype) for d, g in zip(directions, grads, strict=True)]
+        out = [
+            d if i in at_matrix else d.astype(g.dtype)
+            for i, (d, g) in enumerate(zip(directions, grads, strict=True))
+        ]
         for i, view in at_matrix.items():
             own = [w for w in new_moments if w[1] == i]
-            seen = hasattr(recovery_at[i], "observe")
-            new, recovery_state = _recover(
-                (recovery_at[i], scale),
-                view.matrix(grads[i]),
-                low[i],
-                directions[i],
-                basis_at[i](),
-                recoveries[i],
-                {name: new_moments[name, i] for name, _ in own} if seen else None,
-            )
+            if i in in_one:
+                new, new_moments["mu", i], new_moments["nu", i] = projected_adam(
+                    (adam, scale),
+                    view.matrix(grads[i], grads[i].dtype),
+                    basis_at[i](),
+                    moments["mu", i],
+                    moments["nu", i],
+                    state.inner_state.count,
+                )
+                recovery_state = recoveries[i]
+            else:
+                seen = hasattr(recovery_at[i], "observe")
+                new, recovery_state = _recover(
+                    (recovery_at[i], scale),
+                    view.matrix(grads[i]),
+                    low[i],
+                    directions[i],
+                    basis_at[i](),
+                    recoveries[i],
+                    {name: new_moments[name, i] for name, _ in own} if seen else None,
+                )
             out[i] = view.leaf(new)
             # What is not finite must not stay in the state for good; the moments of a
             # leaf belong together.

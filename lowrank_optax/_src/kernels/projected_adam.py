@@ -14,14 +14,26 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lowrank_optax._src import engine
 from lowrank_optax._src.kernels import gpu, tpu
-from lowrank_optax._src.kernels.adam import adam_step
-from lowrank_optax._src.kernels.dispatch import by_platform
+from lowrank_optax._src.kernels.adam import Adam, adam_step
+from lowrank_optax._src.kernels.dispatch import active, by_platform
 from lowrank_optax._src.kernels.plan import Plan, batch_of, plan, sizes_of
 from lowrank_optax._src.kernels.tiles import dot, flat
+from lowrank_optax._src.matrix import MatrixView
+from lowrank_optax._src.recovery import Drop
 
 Array = jax.Array
 _AXES = ("mn", "mk", "kn", "kn")  # gradient, basis, moments; then numbers
 _NUMBERS = 7
+
+
+def suits(adam: Adam | None, recovery: Any, view: MatrixView) -> bool:
+    """Whether the pass stands for an inner optimizer and a recovery at a leaf."""
+    return (
+        adam is not None
+        and active()
+        and type(recovery) is Drop
+        and view.compute_dtype == jnp.float32
+    )
 
 
 @engine.compiled
@@ -82,10 +94,13 @@ def _shapes(cut: Plan, ins: Any) -> list[Any]:
 def _on_tpu(cut: Plan, interpret: bool, ins: Any) -> list[Array]:
     steps = cut.steps("m")  # of each walk; the second makes as many after the first
 
-    def reads(i, j):
+    def both_walks(i, j):
         return {"n": i, "m": j % steps}
 
-    def writes(i, j):  # stays at the first tile until that is written
+    def first_walk(i, j):  # then stays: what does not change is not fetched again
+        return {"n": i, "m": jnp.minimum(j, steps - 1)}
+
+    def second_walk(i, j):
         return {"n": i, "m": jnp.maximum(j - steps, 0)}
 
     def kernel(*refs):
@@ -95,10 +110,7 @@ def _on_tpu(cut: Plan, interpret: bool, ins: Any) -> list[Array]:
             "n": pl.program_id(1) * cut.block["n"],
             "m": step % steps * cut.block["m"],
         }
-        g, basis = (
-            tpu.load(cut, ref, axes, at)
-            for ref, axes in zip(sources[:2], _AXES[:2], strict=True)
-        )
+        basis = tpu.load(cut, sources[1], "mk", at)
 
         @pl.when(step == 0)
         def _():
@@ -106,7 +118,8 @@ def _on_tpu(cut: Plan, interpret: bool, ins: Any) -> list[Array]:
 
         @pl.when(step < steps)
         def _():
-            low[...] += dot(basis, g.astype(jnp.float32), (0, 0))
+            g = tpu.load(cut, sources[0], "mn", at).astype(jnp.float32)
+            low[...] += dot(basis, g, (0, 0))
 
         @pl.when(step == steps)
         def _():
@@ -120,11 +133,17 @@ def _on_tpu(cut: Plan, interpret: bool, ins: Any) -> list[Array]:
             new = sources[-1][...] * dot(basis, low[...])
             update[...] = new.astype(update.dtype)
 
+    walks = [first_walk, *[both_walks] * (len(ins) - 1)]
     return pl.pallas_call(
         kernel,
         grid=(batch_of(ins), cut.steps("n"), 2 * steps),
-        in_specs=[tpu.block_spec(cut, axes, reads, len(x) > 1) for axes, x in ins],
-        out_specs=[tpu.block_spec(cut, axes, writes) for axes in ("mn", "kn", "kn")],
+        in_specs=[
+            tpu.block_spec(cut, axes, walk, len(x) > 1)
+            for (axes, x), walk in zip(ins, walks, strict=True)
+        ],
+        out_specs=[
+            tpu.block_spec(cut, axes, second_walk) for axes in ("mn", "kn", "kn")
+        ],
         out_shape=_shapes(cut, ins),
         scratch_shapes=[pltpu.VMEM((cut.sizes["k"], cut.block["n"]), jnp.float32)],
         compiler_params=tpu.PARAMS,
