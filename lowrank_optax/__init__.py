@@ -6,6 +6,7 @@ methods without a learning rate, and whole optimizers. Please do not use names f
 """
 
 from lowrank_optax import diagnostics as diagnostics
+from lowrank_optax import kernels as kernels
 from lowrank_optax import linalg as linalg
 from lowrank_optax import rank as rank
 from lowrank_optax._src.aliases import galore_adafactor as galore_adafactor
@@ -163,6 +164,7 @@ __all__ = [
     "inject_hyperparams",
     "ldadamw",
     "leafwise",
+    "kernels",
     "linalg",
     "memory_report",
     "mlorc_adamw",

@@ -1,7 +1,6 @@
 """Which implementation of the update passes is used: plain XLA or Pallas kernels."""
 
 import contextlib
-import functools
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -57,15 +56,20 @@ def active() -> bool:
     return _tier.value != "xla"
 
 
-def by_platform(run: Callable[..., Any], *args: Any) -> Any:
-    """``run(platform, interpret, *args)`` for what is being compiled for.
+def by_platform(run: Callable[..., Any], *arrays: Any) -> list[Any]:
+    """The list of ``run(platform, interpret, *arrays)`` for what is compiled for.
 
     ``platform`` is "cuda", "tpu", or "xla" for any other.
     """
     kind, _, platform = _tier.value.partition(" ")
+
+    def on(platform, interpret=False):
+        return lambda *arrays: list(run(platform, interpret, *arrays))
+
     if platform:
-        return run(platform, True, *args)
-    compiled = {p: functools.partial(run, p, False) for p in ("cuda", "tpu")}
+        return on(platform, True)(*arrays)
     # Asked for by name, kernels are not silently left out: Pallas says what is wrong.
-    other = functools.partial(run, "tpu" if kind == "pallas" else "xla", False)
-    return jax.lax.platform_dependent(*args, **compiled, default=other)
+    other = on("tpu" if kind == "pallas" else "xla")
+    return jax.lax.platform_dependent(
+        *arrays, cuda=on("cuda"), tpu=on("tpu"), default=other
+    )

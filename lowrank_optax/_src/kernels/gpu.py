@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from lowrank_optax._src.kernels.plan import Plan, Spec, batch_of, is_thin
+from lowrank_optax._src.kernels.plan import Plan, is_thin
 
 Array = jax.Array
 At = Mapping[str, Any]  # where along its axis a tile starts
@@ -66,7 +66,7 @@ class Access:
         return tuple(slices), inside
 
 
-def whole(shape: Sequence[int], index: Callable[..., tuple[Any, ...]]) -> pl.BlockSpec:
+def _whole(shape: Sequence[int], index: Callable[..., tuple[Any, ...]]) -> pl.BlockSpec:
     """One matrix of a stack; the kernel takes tiles of it itself."""
     return pl.BlockSpec((*[None] * (len(shape) - 2), *shape[-2:]), index)
 
@@ -74,18 +74,20 @@ def whole(shape: Sequence[int], index: Callable[..., tuple[Any, ...]]) -> pl.Blo
 def matrix_of(x: Any) -> pl.BlockSpec:
     """The matrix of the first grid axis, of an array with one or with all of them."""
     batched = x.shape[0] > 1
-    return whole(x.shape, lambda b, *_: (b if batched else 0, 0, 0))
+    return _whole(x.shape, lambda b, *_: (b if batched else 0, 0, 0))
 
 
 def walk(
     cut: Plan,
     interpret: bool,
     tile: Callable[..., tuple[Array, ...]],
-    ins: Sequence[tuple[str, Array]],
-    outs: Sequence[Spec],
+    ins: Sequence[str],
+    arrays: Sequence[Array],
+    outs: Sequence[str],
+    shapes: Sequence[Any],
 ) -> list[Array]:
-    """`tiles.sweep` on GPU."""
-    outer, over, batch = cut.outer, cut.over, batch_of(ins)
+    """A `tiles.Pass` on GPU; ``shapes`` of the results."""
+    outer, over, batch = cut.outer, cut.over, len(arrays[0])
     wanted = _PROGRAMS // (batch * cut.steps(outer))
     shares = max(1, min(wanted, cut.steps(over) // 4))
     access = Access(cut, shares)
@@ -97,7 +99,7 @@ def walk(
         results = list(zip(refs[len(ins) :], outs, strict=True))
         held = {
             k: access.load(ref, axes, here)
-            for k, (ref, (axes, _)) in enumerate(sources)
+            for k, (ref, axes) in enumerate(sources)
             if over not in axes
         }
 
@@ -105,39 +107,44 @@ def walk(
             at = here | {over: (first + i) * cut.block[over]}
             blocks = [
                 held[k] if k in held else access.load(ref, axes, at)
-                for k, (ref, (axes, _)) in enumerate(sources)
+                for k, (ref, axes) in enumerate(sources)
             ]
             old, new = iter(sums), []
-            for (ref, (axes, _)), x in zip(results, tile(*blocks), strict=True):
+            for (ref, axes), x in zip(results, tile(*blocks), strict=True):
                 if over in axes:
                     access.store(ref, axes, at, x)
                 else:
                     new.append(next(old) + x)
             return new
 
-        summed = [(ref, axes) for ref, (axes, _) in results if over not in axes]
+        summed = [(ref, axes) for ref, axes in results if over not in axes]
         zeros = [jnp.zeros([*map(cut.taken, axes)], jnp.float32) for _, axes in summed]
         sums = jax.lax.fori_loop(0, access.each, step, zeros)
         for (ref, axes), x in zip(summed, sums, strict=True):
             access.store(ref, axes, here, x)
 
-    shapes, specs = [], []
-    for axes, dtype in outs:
-        size = tuple(cut.sizes[a] for a in axes)
-        if over in axes:
-            shapes.append(jax.ShapeDtypeStruct((batch, *size), dtype))
-            specs.append(whole(shapes[-1].shape, lambda b, i, s: (b, 0, 0)))
-        else:  # a part of the sum from each program
-            shapes.append(jax.ShapeDtypeStruct((batch, shares, *size), dtype))
-            specs.append(whole(shapes[-1].shape, lambda b, i, s: (b, s, 0, 0)))
+    # Of each sum, a part from each program that shares the walk.
+    parts = [
+        x
+        if over in axes
+        else jax.ShapeDtypeStruct((batch, shares, *x.shape[1:]), x.dtype)
+        for axes, x in zip(outs, shapes, strict=True)
+    ]
     results = pl.pallas_call(
         kernel,
         grid=(batch, cut.steps(outer), shares),
-        in_specs=[matrix_of(x) for _, x in ins],
-        out_specs=specs,
-        out_shape=shapes,
+        in_specs=[matrix_of(x) for x in arrays],
+        out_specs=[
+            _whole(x.shape, lambda b, i, s: (b, 0, 0))
+            if over in axes
+            else _whole(x.shape, lambda b, i, s: (b, s, 0, 0))
+            for axes, x in zip(outs, parts, strict=True)
+        ],
+        out_shape=parts,
         compiler_params=PARAMS,
         interpret=interpret,
         name=tile.__name__,
-    )(*(x for _, x in ins))
-    return [x.sum(1) if x.ndim == 4 else x for x in results]
+    )(*arrays)
+    return [
+        x if over in axes else x.sum(1) for axes, x in zip(outs, results, strict=True)
+    ]

@@ -73,7 +73,7 @@ def adam_in_blocks(
     arrays = [*rows, *largest, *map(flat, adam.numbers(count))]
 
     def on(platform, interpret, *arrays):
-        return list(_on(platform, interpret, block, *arrays))
+        return _on(platform, interpret, block, *arrays)
 
     *wide, mu_largest, nu_largest = by_platform(on, *arrays)
     update, mu_index, nu_index = (_from_rows(x, grad.shape) for x in wide)

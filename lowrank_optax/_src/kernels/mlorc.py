@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from lowrank_optax._src import batching, engine, linalg
 from lowrank_optax._src.kernels.dispatch import active
-from lowrank_optax._src.kernels.tiles import dot, product, run
+from lowrank_optax._src.kernels.tiles import Pass, dot, product
 from lowrank_optax._src.low_rank import Average, LowRank, Whole, clamp_negative
 
 Array = jax.Array
@@ -43,25 +43,14 @@ def adam(
     """`MLorcAdam.update` from where its sketches are drawn."""
     t, (mu, nu) = step + 1, state
     b1, b2, eps = rule.b1, rule.b2, rule.eps
-    source = [("mn", grad), ("mr", nu.left), ("rn", nu.right), ("11", zeta), ("11", b2)]
-    update, g_omega, v_omega = run(
-        mlorc_adam,
-        [
-            *source,
-            ("mr", mu.left),
-            ("rn", mu.right),
-            *(("ln", omega.mT) for omega in omegas),
-            *(("11", x) for x in (b1, eps, 1 - b1**t, 1 - b2**t)),
-        ],
-        [("mn", grad.dtype), ("ml", jnp.float32), ("ml", jnp.float32)],
-        over="n",
-    )
+    source = grad, nu.left, nu.right, zeta, b2
+    wide = [omega.mT for omega in omegas]  # whose rows are short on TPU otherwise
+    numbers = b1, eps, 1 - b1**t, 1 - b2**t
+    update, g_omega, v_omega = ADAM(*source, mu.left, mu.right, *wide, *numbers)
     average = Average(b1, mu, grad)
     mu_y, _ = average.sketch(omegas[0], g_omega)
     nu_y, _ = linalg.near_one(v_omega)
-    sums = [("ln", jnp.float32)] * 2
-    sketches = [("ml", mu_y), ("ml", nu_y)]
-    mu_z, nu_z = run(mlorc_adam_sketches, [*source, *sketches], sums, over="m")
+    mu_z, nu_z = ADAM_SKETCHES(*source, mu_y, nu_y)
     (mu, mu_finite), (nu, nu_finite) = yield from batching.together(
         batching.ask(Average.best_code, mu_y, mu.right, *average.project(mu_y, mu_z)),
         batching.ask(Whole.best_code, nu_y, nu.right, nu_z),
@@ -94,22 +83,10 @@ def _second_moment(g, left, right, zeta, b2):
 def lion(rule: Any, grad: Array, state: Any, omega: Array) -> batching.Steps:
     """`MLorcLion.update` from where its sketch is drawn."""
     (mu,) = state
-    update, g_omega = run(
-        mlorc_lion,
-        [
-            ("mn", grad),
-            ("mr", mu.left),
-            ("rn", mu.right),
-            ("ln", omega.mT),
-            ("11", rule.b1),
-        ],
-        [("mn", grad.dtype), ("ml", jnp.float32)],
-        over="n",
-    )
+    update, g_omega = LION(grad, mu.left, mu.right, omega.mT, rule.b1)
     average = Average(rule.b2, mu, grad)
     y, _ = average.sketch(omega, g_omega)
-    sketch = [("mn", grad), ("ml", y)]
-    (z,) = run(mlorc_lion_sketch, sketch, [("ln", jnp.float32)], over="m")
+    (z,) = LION_SKETCH(grad, y)
     parts = average.project(y, z)
     mu, finite = yield from batching.ask(Average.best_code, y, mu.right, *parts)
     return update, engine.where(jnp.all(finite), type(state)(mu), state)
@@ -127,3 +104,17 @@ def mlorc_lion(g, left, right, omega, b1):
 def mlorc_lion_sketch(g, y):
     """A tile's part of ``Y^T G``."""
     return (dot(y, g.astype(jnp.float32), (0, 0)),)
+
+
+_V = ("mn", "mr", "rn", "11", "11")
+ADAM = Pass(
+    mlorc_adam,
+    ins=(*_V, "mr", "rn", "ln", "ln", *["11"] * 4),
+    outs=("mn", "ml", "ml"),
+    over="n",
+)
+ADAM_SKETCHES = Pass(
+    mlorc_adam_sketches, ins=(*_V, "ml", "ml"), outs=("ln", "ln"), over="m"
+)
+LION = Pass(mlorc_lion, ins=("mn", "mr", "rn", "ln", "11"), outs=("mn", "ml"), over="n")
+LION_SKETCH = Pass(mlorc_lion_sketch, ins=("mn", "ml"), outs=("ln",), over="m")

@@ -1,6 +1,7 @@
 """How a pass over a matrix is cut into tiles that fit the fast memory of a device."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,6 @@ from jax.experimental import pallas as pl
 from lowrank_optax._src.low_rank import OUTER_MAX_RANK
 
 Array = jax.Array
-Spec = tuple[str, Any]  # axes and dtype
 
 # What every GPU since Ampere has a block, and a TPU core's default share of VMEM.
 BUDGET = {"cuda": 99 * 1024, "tpu": 16 * 1024 * 1024}
@@ -63,25 +63,39 @@ class Plan:
 
 def plan(
     platform: str,
-    ins: Sequence[Spec],
-    outs: Sequence[Spec],
-    sizes: Mapping[str, int],
+    ins: Sequence[str],
+    outs: Sequence[str],
     over: str,
+    sizes: Mapping[str, int],
+    dtype: Any,
 ) -> Plan | None:
-    """The largest tiles that fit; None if none does."""
+    """The largest tiles that fit; None if none does.
+
+    Args:
+      platform: "cuda" or "tpu".
+      ins, outs: axes of operands and results.
+      over: the axis of the walk.
+      sizes: of all axes by letter.
+      dtype: of the gradient, see `itemsize`.
+    """
     for shape in _TILES[platform]:
         block = {}
         for axis, size in zip("mn", shape, strict=True):
             least = power_of_two(sizes[axis], 16) if platform == "cuda" else sizes[axis]
             block[axis] = min(size, least)
         found = Plan(platform, sizes, over, block, 0)
-        found = dataclasses.replace(found, bytes=_footprint(found, ins, outs))
+        found = dataclasses.replace(found, bytes=_footprint(found, ins, outs, dtype))
         if found.bytes <= BUDGET[platform]:
             return found
     return None
 
 
-def _footprint(cut: Plan, ins: Sequence[Spec], outs: Sequence[Spec]) -> int:
+def itemsize(axes: str, dtype: Any) -> int:
+    """Bytes of a number: gradient and update are in ``dtype``, all else in float32."""
+    return jnp.dtype(dtype).itemsize if axes == "mn" else 4
+
+
+def _footprint(cut: Plan, ins: Sequence[str], outs: Sequence[str], dtype: Any) -> int:
     """Bytes of shared memory or VMEM, counted high.
 
     On GPU all that is multiplied or stored passes through shared memory, but for thin
@@ -90,27 +104,37 @@ def _footprint(cut: Plan, ins: Sequence[Spec], outs: Sequence[Spec]) -> int:
     """
     on_tpu = cut.platform == "tpu"
     total = (_VALUES if on_tpu else 2) * 4 * cut.block["m"] * cut.block["n"]
-    stored = outs if on_tpu else [spec for spec in outs if cut.over in spec[0]]
-    for axes, dtype in [*ins, *stored]:
+    stored = outs if on_tpu else [axes for axes in outs if cut.over in axes]
+    for axes in [*ins, *stored]:
         rows, cols = map(cut.taken, axes)
         if on_tpu:
             rows, cols = pl.cdiv(rows, 8) * 8, pl.cdiv(cols, 128) * 128
         elif is_thin(axes, cut.sizes):
             continue
-        total += (1 + on_tpu) * rows * cols * jnp.dtype(dtype).itemsize
+        total += (1 + on_tpu) * rows * cols * itemsize(axes, dtype)
     return total
 
 
-def sizes_of(ins: Sequence[tuple[str, Array]]) -> dict[str, int]:
-    """The size of each axis by letter, from axes and stacks of matrices."""
+def moved(cut: Plan, ins: Sequence[str], outs: Sequence[str], dtype: Any) -> int:
+    """Bytes that the tiles of a matrix read and write.
+
+    What is without the axis of the walk stays while that lasts; what is without the
+    other one is read again in each walk, on GPU most of it from the cache.
+    """
+    total = 0
+    for axes in [*ins, *outs]:
+        size = math.prod(cut.sizes[a] for a in axes) * itemsize(axes, dtype)
+        again = cut.over in axes and cut.outer not in axes
+        total += size * (cut.steps(cut.outer) if again else 1)
+    return total
+
+
+def sizes_of(ins: Sequence[str], arrays: Sequence[Array]) -> dict[str, int]:
+    """The size of each axis by letter, from stacks of matrices."""
     sizes: dict[str, int] = {}
-    for axes, x in ins:
+    for axes, x in zip(ins, arrays, strict=True):
         sizes |= zip(axes, x.shape[1:], strict=True)
     return sizes
-
-
-def batch_of(ins: Sequence[tuple[str, Array]]) -> int:
-    return max(x.shape[0] for _, x in ins)
 
 
 def is_thin(axes: str, sizes: Mapping[str, int]) -> bool:

@@ -5,6 +5,7 @@ sum up ``R = P^T G``, then, after Adam on those columns, to write ``s P N``. The
 gradient is read once; R and N never leave the program.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,14 +17,14 @@ from lowrank_optax._src import engine
 from lowrank_optax._src.kernels import gpu, tpu
 from lowrank_optax._src.kernels.adam import Adam, adam_step
 from lowrank_optax._src.kernels.dispatch import active, by_platform
-from lowrank_optax._src.kernels.plan import Plan, batch_of, plan, sizes_of
-from lowrank_optax._src.kernels.tiles import dot, flat
+from lowrank_optax._src.kernels.plan import Plan, moved, plan, sizes_of
+from lowrank_optax._src.kernels.tiles import dot, flat, same_batch
 from lowrank_optax._src.matrix import MatrixView
 from lowrank_optax._src.recovery import Drop
 
 Array = jax.Array
-_AXES = ("mn", "mk", "kn", "kn")  # gradient, basis, moments; then numbers
-_NUMBERS = 7
+_INS = ("mn", "mk", "kn", "kn", *["11"] * 7)  # gradient, basis, moments, numbers
+_OUTS = ("mn", "kn", "kn")
 
 
 def suits(adam: Adam | None, recovery: Any, view: MatrixView) -> bool:
@@ -57,21 +58,23 @@ def projected_adam(parts: Any, grad: Array, basis: Array, mu: Array, nu: Array, 
     return tuple(x.reshape(*batch, *x.shape[1:]) for x in results)
 
 
-def cut_for(platform: str, ins: Any) -> Plan | None:
-    """Tiles of the pass, for axes and stacks of matrices."""
-    specs = [(axes, x.dtype) for axes, x in ins]
-    moments = [("kn", jnp.float32)] * 3  # with the sum
-    outs = [("mn", ins[0][1].dtype), *moments]
-    return plan(platform, specs, outs, sizes_of(ins), over="m")
+def cut_for(platform: str, sizes: Mapping[str, int], dtype: Any) -> Plan | None:
+    """The tiles of the pass, for sizes of "m", "n", "k" (the rank) and "1"."""
+    return plan(platform, _INS, (*_OUTS, "kn"), "m", sizes, dtype)  # with the sum
+
+
+def moved_by(cut: Plan, dtype: Any) -> int:
+    """Bytes that the pass reads and writes; the basis in both walks."""
+    return moved(cut, (*_INS, "mk"), _OUTS, dtype)
 
 
 def _on(platform: str, interpret: bool, *arrays: Array) -> list[Array]:
-    ins = list(zip((*_AXES, *["11"] * _NUMBERS), arrays, strict=True))
-    cut = None if platform == "xla" else cut_for(platform, ins)
+    sizes, dtype = sizes_of(_INS, arrays), arrays[0].dtype
+    cut = None if platform == "xla" else cut_for(platform, sizes, dtype)
     if cut is None:
-        return list(jax.vmap(_whole)(*_broadcast(arrays)))
+        return jax.vmap(_whole)(*same_batch(arrays))
     walk = _on_gpu if platform == "cuda" else _on_tpu
-    return list(walk(cut, interpret, ins))
+    return walk(cut, interpret, arrays)
 
 
 def _whole(g, basis, mu, nu, *numbers):
@@ -80,18 +83,11 @@ def _whole(g, basis, mu, nu, *numbers):
     return (numbers[-1] * dot(basis, direction)).astype(g.dtype), mu, nu
 
 
-def _broadcast(arrays):
-    return [jnp.broadcast_to(x, (len(arrays[0]), *x.shape[1:])) for x in arrays]
+def _shapes(grad: Array, basis: Array, mu: Array, nu: Array, *_: Array) -> list[Any]:
+    return [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (grad, mu, nu)]
 
 
-def _shapes(cut: Plan, ins: Any) -> list[Any]:
-    batch, dtype = batch_of(ins), ins[0][1].dtype
-    m, n, k = (cut.sizes[axis] for axis in "mnk")
-    moment = jax.ShapeDtypeStruct((batch, k, n), jnp.float32)
-    return [jax.ShapeDtypeStruct((batch, m, n), dtype), moment, moment]
-
-
-def _on_tpu(cut: Plan, interpret: bool, ins: Any) -> list[Array]:
+def _on_tpu(cut: Plan, interpret: bool, arrays: Any) -> list[Array]:
     steps = cut.steps("m")  # of each walk; the second makes as many after the first
 
     def both_walks(i, j):
@@ -104,7 +100,7 @@ def _on_tpu(cut: Plan, interpret: bool, ins: Any) -> list[Array]:
         return {"n": i, "m": jnp.maximum(j - steps, 0)}
 
     def kernel(*refs):
-        sources, (update, mu_out, nu_out, low) = refs[: len(ins)], refs[len(ins) :]
+        sources, (update, mu_out, nu_out, low) = refs[: len(_INS)], refs[len(_INS) :]
         step = pl.program_id(2)
         at = {
             "n": pl.program_id(1) * cut.block["n"],
@@ -133,30 +129,28 @@ def _on_tpu(cut: Plan, interpret: bool, ins: Any) -> list[Array]:
             new = sources[-1][...] * dot(basis, low[...])
             update[...] = new.astype(update.dtype)
 
-    walks = [first_walk, *[both_walks] * (len(ins) - 1)]
+    walks = [first_walk, *[both_walks] * (len(_INS) - 1)]
     return pl.pallas_call(
         kernel,
-        grid=(batch_of(ins), cut.steps("n"), 2 * steps),
+        grid=(len(arrays[0]), cut.steps("n"), 2 * steps),
         in_specs=[
             tpu.block_spec(cut, axes, walk, len(x) > 1)
-            for (axes, x), walk in zip(ins, walks, strict=True)
+            for axes, x, walk in zip(_INS, arrays, walks, strict=True)
         ],
-        out_specs=[
-            tpu.block_spec(cut, axes, second_walk) for axes in ("mn", "kn", "kn")
-        ],
-        out_shape=_shapes(cut, ins),
+        out_specs=[tpu.block_spec(cut, axes, second_walk) for axes in _OUTS],
+        out_shape=_shapes(*arrays),
         scratch_shapes=[pltpu.VMEM((cut.sizes["k"], cut.block["n"]), jnp.float32)],
         compiler_params=tpu.PARAMS,
         interpret=interpret,
         name="projected_adam",
-    )(*(x for _, x in ins))
+    )(*arrays)
 
 
-def _on_gpu(cut: Plan, interpret: bool, ins: Any) -> list[Array]:
+def _on_gpu(cut: Plan, interpret: bool, arrays: Any) -> list[Array]:
     access, steps = gpu.Access(cut), cut.steps("m")
 
     def kernel(*refs):
-        (g, basis, *sources), results = refs[: len(ins)], refs[len(ins) :]
+        (g, basis, *sources), results = refs[: len(_INS)], refs[len(_INS) :]
         here = {"n": pl.program_id(1) * cut.block["n"]}
 
         def at(i):
@@ -170,7 +164,7 @@ def _on_gpu(cut: Plan, interpret: bool, ins: Any) -> list[Array]:
         low = jax.lax.fori_loop(0, steps, project, zeros)
         mu, nu, *numbers = (
             access.load(ref, axes, here)
-            for ref, (axes, _) in zip(sources, ins[2:], strict=True)
+            for ref, axes in zip(sources, _INS[2:], strict=True)
         )
         direction, mu, nu = adam_step(low, mu, nu, *numbers[:-1])
         access.store(results[1], "kn", here, mu)
@@ -182,14 +176,14 @@ def _on_gpu(cut: Plan, interpret: bool, ins: Any) -> list[Array]:
 
         jax.lax.fori_loop(0, steps, back, None)
 
-    shapes = _shapes(cut, ins)
+    shapes = _shapes(*arrays)
     return pl.pallas_call(
         kernel,
-        grid=(batch_of(ins), cut.steps("n")),
-        in_specs=[gpu.matrix_of(x) for _, x in ins],
-        out_specs=[gpu.whole(x.shape, lambda b, i: (b, 0, 0)) for x in shapes],
+        grid=(len(arrays[0]), cut.steps("n")),
+        in_specs=[gpu.matrix_of(x) for x in arrays],
+        out_specs=[gpu.matrix_of(x) for x in shapes],
         out_shape=shapes,
         compiler_params=gpu.PARAMS,
         interpret=interpret,
         name="projected_adam",
-    )(*(x for _, x in ins))
+    )(*arrays)

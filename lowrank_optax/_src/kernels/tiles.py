@@ -1,10 +1,10 @@
 """A pass over the tiles of a matrix, described once for XLA, GPU and TPU.
 
 A pass is a function of one tile. Its operands and results are arrays of two axes, named
-by letters: "m" and "n" are cut into tiles, any other is taken whole. The pass walks
-along one of the two axes; results without it are summed over it.
+by letters: "m" and "n" are cut into tiles, any other is taken whole; "11" is a number.
+The pass walks along "m" or "n"; results without it are summed over it.
 
-    run(tile, [("mn", g), ("mr", left), ("rn", right)], [("mn", dtype)], over="n")
+    Pass(tile, ins=("mn", "mr", "rn"), outs=("mn",), over="n")(grad, left, right)
 
 On TPU the steps of a walk are a grid axis, executed in order, and sums stay in VMEM; on
 GPU programs run in any order, so that a walk is a loop within one, with the sums in
@@ -18,8 +18,9 @@ promises no stability of its serialized form, so that an export must allow the c
 call. Mosaic for TPU fills edge blocks with anything, hence masks there too.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,9 +28,72 @@ import jax.numpy as jnp
 
 from lowrank_optax._src.kernels import gpu, tpu
 from lowrank_optax._src.kernels.dispatch import by_platform
-from lowrank_optax._src.kernels.plan import Spec, batch_of, plan, sizes_of
+from lowrank_optax._src.kernels.plan import Plan, plan, sizes_of
 
 Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """A pass over one matrix, see the module.
+
+    Attributes:
+      tile: from the blocks of all operands to those of all results. What lies beyond
+        the edges of a matrix arrives as zero, and must add nothing to a sum.
+      ins: axes of the operands; the first is the gradient.
+      outs: axes of the results. Those of "mn" are in the gradient's dtype, all others
+        in float32.
+      over: the axis of the walk.
+    """
+
+    tile: Callable[..., tuple[Array, ...]]
+    ins: tuple[str, ...]
+    outs: tuple[str, ...]
+    over: str
+
+    def plan(self, platform: str, sizes: Mapping[str, int], dtype: Any) -> Plan | None:
+        return plan(platform, self.ins, self.outs, self.over, sizes, dtype)
+
+    def __call__(self, *arrays: Any) -> list[Array]:
+        """The results ``(*batch, ., .)`` of operands ``(*batch, ., .)`` and numbers."""
+        batch = arrays[0].shape[:-2]
+        results = by_platform(self.on, *map(flat, arrays))
+        return [x.reshape(*batch, *x.shape[1:]) for x in results]
+
+    def on(self, platform: str, interpret: bool, *arrays: Array) -> Sequence[Array]:
+        """The pass on one platform.
+
+        Args:
+          platform: "cuda", "tpu", or "xla" for one tile that is the whole matrix, as
+            also where no tile fits.
+          interpret: whether to interpret the kernel.
+          arrays: ``(batch or 1, ., .)``.
+        """
+        sizes, dtype = sizes_of(self.ins, arrays), arrays[0].dtype
+        cut = None if platform == "xla" else self.plan(platform, sizes, dtype)
+        if cut is None:
+            return jax.vmap(self.tile)(*same_batch(arrays))
+        walk = gpu.walk if platform == "cuda" else tpu.walk
+        shapes = [
+            jax.ShapeDtypeStruct(
+                (len(arrays[0]), *(sizes[a] for a in axes)),
+                dtype if axes == "mn" else jnp.float32,
+            )
+            for axes in self.outs
+        ]
+        return walk(cut, interpret, self.tile, self.ins, arrays, self.outs, shapes)
+
+
+def flat(x: Any) -> Array:
+    """A stack of matrices; of a number, of one."""
+    x = jnp.asarray(x)
+    if x.ndim == 0:
+        x = x.astype(jnp.float32)[None, None]
+    return x.reshape(-1, *x.shape[-2:])
+
+
+def same_batch(arrays: tuple[Array, ...]) -> list[Array]:
+    return [jnp.broadcast_to(x, (len(arrays[0]), *x.shape[1:])) for x in arrays]
 
 
 def product(left: Any, right: Any) -> Array:
@@ -50,68 +114,3 @@ def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
-
-
-def run(
-    tile: Callable[..., tuple[Array, ...]],
-    ins: Sequence[tuple[str, Any]],
-    outs: Sequence[Spec],
-    over: str,
-) -> list[Array]:
-    """Run a pass on what is compiled for; see the module.
-
-    Args:
-      tile: from the blocks of all operands to those of all results. What lies beyond
-        the edges of a matrix arrives as zero, and must add nothing to a sum.
-      ins: axes and array of each operand, ``(*batch, ., .)`` or a number for "11"; the
-        first has all batch axes.
-      outs: axes and dtype of each result.
-      over: the axis of the walk, "m" or "n".
-
-    Returns:
-      The results, ``(*batch, ., .)``.
-    """
-    batch = ins[0][1].shape[:-2]
-    arrays = [flat(x) for _, x in ins]
-
-    def on(platform, interpret, *arrays):
-        named = [(axes, x) for (axes, _), x in zip(ins, arrays, strict=True)]
-        return list(sweep(platform, interpret, tile, named, outs, over))
-
-    results = by_platform(on, *arrays)
-    return [x.reshape(*batch, *x.shape[1:]) for x in results]
-
-
-def flat(x: Any) -> Array:
-    """A stack of matrices; of a number, of one."""
-    x = jnp.asarray(x)
-    if x.ndim == 0:
-        x = x.astype(jnp.float32)[None, None]
-    return x.reshape(-1, *x.shape[-2:])
-
-
-def sweep(
-    platform: str,
-    interpret: bool,
-    tile: Callable[..., tuple[Array, ...]],
-    ins: Sequence[tuple[str, Array]],
-    outs: Sequence[Spec],
-    over: str,
-) -> list[Array]:
-    """`run` on one platform, with arrays ``(batch or 1, ., .)``.
-
-    Args:
-      platform: "cuda", "tpu", or "xla" for one tile that is the whole matrix, as also
-        where no tile fits.
-      interpret: whether to interpret the kernel.
-    """
-    cut = None
-    if platform != "xla":
-        specs = [(axes, x.dtype) for axes, x in ins]
-        cut = plan(platform, specs, outs, sizes_of(ins), over)
-    if cut is None:
-        batch = batch_of(ins)
-        arrays = (jnp.broadcast_to(x, (batch, *x.shape[1:])) for _, x in ins)
-        return list(jax.vmap(tile)(*arrays))
-    walk = gpu.walk if platform == "cuda" else tpu.walk
-    return walk(cut, interpret, tile, ins, outs)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from lowrank_optax._src.kernels.plan import Plan, Spec, batch_of, is_thin
+from lowrank_optax._src.kernels.plan import Plan, is_thin
 
 Array = jax.Array
 At = Mapping[str, Any]  # where along its axis a tile starts
@@ -51,11 +51,13 @@ def walk(
     cut: Plan,
     interpret: bool,
     tile: Callable[..., tuple[Array, ...]],
-    ins: Sequence[tuple[str, Array]],
-    outs: Sequence[Spec],
+    ins: Sequence[str],
+    arrays: Sequence[Array],
+    outs: Sequence[str],
+    shapes: Sequence[Any],
 ) -> list[Array]:
-    """`tiles.sweep` on TPU."""
-    outer, over, batch = cut.outer, cut.over, batch_of(ins)
+    """A `tiles.Pass` on TPU; ``shapes`` of the results."""
+    outer, over = cut.outer, cut.over
 
     def tile_at(i, j):
         return {outer: i, over: j}
@@ -64,11 +66,8 @@ def walk(
         step = pl.program_id(2)
         at = {outer: pl.program_id(1) * cut.block[outer], over: step * cut.block[over]}
         sources, results = refs[: len(ins)], refs[len(ins) :]
-        blocks = [
-            load(cut, ref, axes, at)
-            for ref, (axes, _) in zip(sources, ins, strict=True)
-        ]
-        for ref, (axes, _), x in zip(results, outs, tile(*blocks), strict=True):
+        blocks = [load(cut, *source, at) for source in zip(sources, ins, strict=True)]
+        for ref, axes, x in zip(results, outs, tile(*blocks), strict=True):
             if over in axes:
                 ref[...] = x
                 continue
@@ -81,14 +80,14 @@ def walk(
 
     return pl.pallas_call(
         kernel,
-        grid=(batch, cut.steps(outer), cut.steps(over)),
-        in_specs=[block_spec(cut, axes, tile_at, len(x) > 1) for axes, x in ins],
-        out_specs=[block_spec(cut, axes, tile_at) for axes, _ in outs],
-        out_shape=[
-            jax.ShapeDtypeStruct((batch, *(cut.sizes[a] for a in axes)), dtype)
-            for axes, dtype in outs
+        grid=(len(arrays[0]), cut.steps(outer), cut.steps(over)),
+        in_specs=[
+            block_spec(cut, axes, tile_at, len(x) > 1)
+            for axes, x in zip(ins, arrays, strict=True)
         ],
+        out_specs=[block_spec(cut, axes, tile_at) for axes in outs],
+        out_shape=shapes,
         compiler_params=PARAMS,
         interpret=interpret,
         name=tile.__name__,
-    )(*(x for _, x in ins))
+    )(*arrays)
