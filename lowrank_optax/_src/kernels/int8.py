@@ -100,18 +100,20 @@ def _from_rows(x: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _on(platform: str, interpret: bool, block: int, *arrays: Array) -> list[Array]:
-    grad, *_ = arrays
-    (rows, cols), dtype = grad.shape, grad.dtype
-    taken = 0 if platform == "xla" else rows_at_once(platform, cols, block, dtype)
-    if platform == "xla" or not taken:
-        single = [x.reshape(-1, block) for x in arrays[:3]]
-        single += [x.reshape(-1, 1) for x in arrays[3:5]]
+    cols, dtype = arrays[0].shape[1], arrays[0].dtype
+    taken = 0
+    if platform != "xla":
+        taken = rows_at_once(platform, cols, block, dtype)
+    if platform == "tpu" and taken:
+        return _on_tpu(taken, interpret, block, *arrays)
+    single = [x.reshape(-1, block) for x in arrays[:3]]
+    single += [x.reshape(-1, 1) for x in arrays[3:5]]
+    if taken:
+        results = _on_gpu(taken, interpret, *single, *arrays[5:])
+    else:
         results = adam_on_blocks(*single, *(x[0] for x in arrays[5:]))
-        shapes = [(rows, cols)] * 3 + [(rows, cols // block)] * 2
-        return [x.reshape(s) for x, s in zip(results, shapes, strict=True)]
-    if platform == "cuda":
-        return _on_gpu(taken, interpret, block, *arrays)
-    return _on_tpu(taken, interpret, block, *arrays)
+    shapes = [x.shape for x in (*arrays[:1] * 3, *arrays[3:5])]
+    return [x.reshape(s) for x, s in zip(results, shapes, strict=True)]
 
 
 def rows_at_once(platform: str, cols: int, block: int, dtype: Any) -> int:
@@ -267,33 +269,29 @@ def _on_tpu(taken: int, interpret: bool, block: int, *arrays: Array) -> list[Arr
     )(*arrays)
 
 
-def _on_gpu(taken: int, interpret: bool, block: int, *arrays: Array) -> list[Array]:
-    shapes = _shapes(arrays[0], arrays[3])
-    single = [x.reshape(-1, block) for x in arrays[:3]]
-    single += [x.reshape(-1, 1) for x in arrays[3:5]]
-    rows = len(single[0])
+def _on_gpu(taken: int, interpret: bool, *arrays: Array) -> list[Array]:
+    rows, block = arrays[0].shape
 
     def kernel(*refs):
         sources, numbers, results = refs[:5], refs[5:-5], refs[-5:]
         place = jax.lax.broadcasted_iota(jnp.int32, (taken, 1), 0)
         inside = place < rows - pl.program_id(0) * taken
         blocks = [
-            triton.load(ref, mask=jnp.broadcast_to(inside, ref.shape), other=0)
-            for ref in sources
+            triton.load(x, mask=jnp.broadcast_to(inside, x.shape), other=0)
+            for x in sources
         ]
         out = adam_on_blocks(*blocks, *(x[...] for x in numbers))
         for ref, x in zip(results, out, strict=True):
             triton.store(ref, x, mask=jnp.broadcast_to(inside, ref.shape))
 
     ins, outs = _specs(taken, block, 1, len(arrays) - 5)
-    results = pl.pallas_call(
+    return pl.pallas_call(
         kernel,
         grid=(pl.cdiv(rows, taken),),
         in_specs=ins,
         out_specs=outs,
-        out_shape=_shapes(single[0], single[3]),
+        out_shape=_shapes(arrays[0], arrays[3]),
         compiler_params=_GPU_PARAMS,
         interpret=interpret,
         name="adam_int8",
-    )(*single, *arrays[5:])
-    return [x.reshape(s.shape) for x, s in zip(results, shapes, strict=True)]
+    )(*arrays)
