@@ -83,13 +83,6 @@ def cuts(name: str, rank: int, shape: tuple[int, int], platform: str) -> list[An
     return [(cut.block["m"], cut.block["n"], cut.bytes, moved) for cut, moved in found]
 
 
-def is_turned(name: str, shape: tuple[int, int]) -> bool:
-    """Whether a layer is transposed first, a square one as `side` has it."""
-    if name == "8-bit Adam":
-        return False
-    return shape[0] >= shape[1] if name == "GaLore" else shape[0] > shape[1]
-
-
 def lowered_calls(name: str, rank: int, shape: tuple[int, int], platform: str) -> int:
     """Kernels in the update of one layer, exported for a platform."""
     tx = METHODS[name](rank)
@@ -118,7 +111,6 @@ def count(settings: Settings) -> list[dict[str, Any]]:
         tiles = cuts(name, rank, shape, platform)
         weights = shape[0] * shape[1]
         moved = sum(x[-1] for x in tiles) / weights
-        moved += 4 * WORD if is_turned(name, shape) else 0
         found.append(
             {
                 "method": name,
@@ -195,10 +187,9 @@ def text_of(counted: list[dict[str, Any]], timed: list[dict[str, Any]]) -> str:
         f"{plan.BUDGET['cuda'] // 1024} KiB) or VMEM (at most "
         f"{plan.BUDGET['tpu'] // 1024} KiB). Words are of 4 bytes for each weight, "
         "what is read again for each row or column of tiles included (on GPU most of "
-        "that comes from the cache), and 4 where a layer is turned before, and its "
-        "update after, as the kernels take the shorter side as rows. The ratio is that "
-        "of the update and its application to the 7 words of AdamW; the application "
-        "takes 3, as Optax has it.",
+        "that comes from the cache). The ratio is that of the update and its "
+        "application to the 7 words of AdamW; the application takes 3, as Optax has "
+        "it.",
         "",
         "| method | layer | for | kernels | tiles | fast memory, KiB "
         "| words of the update | / AdamW |",

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.export
@@ -25,9 +26,9 @@ PASSES = {
     "mlorc_lion_sketch": mlorc.LION_SKETCH,
 }
 # Edges of tiles: 576 columns are 9 steps of 64, which two programs on GPU share as 5
-# and 4, and 2 of 512 on TPU; 270 rows are 2 of 256. The narrow one is seen transposed.
-SHAPES = {"wide": (40, 576), "stack": (2, 270, 300), "narrow": (50, 33)}
-DTYPES = {"wide": jnp.float32, "stack": jnp.float32, "narrow": jnp.bfloat16}
+# and 4, and 2 of 512 on TPU; 270 rows are 2 of 256. The stack is seen transposed.
+SHAPES = {"wide": (40, 576), "stack": (2, 300, 270)}
+DTYPES = {"wide": jnp.float32, "stack": jnp.bfloat16}
 METHODS = {
     "adam": lambda rank: lro.mlorc_scale_by_adam(rank, matrices=lro.MatrixAxes()),
     "lion": lambda rank: lro.mlorc_scale_by_lion(rank, matrices=lro.MatrixAxes()),
@@ -43,9 +44,8 @@ METHODS = {
 
 
 def kernels_in(function, *args):
-    """Names of the kernels in what a function traces to, one for each call."""
-    text = str(jax.make_jaxpr(function)(*args))
-    return text.count("pallas_call[")
+    """How many kernels there are in what a function traces to."""
+    return str(jax.make_jaxpr(function)(*args)).count("pallas_call[")
 
 
 def relative(x, y):
@@ -63,17 +63,17 @@ def test_the_tier_is_part_of_the_key_of_each_compilation():
     traced = []
 
     @jax.jit
-    def step(grads, state):
+    def step(grads):
         traced.append(kernels_in(tx.update, grads, state))
-        return tx.update(grads, state)
+        return grads
 
     for _ in range(2):  # the second time from the cache
-        step(params, state)
+        step(params)
         for platform in PLATFORMS:
             with interpreted(platform):
-                step(params, state)
+                step(params)
         with lro.kernels.dispatch("xla"):
-            step(params, state)
+            step(params)
     assert traced == [0, 2, 2, 0]
 
 
@@ -91,9 +91,7 @@ def test_the_tier_holds_within_its_block_alone():
 
 
 def test_kernels_are_refused_where_they_cannot_run():
-    with pytest.raises(
-        ValueError, match="`tier` must be one of .*, got 'gpu'"
-    ):
+    with pytest.raises(ValueError, match="`tier` must be one of .*, got 'gpu'"):
         lro.kernels.dispatch("gpu")
     tx = METHODS["lion"](2)
     params = {"w": jnp.ones((24, 40))}
@@ -136,21 +134,32 @@ def test_what_has_no_kernel_is_left_to_xla(tx):
 # Equality
 
 
+def gradients(name, seed, scale):
+    """Of which no two singular values are close: their vectors are well defined."""
+    shapes = dict(SHAPES)
+    if name == "int8":
+        shapes["wide"] = (40, 512)  # two blocks a row
+    return {
+        k: (scale * x / jnp.sqrt(1 + jnp.arange(x.shape[-1]))).astype(DTYPES[k])
+        for k, x in random_like(shapes, seed).items()
+    }
+
+
 @functools.cache
 def steps(name):
-    """``(gradients, state, update, next state)`` of XLA's tier; the second is zero."""
+    """A compiled update, and by XLA's tier ``(gradients, state, update, next state)``.
+
+    The last gradient is zero.
+    """
     tx = METHODS[name](3)
-    grads = [
-        {k: scale * x.astype(DTYPES[k]) for k, x in random_like(SHAPES, seed).items()}
-        for seed, scale in enumerate((1.0, 0.0, 1e-3))
-    ]
+    grads = [gradients(name, t, scale) for t, scale in enumerate((1.0, 0.1, 0.0))]
     state, update = tx.init(grads[0]), jax.jit(tx.update)
     found = []
     for g in grads:
         direction, new = update(g, state)
         found.append((g, state, direction, new))
         state = new
-    return tx, found
+    return update, found
 
 
 def check_states(name, new, expected):
@@ -172,17 +181,24 @@ def check_states(name, new, expected):
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_is_that_of_the_xla_tier(name, platform):
-    tx, found = steps(name)
-    update = jax.jit(tx.update)
+    update, found = steps(name)
     with interpreted(platform):
-        passes = kernels_in(tx.update, *found[0][:2])
+        passes = kernels_in(update, *found[0][:2])
         assert passes == len(SHAPES) * (2 if name in ("adam", "lion") else 1)
         for grads, state, direction, new in found:
             got, got_state = update(grads, state)
             for k in SHAPES:
-                assert got[k].dtype == DTYPES[k]
+                x, y = got[k], direction[k]
+                assert x.dtype == DTYPES[k] and jnp.isfinite(x).all()
+                if name == "adam" and not grads[k].any():
+                    # Where V alone crosses zero, 1 / sqrt(V) has no correct digits.
+                    v = jnp.matmul(*state.inner_state.nu[k])
+                    sure = jnp.abs(v) > 0.02 * v.max()
+                    sure = sure if sure.shape == x.shape else sure.mT
+                    assert sure.sum() > 200
+                    x, y = x[sure], y[sure]
                 tolerance = 1e-5 if DTYPES[k] == jnp.float32 else 4e-3
-                assert relative(got[k], direction[k]) < tolerance, k
+                assert relative(x, y) < tolerance, k
             assert jax.tree.structure(got_state) == jax.tree.structure(new)
             check_states(name, got_state, new)
 
@@ -222,15 +238,15 @@ def test_the_arithmetic_of_bytes_is_their_map(signed):
     np.testing.assert_array_equal(largest, code.largest)
 
 
-@pytest.mark.parametrize("name", ["adam", "galore", "int8"])
+@pytest.mark.parametrize("name", ["adam", "lion", "galore", "int8"])
 def test_bad_gradients_do_not_stay(name):
-    tx, found = steps(name)
-    grads, state = found[2][:2]
+    update, found = steps(name)
+    grads, state = found[1][:2]
     bad = grads | {"wide": grads["wide"].at[3, 5].set(jnp.nan)}
     with interpreted("cuda"):
-        got, new = jax.jit(tx.update)(bad, state)
+        got, new = update(bad, state)
     assert not jnp.isfinite(got["wide"]).all() and jnp.isfinite(got["stack"]).all()
-    for field in ("mu", "nu"):
+    for field in ("mu", "nu")[: 1 + (name != "lion")]:
         old, kept = (getattr(s.inner_state, field)["wide"] for s in (state, new))
         jax.tree.map(np.testing.assert_array_equal, kept, old)
 
@@ -239,10 +255,11 @@ def test_numbers_may_be_traced():
     tx = lro.inject_hyperparams(lro.galore_adamw)(1e-2, rank=2, b1=0.8, scale=0.5)
     params = {"w": random_like((24, 40), 0)}
     state = tx.init(params)
-    expected, _ = tx.update(params, state, params)
+    update = jax.jit(tx.update)
+    expected, _ = update(params, state, params)
     with interpreted("cuda"):
-        assert kernels_in(tx.update, params, state, params) == 1
-        got, _ = tx.update(params, state, params)
+        assert kernels_in(update, params, state, params) == 1
+        got, _ = update(params, state, params)
     assert relative(got["w"], expected["w"]) < 1e-5
 
 
@@ -256,6 +273,18 @@ def test_a_kept_basis_costs_no_product_outside_the_pass():
     results = text[start : text.index("{", start)].partition("->")[2]
     # The basis and the moments, but no projected gradient.
     assert results.count("tensor<") == 3 and "tensor<24x3xf32>" in results
+
+
+def test_a_leaf_that_lies_transposed_is_not_moved():
+    tx = METHODS["lion"](2)
+    params = {"w": jnp.ones((96, 64))}
+    with interpreted("tpu"):
+        compiled = jax.jit(tx.update).lower(params, tx.init(params)).compile()
+    moves = re.compile(r"\w+\[(1,)?(96,64|64,96)\]\S* (transpose|copy)\(")
+    lines = compiled.as_text().splitlines()
+    # Within the interpreter's loop tiles are turned, which on a device is in registers.
+    assert any("[64,96]" in x or "[96,64]" in x for x in lines)
+    assert not [x for x in lines if moves.search(x) and "/while/" not in x]
 
 
 # Lowering, for the layers of LLaMA-7B

@@ -118,12 +118,13 @@ def leafwise(
 
         old = {i: load(i) for i in at_matrix}
         keys = trees.leaf_keys(key, [v.path for v in views], state.step)
-        any_dtype = getattr(rule, "any_dtype", False)
-        seen = {
-            i: view.matrix(grads[i], grads[i].dtype if any_dtype else None)
-            for i, view in at_matrix.items()
-        }
-        steps = [_steps(rule, keys[i], state.step, seen[i], old[i]) for i in at_matrix]
+        steps = []
+        for i, view in at_matrix.items():
+            here, dtype = rule, None
+            if hasattr(rule, "at"):
+                here, dtype = rule.at(view), grads[i].dtype
+            grad = view.matrix(grads[i], dtype)
+            steps.append(_steps(here, keys[i], state.step, grad, old[i]))
         results = dict(
             zip(at_matrix, batching.drive(*steps, count=state.step), strict=True)
         )

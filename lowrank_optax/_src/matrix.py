@@ -81,6 +81,11 @@ class MatrixView:
         return math.prod(self.shape)
 
     @property
+    def turned(self) -> bool:
+        """Whether the matrix is the transpose of how the leaf lies in memory."""
+        return bool(self.left and self.right) and self.left[0] > self.right[0]
+
+    @property
     def batch_shape(self) -> tuple[int, ...]:
         return tuple(self.shape[a] for a in self.batch)
 

@@ -254,7 +254,7 @@ def project_gradients(
             own = [w for w in new_moments if w[1] == i]
             if i in in_one:
                 new, new_moments["mu", i], new_moments["nu", i] = projected_adam(
-                    (adam, scale),
+                    (adam, scale, view.turned),
                     view.matrix(grads[i], grads[i].dtype),
                     basis_at[i](),
                     moments["mu", i],

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from lowrank_optax._src.kernels.plan import Plan, is_thin
+from lowrank_optax._src.kernels.plan import Plan, is_thin, upright
 
 Array = jax.Array
 At = Mapping[str, Any]  # where along its axis a tile starts
@@ -42,11 +42,12 @@ class Access:
             return [self.load(ref, axes, {**at, "r": k}) for k in numbers]
         slices, inside = self._places(axes, at)
         zero = None if inside is None else jnp.zeros([], ref.dtype)
-        return triton.load(ref.at[slices], mask=inside, other=zero)
+        block = triton.load(ref.at[slices], mask=inside, other=zero)
+        return upright(axes, block)
 
     def store(self, ref: Any, axes: str, at: At, x: Array) -> None:
         slices, inside = self._places(axes, at)
-        triton.store(ref.at[slices], x, mask=inside)
+        triton.store(ref.at[slices], upright(axes, x), mask=inside)
 
     def _places(self, axes: str, at: At) -> tuple[tuple[Any, ...], Array | None]:
         """The slices of a tile, and which of its entries are there; None for all."""

@@ -45,12 +45,12 @@ def adam(
     b1, b2, eps = rule.b1, rule.b2, rule.eps
     source = grad, nu.left, nu.right, zeta, b2
     wide = [omega.mT for omega in omegas]  # whose rows are short on TPU otherwise
-    numbers = b1, eps, 1 - b1**t, 1 - b2**t
-    update, g_omega, v_omega = ADAM(*source, mu.left, mu.right, *wide, *numbers)
+    rest = *mu, *wide, b1, eps, 1 - b1**t, 1 - b2**t
+    update, g_omega, v_omega = ADAM(*source, *rest, turned=rule.turned)
     average = Average(b1, mu, grad)
     mu_y, _ = average.sketch(omegas[0], g_omega)
     nu_y, _ = linalg.near_one(v_omega)
-    mu_z, nu_z = ADAM_SKETCHES(*source, mu_y, nu_y)
+    mu_z, nu_z = ADAM_SKETCHES(*source, mu_y, nu_y, turned=rule.turned)
     (mu, mu_finite), (nu, nu_finite) = yield from batching.together(
         batching.ask(Average.best_code, mu_y, mu.right, *average.project(mu_y, mu_z)),
         batching.ask(Whole.best_code, nu_y, nu.right, nu_z),
@@ -83,10 +83,11 @@ def _second_moment(g, left, right, zeta, b2):
 def lion(rule: Any, grad: Array, state: Any, omega: Array) -> batching.Steps:
     """`MLorcLion.update` from where its sketch is drawn."""
     (mu,) = state
-    update, g_omega = LION(grad, mu.left, mu.right, omega.mT, rule.b1)
+    source = grad, *mu, omega.mT, rule.b1
+    update, g_omega = LION(*source, turned=rule.turned)
     average = Average(rule.b2, mu, grad)
     y, _ = average.sketch(omega, g_omega)
-    (z,) = LION_SKETCH(grad, y)
+    (z,) = LION_SKETCH(grad, y, turned=rule.turned)
     parts = average.project(y, z)
     mu, finite = yield from batching.ask(Average.best_code, y, mu.right, *parts)
     return update, engine.where(jnp.all(finite), type(state)(mu), state)

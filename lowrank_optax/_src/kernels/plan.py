@@ -18,7 +18,7 @@ BUDGET = {"cuda": 99 * 1024, "tpu": 16 * 1024 * 1024}
 # From large to small; the first that fits is taken.
 _TILES = {
     "cuda": ((64, 64), (32, 64), (32, 32), (32, 16), (16, 16)),
-    "tpu": ((256, 512), (128, 512), (128, 256), (64, 128)),
+    "tpu": ((256, 512), (128, 512), (128, 256), (128, 128)),
 }
 _VALUES = 6  # whole tiles of float32 that a pass keeps besides its operands, at most
 
@@ -79,7 +79,7 @@ def plan(
       dtype: of the gradient, see `itemsize`.
     """
     for shape in _TILES[platform]:
-        block = {}
+        block: dict[str, int] = {}
         for axis, size in zip("mn", shape, strict=True):
             least = power_of_two(sizes[axis], 16) if platform == "cuda" else sizes[axis]
             block[axis] = min(size, least)
@@ -92,7 +92,17 @@ def plan(
 
 def itemsize(axes: str, dtype: Any) -> int:
     """Bytes of a number: gradient and update are in ``dtype``, all else in float32."""
-    return jnp.dtype(dtype).itemsize if axes == "mn" else 4
+    return jnp.dtype(dtype).itemsize if is_full(axes) else 4
+
+
+def is_full(axes: str) -> bool:
+    """Whether an array is of the matrix's own shape; "nm" if it lies transposed."""
+    return axes in ("mn", "nm")
+
+
+def upright(axes: str, x: Array) -> Array:
+    """An array "nm" as one of "mn", or back; others as they are."""
+    return x.mT if axes == "nm" else x
 
 
 def _footprint(cut: Plan, ins: Sequence[str], outs: Sequence[str], dtype: Any) -> int:

@@ -5,7 +5,7 @@ sum up ``R = P^T G``, then, after Adam on those columns, to write ``s P N``. The
 gradient is read once; R and N never leave the program.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from lowrank_optax._src import engine
 from lowrank_optax._src.kernels import gpu, tpu
 from lowrank_optax._src.kernels.adam import Adam, adam_step
 from lowrank_optax._src.kernels.dispatch import active, by_platform
-from lowrank_optax._src.kernels.plan import Plan, moved, plan, sizes_of
+from lowrank_optax._src.kernels.plan import Plan, moved, plan, sizes_of, upright
 from lowrank_optax._src.kernels.tiles import dot, flat, same_batch
 from lowrank_optax._src.matrix import MatrixView
 from lowrank_optax._src.recovery import Drop
@@ -42,7 +42,7 @@ def projected_adam(parts: Any, grad: Array, basis: Array, mu: Array, nu: Array, 
     """``scale P Adam(P^T G)`` and the new moments.
 
     Args:
-      parts: `Adam` and the scale.
+      parts: `Adam`, the scale, and whether the gradient lies transposed in memory.
       grad: (*batch, m, n), float32 or narrower.
       basis, mu, nu: (*batch, m, r) and (*batch, r, n).
       count: of Adam's updates before.
@@ -50,12 +50,19 @@ def projected_adam(parts: Any, grad: Array, basis: Array, mu: Array, nu: Array, 
     Returns:
       ``(update, mu, nu)``, the update in the gradient's dtype.
     """
-    adam, scale = parts
+    adam, scale, turned = parts
     batch = grad.shape[:-2]
     numbers = (*adam.numbers(count), scale)
+    if turned:  # which cancels with how the gradient became so
+        grad = grad.mT
     arrays = [flat(x) for x in (grad, basis, mu, nu, *numbers)]
-    results = by_platform(_on, *arrays)
-    return tuple(x.reshape(*batch, *x.shape[1:]) for x in results)
+
+    def on(platform, interpret, *arrays):
+        return _on(platform, interpret, "nm" if turned else "mn", *arrays)
+
+    results = by_platform(on, *arrays)
+    update, mu, nu = (x.reshape(*batch, *x.shape[1:]) for x in results)
+    return update.mT if turned else update, mu, nu
 
 
 def cut_for(platform: str, sizes: Mapping[str, int], dtype: Any) -> Plan | None:
@@ -68,13 +75,16 @@ def moved_by(cut: Plan, dtype: Any) -> int:
     return moved(cut, (*_INS, "mk"), _OUTS, dtype)
 
 
-def _on(platform: str, interpret: bool, *arrays: Array) -> list[Array]:
-    sizes, dtype = sizes_of(_INS, arrays), arrays[0].dtype
+def _on(platform: str, interpret: bool, full: str, *arrays: Array) -> Sequence[Array]:
+    """The pass on one platform; ``full`` are the axes of gradient and update."""
+    sizes, dtype = sizes_of((full, *_INS[1:]), arrays), arrays[0].dtype
     cut = None if platform == "xla" else cut_for(platform, sizes, dtype)
     if cut is None:
-        return jax.vmap(_whole)(*same_batch(arrays))
+        grad, *rest = same_batch(arrays)
+        update, *moments = jax.vmap(_whole)(upright(full, grad), *rest)
+        return upright(full, update), *moments
     walk = _on_gpu if platform == "cuda" else _on_tpu
-    return walk(cut, interpret, arrays)
+    return walk(cut, interpret, full, arrays)
 
 
 def _whole(g, basis, mu, nu, *numbers):
@@ -87,7 +97,7 @@ def _shapes(grad: Array, basis: Array, mu: Array, nu: Array, *_: Array) -> list[
     return [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (grad, mu, nu)]
 
 
-def _on_tpu(cut: Plan, interpret: bool, arrays: Any) -> list[Array]:
+def _on_tpu(cut: Plan, interpret: bool, full: str, arrays: Any) -> list[Array]:
     steps = cut.steps("m")  # of each walk; the second makes as many after the first
 
     def both_walks(i, j):
@@ -114,7 +124,7 @@ def _on_tpu(cut: Plan, interpret: bool, arrays: Any) -> list[Array]:
 
         @pl.when(step < steps)
         def _():
-            g = tpu.load(cut, sources[0], "mn", at).astype(jnp.float32)
+            g = tpu.load(cut, sources[0], full, at).astype(jnp.float32)
             low[...] += dot(basis, g, (0, 0))
 
         @pl.when(step == steps)
@@ -127,7 +137,7 @@ def _on_tpu(cut: Plan, interpret: bool, arrays: Any) -> list[Array]:
         @pl.when(step >= steps)
         def _():
             new = sources[-1][...] * dot(basis, low[...])
-            update[...] = new.astype(update.dtype)
+            update[...] = upright(full, new).astype(update.dtype)
 
     walks = [first_walk, *[both_walks] * (len(_INS) - 1)]
     return pl.pallas_call(
@@ -135,9 +145,11 @@ def _on_tpu(cut: Plan, interpret: bool, arrays: Any) -> list[Array]:
         grid=(len(arrays[0]), cut.steps("n"), 2 * steps),
         in_specs=[
             tpu.block_spec(cut, axes, walk, len(x) > 1)
-            for axes, x, walk in zip(_INS, arrays, walks, strict=True)
+            for axes, x, walk in zip((full, *_INS[1:]), arrays, walks, strict=True)
         ],
-        out_specs=[tpu.block_spec(cut, axes, second_walk) for axes in _OUTS],
+        out_specs=[
+            tpu.block_spec(cut, axes, second_walk) for axes in (full, *_OUTS[1:])
+        ],
         out_shape=_shapes(*arrays),
         scratch_shapes=[pltpu.VMEM((cut.sizes["k"], cut.block["n"]), jnp.float32)],
         compiler_params=tpu.PARAMS,
@@ -146,7 +158,7 @@ def _on_tpu(cut: Plan, interpret: bool, arrays: Any) -> list[Array]:
     )(*arrays)
 
 
-def _on_gpu(cut: Plan, interpret: bool, arrays: Any) -> list[Array]:
+def _on_gpu(cut: Plan, interpret: bool, full: str, arrays: Any) -> list[Array]:
     access, steps = gpu.Access(cut), cut.steps("m")
 
     def kernel(*refs):
@@ -157,7 +169,7 @@ def _on_gpu(cut: Plan, interpret: bool, arrays: Any) -> list[Array]:
             return here | {"m": i * cut.block["m"]}
 
         def project(i, low):
-            grad = access.load(g, "mn", at(i)).astype(jnp.float32)
+            grad = access.load(g, full, at(i)).astype(jnp.float32)
             return low + dot(access.load(basis, "mk", at(i)), grad, (0, 0))
 
         zeros = jnp.zeros((cut.taken("k"), cut.block["n"]), jnp.float32)
@@ -172,7 +184,7 @@ def _on_gpu(cut: Plan, interpret: bool, arrays: Any) -> list[Array]:
 
         def back(i, _):
             new = numbers[-1] * dot(access.load(basis, "mk", at(i)), direction)
-            access.store(results[0], "mn", at(i), new.astype(results[0].dtype))
+            access.store(results[0], full, at(i), new.astype(results[0].dtype))
 
         jax.lax.fori_loop(0, steps, back, None)
 

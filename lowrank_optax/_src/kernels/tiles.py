@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 from lowrank_optax._src.kernels import gpu, tpu
 from lowrank_optax._src.kernels.dispatch import by_platform
-from lowrank_optax._src.kernels.plan import Plan, plan, sizes_of
+from lowrank_optax._src.kernels.plan import Plan, is_full, plan, sizes_of, upright
 
 Array = jax.Array
 
@@ -40,8 +40,9 @@ class Pass:
     Attributes:
       tile: from the blocks of all operands to those of all results. What lies beyond
         the edges of a matrix arrives as zero, and must add nothing to a sum.
-      ins: axes of the operands; the first is the gradient.
-      outs: axes of the results. Those of "mn" are in the gradient's dtype, all others
+      ins: axes of the operands; the first is the gradient, "mn", or "nm" if it lies
+        transposed in memory: the tiles are turned then.
+      outs: axes of the results. Those of both are in the gradient's dtype, all others
         in float32.
       over: the axis of the walk.
     """
@@ -54,8 +55,16 @@ class Pass:
     def plan(self, platform: str, sizes: Mapping[str, int], dtype: Any) -> Plan | None:
         return plan(platform, self.ins, self.outs, self.over, sizes, dtype)
 
-    def __call__(self, *arrays: Any) -> list[Array]:
-        """The results ``(*batch, ., .)`` of operands ``(*batch, ., .)`` and numbers."""
+    def __call__(self, *arrays: Any, turned: bool = False) -> list[Array]:
+        """The results ``(*batch, ., .)`` of operands ``(*batch, ., .)`` and numbers.
+
+        With ``turned``, what is of the gradient's shape is transposed here and back,
+        which cancels with a transposition outside: nothing is moved in memory.
+        """
+        if turned:
+            this = dataclasses.replace(self, ins=turn(self.ins), outs=turn(self.outs))
+            results = this(*map(upright, this.ins, arrays))
+            return list(map(upright, this.outs, results))
         batch = arrays[0].shape[:-2]
         results = by_platform(self.on, *map(flat, arrays))
         return [x.reshape(*batch, *x.shape[1:]) for x in results]
@@ -72,16 +81,25 @@ class Pass:
         sizes, dtype = sizes_of(self.ins, arrays), arrays[0].dtype
         cut = None if platform == "xla" else self.plan(platform, sizes, dtype)
         if cut is None:
-            return jax.vmap(self.tile)(*same_batch(arrays))
+            return jax.vmap(self._whole)(*same_batch(arrays))
         walk = gpu.walk if platform == "cuda" else tpu.walk
         shapes = [
             jax.ShapeDtypeStruct(
                 (len(arrays[0]), *(sizes[a] for a in axes)),
-                dtype if axes == "mn" else jnp.float32,
+                dtype if is_full(axes) else jnp.float32,
             )
             for axes in self.outs
         ]
         return walk(cut, interpret, self.tile, self.ins, arrays, self.outs, shapes)
+
+    def _whole(self, *arrays: Array) -> list[Array]:
+        blocks = map(upright, self.ins, arrays)
+        return list(map(upright, self.outs, self.tile(*blocks)))
+
+
+def turn(axes: tuple[str, ...]) -> tuple[str, ...]:
+    """The same arrays, those of the matrix's shape transposed."""
+    return tuple("nm" if a == "mn" else a for a in axes)
 
 
 def flat(x: Any) -> Array:

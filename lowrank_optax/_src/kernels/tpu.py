@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from lowrank_optax._src.kernels.plan import Plan, is_thin
+from lowrank_optax._src.kernels.plan import Plan, is_thin, upright
 
 Array = jax.Array
 At = Mapping[str, Any]  # where along its axis a tile starts
@@ -40,7 +40,7 @@ def load(cut: Plan, ref: Any, axes: str, at: At) -> Any:
         return x
 
     if not is_thin(axes, cut.sizes):
-        return inside(ref[...])
+        return upright(axes, inside(ref[...]))
     numbers = range(cut.sizes["r"])
     if axes[0] == "r":
         return [inside(ref[k : k + 1, :]) for k in numbers]
@@ -69,7 +69,7 @@ def walk(
         blocks = [load(cut, *source, at) for source in zip(sources, ins, strict=True)]
         for ref, axes, x in zip(results, outs, tile(*blocks), strict=True):
             if over in axes:
-                ref[...] = x
+                ref[...] = upright(axes, x)
                 continue
 
             @pl.when(step == 0)

@@ -1,7 +1,7 @@
 """MLorc (Shen et al. 2025): optimizers whose momentum is stored at low rank."""
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -206,7 +206,10 @@ class MLorcAdam:
     eps: Any
     mu: LowRank
     nu: LowRank
-    any_dtype: ClassVar[bool] = True
+    turned: bool = False  # whether the leaf lies transposed in memory
+
+    def at(self, view):
+        return dataclasses.replace(self, turned=view.turned)
 
     def init(self, view):
         return MLorcAdamState(self.mu.init(view), self.nu.init(view))
@@ -241,7 +244,10 @@ class MLorcLion:
     b1: Any
     b2: Any
     mu: LowRank
-    any_dtype: ClassVar[bool] = True
+    turned: bool = False  # whether the leaf lies transposed in memory
+
+    def at(self, view):
+        return dataclasses.replace(self, turned=view.turned)
 
     def init(self, view):
         return MLorcLionState(self.mu.init(view))
