@@ -5,10 +5,14 @@ methods without a learning rate, and whole optimizers. Please do not use names f
 `lowrank_optax._src`.
 """
 
+from lowrank_optax import adapters as adapters
 from lowrank_optax import diagnostics as diagnostics
 from lowrank_optax import kernels as kernels
+from lowrank_optax import layerwise as layerwise
 from lowrank_optax import linalg as linalg
 from lowrank_optax import rank as rank
+from lowrank_optax._src.accumulate import AccumulateState as AccumulateState
+from lowrank_optax._src.accumulate import accumulate_gradients as accumulate_gradients
 from lowrank_optax._src.aliases import galore_adafactor as galore_adafactor
 from lowrank_optax._src.aliases import galore_adamw as galore_adamw
 from lowrank_optax._src.aliases import mlorc_adamw as mlorc_adamw
@@ -100,6 +104,7 @@ from lowrank_optax._src.typing import Transfer as Transfer
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccumulateState",
     "BlockInt8",
     "Cast",
     "Codec",
@@ -135,8 +140,10 @@ __all__ = [
     "Transfer",
     "UniformSampled",
     "WhenDrifted",
+    "accumulate_gradients",
     "adam_mini",
     "adamw_8bit",
+    "adapters",
     "adaptive_rank",
     "adarankgrad_adamw",
     "apollo_adamw",
@@ -163,6 +170,7 @@ __all__ = [
     "i3s_subspace",
     "inject_hyperparams",
     "ldadamw",
+    "layerwise",
     "leafwise",
     "kernels",
     "linalg",

@@ -24,8 +24,10 @@ from lowrank_optax._src.linalg import randomized_svd as randomized_svd
 from lowrank_optax._src.linalg import range_basis as range_basis
 from lowrank_optax._src.linalg import range_finder as range_finder
 from lowrank_optax._src.linalg import subspace_iteration as subspace_iteration
+from lowrank_optax._src.random import draw as draw
 
 __all__ = [
+    "draw",
     "gram_eigh",
     "orthonormalize",
     "randomized_svd",

@@ -45,9 +45,13 @@ def truncate(a, rank) -> np.ndarray:
 
 
 def rotate(m, v, overlap) -> tuple[np.ndarray, np.ndarray]:
-    """Moments in a new basis, ``C m`` and ``(C o C) v``, with ``C = new^T old``."""
+    """Moments in a new basis, ``C m`` and ``(C o C) v / c``, with ``C = new^T old``.
+
+    ``c`` is what the old basis covers of a new direction, a tenth at the least.
+    """
     c = wide(overlap)
-    return c @ wide(m), c**2 @ wide(v)
+    covered = np.sum(c**2, axis=-1, keepdims=True)
+    return c @ wide(m), c**2 @ wide(v) / np.maximum(covered, 0.1)
 
 
 def galore_adam(

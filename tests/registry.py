@@ -390,6 +390,14 @@ METHODS = [
         ("mu", "nu"),
         optax.adam(0.02),
     ),
+    # A window of one gradient: longer ones are looked at in test_accumulate.py.
+    Method(
+        "accumulate_gradients",
+        lro.accumulate_gradients,
+        dict(tx=lro.galore_project(_ADAM, **_GALORE), every=1),
+        ("mu", "nu", "total"),
+        _ADAM,
+    ),
     # Every leaf is treated alike here: what embeddings and vectors get is compared with
     # formulas in test_adam_mini.py.
     Method(

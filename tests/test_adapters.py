@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from lowrank_optax._src.adapters import extract_lora, save_peft
+from lowrank_optax.adapters import extract_lora, save_peft
 
 FIXTURE = Path(__file__).parent / "data" / "peft-tiny"
 

@@ -28,11 +28,12 @@ def gradients(shape, steps=STEPS):
     return list(noisy * size.reshape(-1, *[1] * len(shape)))
 
 
-def projection(step, m, rank=RANK, path="", seed=0, batch=()):
-    """The law of the bases: a function of seed, path, and step of the drawing."""
+def projection(step, m, rank=RANK, path="", seed=0, place=None):
+    """The law of the bases: of seed, path, step of the drawing, place in a stack."""
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
     key = jax.random.fold_in(key, step)
-    return np.asarray(jax.random.normal(key, (*batch, m, rank))) / rank**0.5
+    key = key if place is None else jax.random.fold_in(key, place)
+    return np.asarray(jax.random.normal(key, (m, rank))) / rank**0.5
 
 
 def apollo_adam(grads, bases, scale, limiter, per, b1=0.9, b2=0.999, eps=1e-8):
@@ -96,8 +97,8 @@ def test_every_leaf_and_every_matrix_of_a_stack_has_its_own_projection():
     arguments = dict(limiter=None, matrices=lro.MatrixAxes(), key=7)
     updates, _ = run(apollo(**arguments), grads, [grads])
     bases = {path: projection(0, 6, path=path, seed=7) for path in ("a", "b")}
-    both = projection(0, 6, path="stack", seed=7, batch=(2,))
-    bases |= {0: both[0], 1: both[1]}
+    for i in range(2):
+        bases[i] = projection(0, 6, path="stack", seed=7, place=i)
     got = updates[0] | dict(enumerate(updates[0]["stack"]))
     for name, basis in bases.items():
         (want,), _ = apollo_adam([g], {0: basis}, 1.0, None, "channel")

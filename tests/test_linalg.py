@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lowrank_optax import linalg
-from lowrank_optax._src.linalg import filler
+from lowrank_optax._src.linalg import _inverse_root, eigh, filler, svd
 
 
 def normal(*shape, seed=0):
@@ -431,3 +431,16 @@ def test_batched_equals_loop(name, stack):
     elif name != "range_basis":
         result, loop = result[..., :3], loop[..., :3]
     np.testing.assert_allclose(result, loop, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", [eigh, svd, _inverse_root])
+def test_a_stack_is_factored_one_by_one_on_cpu(function):
+    """As many stacks at a time as there are threads would wait for ever in jaxlib."""
+    x = jnp.eye(5) + 0 * jnp.ones((3, 5, 5))
+    compiled = jax.jit(function).lower(x).compile().as_text()
+    calls = [line for line in compiled.splitlines() if "lapack_" in line]
+    assert calls and not any("[3,5,5]" in line for line in calls)
+    one = jax.tree.leaves(function(x[0]))
+    stack = jax.tree.leaves(function(x[None]))
+    for a, b in zip(one, stack, strict=True):
+        np.testing.assert_allclose(b[0, 1], a, atol=1e-6)

@@ -146,7 +146,7 @@ MANY = [
     "mlorc_lion",
     "q_galore_adamw_8bit",
 ]
-PLOTS = [report._loss, report._memory, report._overlap, report._singular_values]
+PLOTS = [report._loss, report.memory_bars, report._overlap, report._singular_values]
 
 
 def drawn_text(figure):
@@ -171,14 +171,14 @@ def drawn_text(figure):
 @pytest.mark.parametrize("plot", PLOTS, ids=lambda plot: plot.__name__)
 def test_plots_are_labelled_and_no_text_overlaps(plot, names):
     runs = [make_run(n, i, moments=i == 0) for i, n in enumerate(names)]
-    with plt.rc_context(report._STYLE):
+    with plt.rc_context(report.STYLE):
         figure, caption = plot(runs)
         figure.canvas.draw()
     assert caption.endswith(".")
     for axes in figure.axes:
         assert axes.get_xlabel()
         shared = axes.get_shared_y_axes().get_siblings(axes)
-        assert any(a.get_ylabel() for a in shared) or plot is report._memory
+        assert any(a.get_ylabel() for a in shared) or plot is report.memory_bars
     shown = {text.get_text() for text in figure.findobj(plt.Text)}
     assert set(names) <= shown
 
@@ -192,7 +192,7 @@ def test_plots_are_labelled_and_no_text_overlaps(plot, names):
 
 
 def test_many_methods_have_lines_to_tell_apart():
-    with plt.rc_context(report._STYLE):
+    with plt.rc_context(report.STYLE):
         figure, _ = report._overlap([make_run(n, i) for i, n in enumerate(MANY)])
     colors = [line.get_color() for line in figure.axes[0].lines]
     assert len(set(colors)) == len(MANY)
@@ -200,9 +200,9 @@ def test_many_methods_have_lines_to_tell_apart():
 
 
 def test_smoothing_keeps_a_constant_and_has_no_bias_at_the_start():
-    assert report._smooth([2.0] * 5) == pytest.approx([2.0] * 5)
-    assert report._smooth([5.0, 1.0])[0] == 5.0
-    assert 1.0 < report._smooth([5.0, 1.0])[1] < 5.0
+    assert report.smooth([2.0] * 5) == pytest.approx([2.0] * 5)
+    assert report.smooth([5.0, 1.0])[0] == 5.0
+    assert 1.0 < report.smooth([5.0, 1.0])[1] < 5.0
 
 
 # Probe

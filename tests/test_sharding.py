@@ -39,6 +39,9 @@ METHODS = {
     "mlorc_adam": lro.mlorc_scale_by_adam(3, matrices=MATRICES),
     "mlorc_lion": lro.mlorc_scale_by_lion(3, matrices=MATRICES),
     "mlorc_compress": lro.mlorc_compress(optax.trace(0.9), rank=3, matrices=MATRICES),
+    "accumulated": lro.accumulate_gradients(
+        lro.flora_project(optax.trace(0.9), rank=3, matrices=MATRICES), every=2
+    ),
 }
 SHAPES = {
     "rows": (8, 12),

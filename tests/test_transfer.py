@@ -79,11 +79,44 @@ def test_rotated_second_moment_is_the_sampled_variance():
     v = np.array([4.0, 1.0, 0.25])
     samples = rng.standard_normal((200_000, 3)) * np.sqrt(v)
     variance = np.var(samples @ c.T, axis=0)
-    after = lro.Rotate().carry(
+    after = lro.Rotate(coverage=1.0).carry(
         {"nu": jnp.asarray(v[:, None], jnp.float32)}, jnp.asarray(c, jnp.float32)
     )
     # The variance of n samples has a relative deviation of sqrt(2 / n) = 0.3 %.
     np.testing.assert_allclose(after["nu"][:, 0], variance, rtol=0.015)
+
+
+def test_steps_do_not_grow_as_bases_cover_little_of_each_other():
+    """AR-17: new directions whose variance was taken for small would move too far."""
+    rng = np.random.default_rng(0)
+    signal = rng.standard_normal((64, 4)) @ rng.standard_normal((4, 96)) / 8
+
+    def sizes(transfer):
+        tx = lro.project_gradients(
+            optax.scale_by_adam(),
+            rank=8,
+            subspace=lro.RandomOrthonormal(),
+            refresh=lro.Every(25),
+            transfer=transfer,
+        )
+        update, state = jax.jit(tx.update), tx.init({"w": jnp.zeros(signal.shape)})
+        found = []
+        for _ in range(75):
+            grad = signal + 0.5 * rng.standard_normal(signal.shape)
+            updates, state = update({"w": jnp.asarray(grad, jnp.float32)}, state)
+            found.append(float(jnp.linalg.norm(updates["w"])))
+        return np.array(found)
+
+    covered = sizes(lro.Rotate())
+    assert np.mean(covered[25:]) < 1.1 * np.mean(covered[10:25])
+    uncovered = sizes(lro.Rotate(coverage=1.0))
+    assert np.mean(uncovered[25:]) > 1.3 * np.mean(uncovered[10:25])  # it matters
+
+
+@pytest.mark.parametrize("coverage", [0.0, 1.5])
+def test_a_coverage_that_is_no_share_is_refused(coverage):
+    with pytest.raises(ValueError, match="`coverage` must be above 0"):
+        lro.Rotate(coverage=coverage)
 
 
 def test_rotate_preserves_more_momentum_than_keep():
@@ -116,7 +149,8 @@ def test_second_moments_are_known_by_the_end_of_their_path(path):
     c = overlap(basis(8, 3, 0), basis(8, 3, 1))
     x = moments(3, 5)["nu"]
     after = lro.Rotate().carry({path: x}, c)[path]
-    np.testing.assert_allclose(after, np.asarray(c) ** 2 @ x, atol=1e-5)
+    expected = reference.rotate(x, x, c)[1]
+    np.testing.assert_allclose(after, expected, atol=1e-5)
 
 
 def test_factored_moments_rotate_along_the_basis_only():
@@ -125,7 +159,8 @@ def test_factored_moments_rotate_along_the_basis_only():
     assert state.v_row.shape == (3,) and state.v_col.shape == (5,)
     v_row, v_col = jnp.asarray([3.0, 2.0, 1.0]), jnp.arange(5.0)
     after = lro.Rotate().carry({"v_row": v_row, "v_col": v_col}, c)
-    np.testing.assert_allclose(after["v_row"], np.asarray(c) ** 2 @ v_row, atol=1e-5)
+    expected = reference.rotate(v_row[:, None], v_row[:, None], c)[1][:, 0]
+    np.testing.assert_allclose(after["v_row"], expected, atol=1e-5)
     np.testing.assert_array_equal(after["v_col"], v_col)
 
 
@@ -141,7 +176,7 @@ def test_rotate_refuses_to_guess():
     np.testing.assert_allclose(after["0/velocity"], np.asarray(c) @ x, atol=1e-5)
     after = lro.Rotate(second=("velocity",)).carry({"0/velocity": abs(x)}, c)
     np.testing.assert_allclose(
-        after["0/velocity"], np.asarray(c) ** 2 @ abs(x), atol=1e-5
+        after["0/velocity"], reference.rotate(abs(x), abs(x), c)[1], atol=1e-5
     )
     # What has no axis along the basis has nothing to rotate.
     scale = lro.Rotate().carry({"scale": jnp.ones(5), "other": jnp.ones((4, 5))}, c)

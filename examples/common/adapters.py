@@ -7,6 +7,7 @@ front where these are stacked: the modules serve scanned models as they are.
 The kernel that LoRA and DoRA start from is kept under the name `frozen` and never
 trained. Biases, and all that is no linear map, are trained in full: in pre-training the
 papers do so too, and so do the low-rank optimizers that these modes are compared with.
+Fine-tuning by LoRA freezes them: `freeze` takes another rule, such as `all_but`.
 """
 
 from collections.abc import Callable, Iterator
@@ -87,7 +88,7 @@ class FactorizedLinear(LowRankLinear):
 
 
 class LoRALinear(LowRankLinear):
-    """`x W0 + s x A B` with `s = ALPHA / r` and `W0` frozen (Hu et al. 2021).
+    """`x W0 + s x A B` with `s = alpha / r` and `W0` frozen (Hu et al. 2021).
 
     `B` starts at zero, `A` as in Hugging Face's PEFT: the map starts as it was.
 
@@ -95,24 +96,28 @@ class LoRALinear(LowRankLinear):
       linear: the map whose place is taken, its kernel (*stack, in, out).
       rank: of the factors; min(in, out) at most is used.
       rngs: where `A` is drawn from.
+      alpha: sets the scale of what is added.
     """
 
-    def __init__(self, linear: nnx.Linear, rank: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self, linear: nnx.Linear, rank: int, *, rngs: nnx.Rngs, alpha: float = ALPHA
+    ):
         kernel = linear.kernel[...]
         *stack, size_in, size_out = kernel.shape
         rank = min(rank, size_in, size_out)
         a = draw_a(rngs.params(), (*stack, size_in, rank), linear.param_dtype)
         super().__init__(linear, a, jnp.zeros((*stack, rank, size_out)))
         self.frozen = nnx.Param(kernel)
+        self.alpha = alpha
 
     def weight(self) -> jax.Array:
         a, b = self.lora.lora_a[...], self.lora.lora_b[...]
-        return merged_kernel(self.frozen[...], a, b)
+        return merged_kernel(self.frozen[...], a, b, self.alpha)
 
     def product(self, x: jax.Array) -> jax.Array:
         kernel = jax.lax.stop_gradient(self.frozen[...])
         x, kernel = self.linear.promote_dtype((x, kernel), dtype=self.linear.dtype)
-        return x @ kernel + scale(self.lora.lora_a[...]) * self.lora(x)
+        return x @ kernel + scale(self.lora.lora_a[...], self.alpha) * self.lora(x)
 
 
 class DoRALinear(LoRALinear):
@@ -127,10 +132,13 @@ class DoRALinear(LoRALinear):
       linear: the map whose place is taken, its kernel (*stack, in, out).
       rank: of the factors; min(in, out) at most is used.
       rngs: where `A` is drawn from.
+      alpha: sets the scale of what is added.
     """
 
-    def __init__(self, linear: nnx.Linear, rank: int, *, rngs: nnx.Rngs):
-        super().__init__(linear, rank, rngs=rngs)
+    def __init__(
+        self, linear: nnx.Linear, rank: int, *, rngs: nnx.Rngs, alpha: float = ALPHA
+    ):
+        super().__init__(linear, rank, rngs=rngs, alpha=alpha)
         # (*stack, 1, out).
         self.magnitude = nnx.Param(_column_norm(self.frozen[...]))
 
@@ -189,19 +197,34 @@ def is_adapter(params: Any) -> Any:
     return _under(params, "lora")
 
 
-def trained_parameters(params: Any) -> int:
+def all_but(*names: str) -> Callable[[Any], Any]:
+    """What LoRA freezes in fine-tuning: all but its own and the named modules.
+
+    Its own are the factors and DoRA's magnitudes; the named ones are the heads that a
+    task brings with it. The result is a rule as `is_frozen` is.
+    """
+
+    def rule(params: Any) -> Any:
+        return jax.tree.map(
+            lambda trained: not trained, _under(params, "lora", "magnitude", *names)
+        )
+
+    return rule
+
+
+def trained_parameters(params: Any, frozen: Callable[[Any], Any] = is_frozen) -> int:
     """How many numbers are not frozen, of parameters or their shapes."""
-    leaves = zip(
-        jax.tree.leaves(params), jax.tree.leaves(is_frozen(params)), strict=True
-    )
-    return sum(x.size for x, frozen in leaves if not frozen)
+    leaves = zip(jax.tree.leaves(params), jax.tree.leaves(frozen(params)), strict=True)
+    return sum(x.size for x, is_still in leaves if not is_still)
 
 
-def freeze(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The optimizer without state for frozen kernels, which it leaves as they are."""
+def freeze(
+    tx: optax.GradientTransformation, frozen: Callable[[Any], Any] = is_frozen
+) -> optax.GradientTransformation:
+    """The optimizer without state for what is frozen, which it leaves as it is."""
 
     def label(params: Any) -> Any:
-        return jax.tree.map(lambda x: "frozen" if x else "trained", is_frozen(params))
+        return jax.tree.map(lambda x: "frozen" if x else "trained", frozen(params))
 
     return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, label)
 
@@ -215,21 +238,24 @@ def draw_a(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return init(key, shape, dtype)
 
 
-def scale(a: jax.Array) -> float:
+def scale(a: jax.Array, alpha: float = ALPHA) -> float:
     """The factor `s` of an adapter, of its `A`."""
-    return ALPHA / a.shape[-1]
+    return alpha / a.shape[-1]
 
 
-def merged_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+def merged_kernel(
+    kernel: jax.Array, a: jax.Array, b: jax.Array, alpha: float = ALPHA
+) -> jax.Array:
     """`W0 + s A B`, summed in float32, in the dtype of `W0`."""
     product = jnp.matmul(a, b, preferred_element_type=jnp.float32)
-    return (kernel + scale(a) * product).astype(kernel.dtype)
+    return (kernel + scale(a, alpha) * product).astype(kernel.dtype)
 
 
-def _under(params: Any, name: str) -> Any:
+def _under(params: Any, *names: str) -> Any:
     # Not only the last key: a leaf may stand in a box of its own.
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: any(getattr(part, "key", None) == name for part in path), params
+        lambda path, _: any(getattr(part, "key", None) in names for part in path),
+        params,
     )
 
 

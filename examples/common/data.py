@@ -81,7 +81,7 @@ def load_corpus(spec: str, hub_bytes: int) -> Corpus:
     if spec == "auto":
         return _auto(hub_bytes)
     if spec == "stdlib":
-        train, validation = _split(_stdlib())
+        train, validation = _split(stdlib_documents())
     elif kind == "path" and name:
         train, validation = _split(_files(Path(name)))
     elif kind == "hf" and name:
@@ -119,7 +119,8 @@ def _take(texts: Iterable[str], limit: int) -> tuple[str, ...]:
     return tuple(taken)
 
 
-def _stdlib() -> list[Document]:
+def stdlib_documents() -> list[Document]:
+    """Python's own sources, without tests and third-party packages, in order."""
     root = Path(sysconfig.get_paths()["stdlib"])
     documents = []
     for directory, children, files in os.walk(root):
@@ -211,13 +212,18 @@ def _hub(name: str, train_bytes: int) -> Corpus:
     return Corpus(f"hf:{label}", train, validation)
 
 
-def _auto(train_bytes: int) -> Corpus:
+def probe_hub() -> None:
+    """Tells `datasets`, if it is not yet imported, where the hub does not answer."""
     try:
         socket.create_connection(("huggingface.co", 443), timeout=2).close()
     except OSError:
         # Read by `datasets` when it is imported: without it every request is retried
         # for half a minute before it fails.
         os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _auto(train_bytes: int) -> Corpus:
+    probe_hub()
     try:
         corpus = _hub(DEFAULT_HUB_DATASET, train_bytes)
     except ValueError as error:

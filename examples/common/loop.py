@@ -1,8 +1,10 @@
 """The training loop: steps, validation, metrics, checkpoints, stop and resume."""
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ from examples.common.metrics import MetricsLog, Record
 from examples.common.probe import Probe
 
 METRICS_FILE = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,14 @@ class Task:
       batch: the batch of a step, counted from 0; a pure function, so that every
         optimizer sees the same batches and a resumed run needs only the step.
       validation: the batches of the fixed validation set.
-      tokens_per_step: how many tokens a batch predicts.
+      tokens_per_step: how many tokens, or of another unit, a batch predicts.
       probed: of parameters and a batch, the gradient that the probe measures; None for
         that of the loss.
+      evaluate: of parameters, what a validation puts on record; None for the mean of
+        the loss over `validation`, as `validation_loss`.
+      shapes: a batch of each shape that `batch` may give, the values being of no
+        matter; empty where it gives only one.
+      unit: what `tokens_per_step` counts.
     """
 
     init: Callable[[], Any]
@@ -41,6 +49,24 @@ class Task:
     validation: Sequence[Any]
     tokens_per_step: int
     probed: Callable[[Any, Any], Any] | None = None
+    evaluate: Callable[[Any], Record] | None = None
+    shapes: Sequence[Any] = ()
+    unit: str = "tokens"
+
+
+@dataclass(frozen=True)
+class Best:
+    """What is done with the parameters of the best validation after the start.
+
+    Attributes:
+      metric: the key of the record that is to be as large as possible; of equal ones
+        the first counts.
+      save: called with the parameters whenever they are better than all before. It
+        may be called again with the same ones, by a run that resumes.
+    """
+
+    metric: str
+    save: Callable[[Any], None]
 
 
 @dataclass(frozen=True)
@@ -76,10 +102,11 @@ def train(
     task: Task,
     tx: optax.GradientTransformation,
     timetable: Timetable,
-    probe: Probe,
+    probe: Probe | None,
     directory: Path,
     label: str,
     stop: StopRequest,
+    best: Best | None = None,
 ) -> TrainState:
     """Trains to the end, from the directory's latest checkpoint if it has one.
 
@@ -91,10 +118,11 @@ def train(
       task: what is trained.
       tx: the optimizer, learning rate included.
       timetable: how many steps, and when to log, validate and save.
-      probe: what is measured of the gradient at each validation.
+      probe: what is measured of the gradient at each validation, if anything.
       directory: where metrics.jsonl and checkpoints/ are kept; made if missing.
       label: what the progress bar calls the run.
       stop: asked after every step.
+      best: what becomes of the best parameters.
 
     Returns:
       The state after the last step.
@@ -106,18 +134,23 @@ def train(
     directory.mkdir(parents=True, exist_ok=True)
     params = task.init()
     gradient = jax.jit(task.probed or jax.grad(task.loss))
-    measured = jax.eval_shape(gradient, params, task.validation[0])
-    state = TrainState(params, tx.init(params), probe.start(measured))
+    bases = []
+    if probe is not None:
+        bases = probe.start(jax.eval_shape(gradient, params, task.validation[0]))
+    state = TrainState(params, tx.init(params), bases)
     loss = jax.jit(task.loss)
 
     def validate(state: TrainState) -> tuple[Record, TrainState]:
-        losses = [float(loss(state.params, batch)) for batch in task.validation]
+        if task.evaluate is not None:
+            record = task.evaluate(state.params)
+        else:
+            losses = [float(loss(state.params, batch)) for batch in task.validation]
+            record = {"validation_loss": float(np.mean(losses))}
+        if probe is None:
+            return record, state
         grads = gradient(state.params, task.validation[0])
         measured, bases = probe.measure(grads, state.opt_state, state.bases)
-        record = {
-            "validation_loss": float(np.mean(losses)),
-            "probe": {name: float(x) for name, x in measured.items() if x},
-        }
+        record["probe"] = {name: float(x) for name, x in measured.items() if x}
         return record, state._replace(bases=bases)
 
     with _checkpoints(directory) as checkpoints:
@@ -129,23 +162,30 @@ def train(
         if start == timetable.steps:
             return state
         with MetricsLog(directory / METRICS_FILE, keep=start) as log:
+            # Compiled ahead, so that no measured step holds the compilation.
+            shapes = task.shapes or [task.batch(0)]
+            steps = _compiled(task, tx, state, shapes)
             if start is None:
                 record, state = validate(state)
-                log.write({"step": 0, **record})
-            # Compiled ahead, so that no measured step holds the compilation.
-            step = _step(task, tx).lower(*state[:2], task.batch(0)).compile()
+                peak = max(map(_peak_bytes, steps.values()))
+                log.write({"step": 0, "peak_bytes": peak, **record})
+            top = -math.inf
+            if best is not None:
+                after_start = [record for record in log.kept if record["step"] > 0]
+                top = max((r.get(best.metric, top) for r in after_start), default=top)
             first = (start or 0) + 1
             with _progress_bar(label, first - 1, timetable.steps) as bar:
                 for done in range(first, timetable.steps + 1):
                     batch = task.batch(done - 1)
                     began = time.perf_counter()
+                    step = steps[_shape_of(batch)]
                     params, opt_state, measured = step(*state[:2], batch)
                     state = state._replace(params=params, opt_state=opt_state)
                     record = {name: float(value) for name, value in measured.items()}
                     record["seconds"] = time.perf_counter() - began
                     rate = task.tokens_per_step / record["seconds"]
                     bar.set_postfix_str(
-                        f"loss {record['loss']:.3f}, {rate:,.0f} tokens/s",
+                        f"loss {record['loss']:.3f}, {rate:,.0f} {task.unit}/s",
                         refresh=False,
                     )
                     bar.update()
@@ -155,13 +195,16 @@ def train(
                     if validated:
                         extra, state = validate(state)
                         record |= extra
+                        if best is not None and record[best.metric] > top:
+                            top = record[best.metric]
+                            best.save(state.params)
                     freed = 0
                     if not last and done % timetable.shrink_every == 0:
                         tx, state, freed = _shrink(tx, state)
                     if freed:
                         record["freed_bytes"] = freed
                         bar.write(f"{label}: step {done} freed {freed:,} bytes")
-                        step = _step(task, tx).lower(*state[:2], batch).compile()
+                        steps = _compiled(task, tx, state, shapes)
                     if validated or freed or done % timetable.log_every == 0:
                         log.write({"step": done, **record})
                     if last or stop.requested or done % timetable.checkpoint_every == 0:
@@ -171,9 +214,41 @@ def train(
     return state
 
 
-def _step(task: Task, tx: optax.GradientTransformation) -> Any:
+def _compiled(
+    task: Task,
+    tx: optax.GradientTransformation,
+    state: TrainState,
+    batches: Sequence[Any],
+) -> dict[Hashable, Any]:
+    """The step for each shape of a batch."""
+    step = _step(task.loss, tx)
+    return {
+        _shape_of(batch): step.lower(*state[:2], batch).compile() for batch in batches
+    }
+
+
+def _shape_of(batch: Any) -> Hashable:
+    return tuple(np.shape(x) for x in jax.tree.leaves(batch))
+
+
+def _peak_bytes(compiled: Any) -> int:
+    """What a step holds at most: its arguments, results of their own, and scratch."""
+    memory = compiled.memory_analysis()
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
+
+
+# Kept, so that the runs of several seeds, which share loss and optimizer, compile once.
+@lru_cache(maxsize=8)
+def _step(
+    loss_of: Callable[[Any, Any], jax.Array], tx: optax.GradientTransformation
+) -> Any:
     def step(params: Any, opt_state: Any, batch: Any) -> tuple[Any, Any, Record]:
-        loss, grads = jax.value_and_grad(task.loss)(params, batch)
+        loss, grads = jax.value_and_grad(loss_of)(params, batch)
         updates, opt_state = tx.update(grads, opt_state, params)
         measured = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return optax.apply_updates(params, updates), opt_state, measured
@@ -220,7 +295,7 @@ def _checkpoints(directory: Path) -> ocp.CheckpointManager:
         max_to_keep=2, enable_async_checkpointing=False
     )
     return ocp.CheckpointManager(
-        (directory / "checkpoints").resolve(),
+        (directory / CHECKPOINTS).resolve(),
         options=options,
         item_handlers=ocp.StandardCheckpointHandler(),
     )

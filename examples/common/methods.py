@@ -28,7 +28,8 @@ class Method:
         no use for it ignores.
       learning_rate: the peak rate where none is given.
       rank: the rank where none is given; None for methods that have no rank.
-      by_heads: whether `build` is also given `heads`, those of queries and of keys.
+      needs: what else `build` is given, by name: `heads`, those of queries and of keys;
+        `steps`, of the whole run.
       linear: what takes the place of the layers' linear maps, at the rank; None where
         the model is trained as it is.
     """
@@ -36,7 +37,7 @@ class Method:
     build: Callable[..., optax.GradientTransformation]
     learning_rate: float
     rank: int | None = None
-    by_heads: bool = False
+    needs: tuple[str, ...] = ()
     linear: Callable[..., LowRankLinear] | None = None
 
 
@@ -97,6 +98,19 @@ METHODS = {
         1e-2,
         rank=32,
     ),
+    "golore_adamw": Method(
+        lambda lr, rank, every, decay, steps: lro.golore_adamw(
+            lr,
+            switch_step=int(0.8 * steps),  # the paper's
+            rank=rank,
+            update_every=every,
+            scale=0.25,
+            weight_decay=decay,
+        ),
+        1e-2,
+        rank=32,
+        needs=("steps",),
+    ),
     "ldadamw": Method(
         lambda lr, rank, every, decay: lro.ldadamw(lr, rank=rank, weight_decay=decay),
         3e-3,
@@ -151,7 +165,7 @@ METHODS = {
         ),
         1e-2,
         rank=32,
-        by_heads=True,
+        needs=("heads",),
     ),
     "q_galore_adamw_8bit": Method(
         lambda lr, rank, every, decay: lro.q_galore_adamw_8bit(

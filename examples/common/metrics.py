@@ -26,14 +26,17 @@ class MetricsLog:
       path: the file, made anew unless there is something to keep.
       keep: records up to this step stay, later ones are dropped, because a run that
         continues from a checkpoint takes those steps again. None keeps nothing.
+
+    Attributes:
+      kept: the records that stayed.
     """
 
     def __init__(self, path: Path, keep: int | None = None):
-        kept = [] if keep is None else read_metrics(path)
-        kept = [record for record in kept if record["step"] <= keep]
+        before = [] if keep is None else read_metrics(path)
+        self.kept = [record for record in before if record["step"] <= keep]
         # Replaced in one step, so that a kill in between loses nothing.
         draft = path.with_suffix(".tmp")
-        draft.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        draft.write_text("".join(json.dumps(record) + "\n" for record in self.kept))
         draft.replace(path)
         self._file = path.open("a")
 

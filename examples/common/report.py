@@ -1,8 +1,9 @@
-"""The report of a comparison: one table and a few plots, from what each run wrote."""
+"""The report of a comparison: tables and a few plots, from what each run wrote."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 
 from examples.common.metrics import Record
 
-_STYLE = {
+STYLE = {
     "axes.axisbelow": True,
     "axes.grid": True,
     "axes.spines.right": False,
@@ -75,6 +76,11 @@ class Run:
     def tokens_per_second(self) -> float:
         return self.tokens_per_step / self.step_seconds
 
+    @property
+    def peak_bytes(self) -> int:
+        """What a compiled step holds: weights, state, gradients, activations."""
+        return self.records[0]["peak_bytes"]
+
     def summary(self) -> dict[str, Any]:
         """The run in figures; the measured times stand apart, under "timing"."""
         return {
@@ -105,10 +111,25 @@ class Run:
         return steps, values
 
 
+@dataclass(frozen=True)
+class Plot:
+    """A section of a page that is a plot.
+
+    Attributes:
+      name: of the file, without its ending.
+      heading: of the section.
+      draw: makes the figure and its caption.
+    """
+
+    name: str
+    heading: str
+    draw: Callable[[], tuple[Figure, str]]
+
+
 def write_report(
     directory: Path, title: str, facts: dict[str, str], runs: Sequence[Run]
 ) -> list[Path]:
-    """Writes report.md and its plots.
+    """Writes report.md and its plots for runs that are compared, one a method.
 
     Args:
       directory: where they go; must exist.
@@ -119,23 +140,44 @@ def write_report(
     Returns:
       The paths written, report.md first.
     """
-    plots = {
-        "loss": ("Loss", _loss),
-        "memory": ("Optimizer state", _memory),
-        "subspace_overlap": ("Subspace of the gradient", _overlap),
-        "singular_values": ("Singular values", _singular_values),
-    }
-    sections = [f"# {title}", _list(facts), table(runs)]
+    plots = [
+        Plot("loss", "Loss", partial(_loss, runs)),
+        Plot("memory", "Optimizer state", partial(memory_bars, runs)),
+        Plot("subspace_overlap", "Subspace of the gradient", partial(_overlap, runs)),
+        Plot("singular_values", "Singular values", partial(_singular_values, runs)),
+    ]
+    return write_page(directory, title, facts, [table(runs), *plots])
+
+
+def write_page(
+    directory: Path, title: str, facts: dict[str, str], sections: Sequence[str | Plot]
+) -> list[Path]:
+    """Writes report.md and its plots.
+
+    Args:
+      directory: where they go; must exist.
+      title: heading of the page.
+      facts: named facts about the job, listed under the heading.
+      sections: Markdown as it is, and plots.
+
+    Returns:
+      The paths written, report.md first.
+    """
+    page = [f"# {title}", _list(facts)]
     paths = [directory / "report.md"]
-    for name, (heading, draw) in plots.items():
-        path = directory / f"{name}.png"
-        with plt.rc_context(_STYLE):
-            figure, caption = draw(runs)
+    for section in sections:
+        if isinstance(section, str):
+            page.append(section)
+            continue
+        path = directory / f"{section.name}.png"
+        with plt.rc_context(STYLE):
+            figure, caption = section.draw()
             figure.savefig(path)
             plt.close(figure)
-        sections += [f"## {heading}", f"![{heading}]({path.name})", caption]
+        heading = section.heading
+        page += [f"## {heading}", f"![{heading}]({path.name})", caption]
         paths.append(path)
-    paths[0].write_text("\n\n".join(sections) + "\n")
+    paths[0].write_text("\n\n".join(page) + "\n")
     return paths
 
 
@@ -173,12 +215,17 @@ def table(runs: Sequence[Run]) -> str:
         ]
         for run in runs
     ]
-    # Padded, to be read in a terminal too.
+    return markdown_table(header, rows)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table that can be read in a terminal too, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    first = [row[0].ljust(widths[0]) for row in [header, *rows]]
+    lines = [header, *rows]
+    first = [row[0].ljust(widths[0]) for row in lines]
     rest = [
         [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        for row in [header, *rows]
+        for row in lines
     ]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = [[name, *cells] for name, cells in zip(first, rest, strict=True)]
@@ -192,7 +239,7 @@ def _loss(runs: Sequence[Run]) -> tuple[Figure, str]:
     )
     for run in runs:
         steps, losses = run.series("loss")
-        left.plot(steps, _smooth(losses), label=run.method)
+        left.plot(steps, smooth(losses), label=run.method)
         right.plot(*run.series("validation_loss"), marker="o", ms=3, label=run.method)
     left.set(xlabel="step", ylabel="loss (nats per token)", title="training, smoothed")
     right.set(xlabel="step", title="validation")
@@ -203,7 +250,7 @@ def _loss(runs: Sequence[Run]) -> tuple[Figure, str]:
     )
 
 
-def _smooth(values: Sequence[float]) -> list[float]:
+def smooth(values: Sequence[float]) -> list[float]:
     """Moving average without the bias towards zero at the start."""
     smoothed, total, weight = [], 0.0, 0.0
     for value in values:
@@ -213,7 +260,7 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return smoothed
 
 
-def _memory(runs: Sequence[Run]) -> tuple[Figure, str]:
+def memory_bars(runs: Sequence[Run]) -> tuple[Figure, str]:
     figure, axes = plt.subplots(
         figsize=(8, 1.2 + 0.5 * len(runs)), layout="constrained"
     )

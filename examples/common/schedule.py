@@ -1,4 +1,4 @@
-"""The learning-rate schedule of the examples."""
+"""The learning-rate schedules of the examples."""
 
 import optax
 
@@ -17,3 +17,15 @@ def warmup_cosine(peak: float, steps: int) -> optax.Schedule:
         decay_steps=max(steps, warmup + 1),
         end_value=peak / 10,
     )
+
+
+def warmup_linear(peak: float, steps: int, ratio: float) -> optax.Schedule:
+    """Linear warm-up over a ratio of the steps, then linear decay to zero.
+
+    As with `warmup_cosine` the first step moves; so does the last: the rate is zero
+    only after it.
+    """
+    warmup = min(max(1, round(ratio * steps)), steps)
+    rise = optax.linear_schedule(peak / warmup, peak, warmup - 1)
+    fall = optax.linear_schedule(peak, 0.0, steps - warmup + 1)
+    return optax.join_schedules([rise, fall], [warmup - 1])

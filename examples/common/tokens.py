@@ -120,21 +120,29 @@ def tokenize(corpus: Corpus, vocab_size: int) -> TokenizedCorpus:
             f"Cannot train a byte-level vocabulary of {vocab_size} entries: the bytes"
             " and the end mark alone take 257. Raise vocab_size."
         )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_head(corpus.train), trainer)
+    tokenizer = train_bpe(corpus.train, vocab_size, [END_OF_TEXT])
     return TokenizedCorpus(
         tokenizer,
         _encode(tokenizer, corpus.train),
         _encode(tokenizer, corpus.validation),
     )
+
+
+def train_bpe(
+    texts: Sequence[str], vocab_size: int, special_tokens: Sequence[str]
+) -> Tokenizer:
+    """Trains a byte-level BPE whose first ids are those of the special tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special_tokens),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_head(texts), trainer)
+    return tokenizer
 
 
 def _head(texts: Sequence[str]) -> list[str]:

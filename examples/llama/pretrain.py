@@ -28,6 +28,7 @@ from flax import nnx
 import lowrank_optax as lro
 from examples.common.adapters import adapt, merge, trained_parameters
 from examples.common.data import load_corpus
+from examples.common.files import write_json
 from examples.common.interrupt import Interrupted, StopRequest
 from examples.common.loop import METRICS_FILE, Task, Timetable, train
 from examples.common.methods import METHODS, check_methods, matrix_state_bytes
@@ -220,10 +221,11 @@ class Job:
         s = self.settings
         lr, rank = self.hyperparameters(method)
         schedule = warmup_cosine(lr, s.steps)
-        own, counts = METHODS[method], {}
-        if own.by_heads:
-            counts["heads"] = (self.config.num_attention_heads, self.config.kv_heads)
-        tx = own.build(schedule, rank, s.update_every, s.weight_decay, **counts)
+        own = METHODS[method]
+        heads = (self.config.num_attention_heads, self.config.kv_heads)
+        known = {"heads": heads, "steps": s.steps}
+        more = {name: known[name] for name in own.needs}
+        tx = own.build(schedule, rank, s.update_every, s.weight_decay, **more)
         return optax.chain(optax.clip_by_global_norm(1.0), tx)
 
     def check(self) -> None:
@@ -237,7 +239,7 @@ class Job:
     def save(self) -> None:
         """Makes the directory, with what `--resume` needs."""
         self.tokens.save(self.out / "data")
-        (self.out / RECORD).write_text(json.dumps(self.facts, indent=2) + "\n")
+        write_json(self.out / RECORD, self.facts)
 
     def run(self, method: str, stop: StopRequest) -> Run:
         """Trains with one method, or goes on with it, and sums it up.
@@ -360,10 +362,8 @@ def finish(job: Job, runs: list[Run]) -> list[Path]:
     }
     paths = write_report(out, "LLaMA pre-training", facts, runs)
     result = {**job.facts, "runs": {run.method: run.summary() for run in runs}}
-    # Moved into place whole: that it exists says that the run is complete.
-    draft = out / f"{RESULT}.tmp"
-    draft.write_text(json.dumps(result, indent=2) + "\n")
-    return [draft.replace(out / RESULT), *paths]
+    # Last and whole: that it exists says that the run is complete.
+    return [write_json(out / RESULT, result), *paths]
 
 
 def main(argv: list[str] | None = None) -> int:

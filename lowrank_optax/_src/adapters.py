@@ -137,6 +137,12 @@ def _truncate(
 def module_name(path: str) -> str:
     """The module of a parameter's path: dots for slashes, the parameter's name dropped.
 
+    Args:
+      path: such as the keys of what `extract_lora` gives.
+
+    Returns:
+      The name that torch would have for it.
+
     >>> module_name("model/layers/0/mlp/up_proj/kernel")
     'model.layers.0.mlp.up_proj'
     """

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from lowrank_optax._src import compatible, linalg
+from lowrank_optax._src import compatible, linalg, random
 from lowrank_optax._src.engine import check_rank
 
 
@@ -43,8 +43,8 @@ class Cast:
     def encode(self, key, x, old):
         if self.dtype == jnp.bfloat16:
             bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-            noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
-            down = (bits + noise) & jnp.uint32(0xFFFF0000)
+            noise = random.draw(jax.random.bits, key, x.shape, jnp.uint16)
+            down = (bits + noise.astype(jnp.uint32)) & jnp.uint32(0xFFFF0000)
             rounded = jax.lax.bitcast_convert_type(down, jnp.float32)
             x = jnp.where(jnp.isfinite(rounded), rounded, x)
         return CastCode(x.astype(self.dtype))

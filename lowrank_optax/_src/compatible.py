@@ -16,6 +16,7 @@ ALIGNED = "basis vectors with the signs of those that they replace"
 NAMED_SIDE = "side='left' or 'right', that of the input whatever its length"
 SIGNS = "numbers of both signs"
 NONNEGATIVE = "numbers that are never negative"
+COEFFICIENTS = "a recovery that needs the projected gradient alone"
 ALL_SIZES = "small numbers beside large ones"
 INDEPENDENT = "columns that stay independent"
 
@@ -39,11 +40,13 @@ def check_rank(subspace: Any, rank: int) -> None:
             raise cannot_use(name(part), f"rank {rank}", name(part), need, "that")
 
 
-def cannot_use(part: str, other: str, user: str, need: str, lacking: str) -> ValueError:
+def cannot_use(
+    part: str, other: str, user: str, need: str, lacking: str, remedy: str = ""
+) -> ValueError:
     """The error of every combination without meaning."""
     return ValueError(
         f"Cannot use {part} with {other}: {user} requires {need}, {lacking} does not "
-        "provide it."
+        f"provide it. {remedy}".rstrip()
     )
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax._src import compatible, engine, matrix, trees
+from lowrank_optax._src import compatible, engine, matrix, random, trees
 from lowrank_optax._src.kernels import int8
 from lowrank_optax._src.kernels.adam import recognize
 from lowrank_optax._src.matrix import MatrixView
@@ -210,7 +210,8 @@ def compress_fields(
         for w, x in start.items():
             codec, view = coded[w]
             plain = jax.tree.map(matrix.value_of, codes[w], is_leaf=matrix.is_variable)
-            code = _encode(codec, keys[w[1]], view.matrix(x), plain)
+            matrix_keys = random.matrix_keys(keys[w[1]], view.batch_shape)
+            code = _encode(codec, matrix_keys, view.matrix(x), plain)
             codes[w] = jax.tree.map(
                 lambda old, new: old.replace(new) if matrix.is_variable(old) else new,
                 codes[w],
@@ -229,7 +230,7 @@ def compress_fields(
         in_one = int8.suited(adam, coded)
         treedef = jax.tree.structure(updates)
         masks = {w: optax.MaskedNode() for w in coded if w[1] in in_one}
-        decoded = {
+        whole = {
             w: view.leaf(_decode(codec, old[w]))
             for w, (codec, view) in coded.items()
             if w not in masks
@@ -239,7 +240,7 @@ def compress_fields(
                 optax.MaskedNode() if i in in_one else g
                 for i, g in enumerate(treedef.flatten_up_to(grads))
             ),
-            layout.set(state.inner_state, decoded | masks),
+            layout.set(state.inner_state, whole | masks),
             None if params is None else jax.tree.map(trees.full_precision, params),
             **extra,
         )
@@ -258,8 +259,12 @@ def compress_fields(
         for (name, i), (codec, view) in coded.items():
             if i in in_one:
                 continue
-            x = view.matrix(new[name, i])
-            new[name, i] = _encode(codec, keys[i], x, old[name, i])
+            x = new[name, i]
+            own_keys = random.matrix_keys(keys[i], view.batch_shape)
+            new[name, i] = _encode(codec, own_keys, view.matrix(x), old[name, i])
+            if engine.accumulating() == "add":  # most often, only the sum has changed
+                changed = jnp.any(x != whole[name, i])
+                new[name, i] = engine.where(changed, new[name, i], old[name, i])
         # A leaf with codes is accepted as a whole or not at all: its moments belong
         # together, those that stay uncompressed too.
         for i in {i for _, i in coded}:

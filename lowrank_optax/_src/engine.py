@@ -4,9 +4,10 @@ Boxes (NNX variables) and meshes of explicit axes are handled here and in
 `MatrixView.full`, and nowhere else.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -134,7 +135,7 @@ class StateFields:
         )
         values = [matrix.value_of(x) for _, x in flat]
         shapes = tuple((tuple(x.shape), jnp.dtype(x.dtype)) for x in values)
-        seen = (treedef, shapes, trees.limits())
+        seen = (treedef, shapes, trees.limits(), accumulating() is not None)
         if seen not in self._layouts:
             boxes = [
                 ParamBox(jax.ShapeDtypeStruct(*shape), path=str(i))
@@ -255,6 +256,24 @@ def fit_boxes(layout: Layout, state: Any, tree: Any) -> Any:
     return layout.set(state, {w: fit(w, x) for w, x in layout.get(state).items()})
 
 
+_phases: list[str] = []
+
+
+def accumulating() -> str | None:
+    """What `accumulate_gradients` asks of the engine inside of it, see there."""
+    return _phases[-1] if _phases else None
+
+
+@contextlib.contextmanager
+def accumulation(phase: str) -> Iterator[None]:
+    """Let transformations within take their part in the sum of several gradients."""
+    _phases.append(phase)
+    try:
+        yield
+    finally:
+        _phases.pop()
+
+
 def increment(step: jax.Array) -> jax.Array:
     """The next step; stays at the largest int32 instead of wrapping around."""
     return jnp.asarray(optax.safe_increment(step))
@@ -280,10 +299,15 @@ def where(accept: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(pick, new, old)
 
 
+def finite(tree: Any) -> jax.Array:
+    """Whether every array is finite."""
+    each = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
+    return jnp.stack(each).all() if each else jnp.array(True)
+
+
 def accept(new: Any, old: Any) -> Any:
     """``new`` if every array of it is finite, else ``old``: bad input never sticks."""
-    finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(new)]
-    return where(jnp.stack(finite).all(), new, old) if finite else new
+    return where(finite(new), new, old)
 
 
 def check_rank(rank: Any, name: str = "rank") -> int:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax._src import batching, engine, matrix, trees
+from lowrank_optax._src import batching, engine, matrix, random, trees
 from lowrank_optax._src.compress import CompressState
 from lowrank_optax._src.matrix import MatrixView
 from lowrank_optax._src.typing import Rule
@@ -124,7 +124,8 @@ def leafwise(
             if hasattr(rule, "at"):
                 here, dtype = rule.at(view), grads[i].dtype
             grad = view.matrix(grads[i], dtype)
-            steps.append(_steps(here, keys[i], state.step, grad, old[i]))
+            own_keys = random.matrix_keys(keys[i], view.batch_shape)
+            steps.append(_steps(here, own_keys, state.step, grad, old[i]))
         results = dict(
             zip(at_matrix, batching.drive(*steps, count=state.step), strict=True)
         )

@@ -6,12 +6,14 @@ nothing here needs Householder QR, which is slow on accelerators. Arithmetic is 
 float32 at least, at the highest matmul precision.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
+
+from lowrank_optax._src import random
 
 _EPS = 1.1920929e-07  # float32; the laws below are promised at this precision
 
@@ -19,6 +21,15 @@ _EPS = 1.1920929e-07  # float32; the laws below are promised at this precision
 def matmul(a: Array, b: Array) -> Array:
     """``a @ b`` at the highest precision of the device."""
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def project(basis: Array, a: Array) -> Array:
+    """``basis^T a`` for a thin basis, whichever way ``a`` lies in memory.
+
+    The basis is transposed first. XLA's CPU backend would leave that to the product,
+    and there transpose ``a``, at up to twice the time where ``a`` is a transposed view.
+    """
+    return matmul(jax.lax.optimization_barrier(basis.mT), a)
 
 
 def at_least_float32(x: Array) -> Array:
@@ -91,19 +102,51 @@ def signs(seed: Array, rows: int, cols: int, dtype: Any) -> Array:
     return jnp.where((h >> 31) == 0, 1.0, -1.0).astype(dtype)
 
 
-def seeds(key: Array, batch: Sequence[int]) -> Array:
-    """A seed of `signs` for each matrix of a leaf."""
-    words = jax.random.key_data(key).reshape(-1)
-    h = words[0] * jnp.uint32(0x85EBCA6B) ^ words[-1]
-    for size in batch:
-        h = _mix(h, size)
-    return h
+def seeds(key: Array) -> Array:
+    """A seed of `signs` for each key."""
+    words = jax.random.key_data(key)
+    return words[..., 0] * jnp.uint32(0x85EBCA6B) ^ words[..., -1]
 
 
 def filler(rows: int, cols: int) -> Array:
     """A fixed (rows, cols) matrix of +-1: the directions that complete a basis."""
     # A seed whose leading square blocks are all far from singular: one in 50 is.
     return signs(jnp.uint32(125), rows, cols, jnp.float32)
+
+
+def one_by_one(function: Callable[[Array], Any]) -> Callable[[Array], Any]:
+    """A factorization of a stack of matrices; on CPU in a loop over them.
+
+    jaxlib gives a stack of any size to its threads and lets the caller, which is one of
+    these itself, wait for them: as many such calls at a time as there are threads wait
+    for one another for ever.
+    """
+
+    def in_a_loop(a):
+        flat = a.reshape(-1, *a.shape[-2:])
+        found = jax.lax.map(function, flat)
+        return jax.tree.map(lambda x: x.reshape(*a.shape[:-2], *x.shape[1:]), found)
+
+    def apply(a):
+        if a.ndim == 2:
+            return function(a)
+        return jax.lax.platform_dependent(a, cpu=in_a_loop, default=function)
+
+    return apply
+
+
+@one_by_one
+def svd(a: Float[Array, "*b m n"]) -> tuple[Array, Array, Array]:
+    """Thin singular value decompositions, values descending."""
+    u, s, vt = jnp.linalg.svd(a, full_matrices=False)
+    return u, s, vt
+
+
+@one_by_one
+def eigh(a: Float[Array, "*b r r"]) -> tuple[Array, Array]:
+    """Eigenvalues of symmetric matrices, ascending, and their eigenvectors."""
+    values, vectors = jnp.linalg.eigh(a)
+    return values, vectors
 
 
 def _gram(y: Array) -> Array:
@@ -122,11 +165,15 @@ def _cholesky_pass(y: Array) -> Array:
     # The absolute floor is for the zero matrix, which must come out zero.
     shift = 2 * r * _EPS * jnp.max(jnp.diagonal(gram, axis1=-2, axis2=-1), -1) + 1e-30
     eye = jnp.eye(r, dtype=y.dtype)
-    lower = jnp.linalg.cholesky(gram + shift[..., None, None] * eye)
-    inverse = jax.lax.linalg.triangular_solve(
-        lower, jnp.broadcast_to(eye, lower.shape), left_side=True, lower=True
-    )
-    return matmul(y, inverse.mT)
+    return matmul(y, _inverse_root(gram + shift[..., None, None] * eye).mT)
+
+
+@one_by_one
+def _inverse_root(gram: Array) -> Array:
+    """The inverse of the lower Cholesky factor."""
+    eye = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
+    lower = jnp.linalg.cholesky(gram)
+    return jax.lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
 
 
 def orthonormalize(a: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
@@ -174,7 +221,7 @@ def _whiten(y: Array) -> tuple[Array, Array]:
     Ascending order. Directions below the noise of the Gram matrix are exactly zero in
     the first and left over, at their own small scale, in the second.
     """
-    values, vectors = jnp.linalg.eigh(_gram(y))
+    values, vectors = eigh(_gram(y))
     keep = values > 4 * y.shape[-1] * _EPS * values[..., -1:]
     root = jnp.where(keep, jax.lax.rsqrt(jnp.where(keep, values, 1.0)), 0.0)
     rotated = matmul(y, vectors)
@@ -191,7 +238,7 @@ def whitening(y: Float[Array, "*b m r"]) -> Float[Array, "*b r r"]:
     norm = jnp.linalg.norm(y, axis=-2, keepdims=True)
     inverse = jnp.where(norm > 0, 1.0 / jnp.where(norm > 0, norm, 1.0), 0.0)
     unit = y * inverse
-    values, vectors = jnp.linalg.eigh(_gram(unit))
+    values, vectors = eigh(_gram(unit))
     keep = values > 8 * y.shape[-1] * _EPS * values[..., -1:]
     t = (
         vectors
@@ -258,7 +305,7 @@ def gram_eigh(
     a, scale = unit_scale(a)
     m, n = a.shape[-2:]
     rank = min(m, n) if rank is None else min(rank, m, n)
-    values, vectors = jnp.linalg.eigh(_gram(a.mT) if m <= n else _gram(a))
+    values, vectors = eigh(_gram(a.mT) if m <= n else _gram(a))
     vectors = jnp.flip(vectors, -1)[..., :rank]
     values = jnp.flip(values, -1)[..., :rank]
     if m > n:
@@ -267,7 +314,7 @@ def gram_eigh(
 
 
 def range_finder(
-    key: Key[Array, ""],
+    key: Key[Array, "*b"] | Key[Array, ""],
     a: Float[Array, "*b m n"],
     size: int,
     power_iters: int = 0,
@@ -279,7 +326,7 @@ def range_finder(
     sketch is re-conditioned, so that small singular values survive the powers.
 
     Args:
-      key: for ``Omega``.
+      key: for ``Omega``; one, or one for each matrix.
       a: ``(*batch, m, n)``.
       size: columns wanted; at most ``min(m, n)`` are returned.
       power_iters: q; each costs two more passes over ``a``.
@@ -292,7 +339,8 @@ def range_finder(
     m, n = a.shape[-2:]
     size = min(size, m, n)
     known = 0 if start is None else min(start.shape[-1], size)
-    omega = jax.random.normal(key, (*a.shape[:-2], n, size - known), a.dtype)
+    shape = (*a.shape[:-2], n, size - known)
+    omega = random.draw(jax.random.normal, key, shape, a.dtype)
     if start is not None:
         # Unit columns: a warm start on the scale of the Gaussian ones.
         start = unit_columns(start[..., :known].astype(a.dtype)) * n**0.5
@@ -313,12 +361,12 @@ def rotate_to_singular(
     ``basis @ U`` with ``U`` the leading eigenvectors of ``B B^T``, ``B = basis^T a``.
     """
     b, _ = unit_scale(matmul(basis.mT, at_least_float32(a)))
-    _, vectors = jnp.linalg.eigh(_gram(b.mT))
+    _, vectors = eigh(_gram(b.mT))
     return matmul(basis, jnp.flip(vectors, -1)[..., :rank])
 
 
 def subspace_iteration(
-    key: Key[Array, ""],
+    key: Key[Array, "*b"] | Key[Array, ""],
     a: Float[Array, "*b m n"],
     rank: int,
     iters: int = 2,
@@ -328,7 +376,7 @@ def subspace_iteration(
     """Leading left singular vectors by randomized subspace iteration (Halko 4.4).
 
     Args:
-      key: for the Gaussian start.
+      key: for the Gaussian start; one, or one for each matrix.
       a: ``(*batch, m, n)``.
       rank: columns returned, at most ``min(m, n)``.
       iters: products with ``A A^T``.
@@ -344,7 +392,7 @@ def subspace_iteration(
 
 
 def randomized_svd(
-    key: Key[Array, ""],
+    key: Key[Array, "*b"] | Key[Array, ""],
     a: Float[Array, "*b m n"],
     rank: int,
     oversample: int = 8,
@@ -359,7 +407,7 @@ def randomized_svd(
     the truncation. Costs ``2 (power_iters + 1)`` products with ``A``.
 
     Args:
-      key: for the sketch.
+      key: for the sketch; one, or one for each matrix.
       a: ``(*batch, m, n)``.
       rank: at most ``min(m, n)`` are returned.
       oversample: p.
@@ -379,6 +427,6 @@ def randomized_svd(
     q = range_finder(key, a, rank + oversample, power_iters)
     b = matmul(q.mT, a)
     rows = orthonormalize(b.mT).mT
-    u, s, vt = jnp.linalg.svd(matmul(b, rows.mT), full_matrices=False)
+    u, s, vt = svd(matmul(b, rows.mT))
     u, s, vt = u[..., :rank], s[..., :rank], vt[..., :rank, :]
     return matmul(q, u), s * scale[..., 0], matmul(vt, rows)

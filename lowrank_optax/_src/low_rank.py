@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lowrank_optax._src import batching, compatible, linalg
+from lowrank_optax._src import batching, compatible, linalg, random
 from lowrank_optax._src.engine import check_rank
 from lowrank_optax._src.linalg import matmul
 
@@ -89,8 +89,9 @@ class LowRank:
         if size == old.left.shape[-2]:
             return None
         if not self.warm_start:
-            return jax.random.normal(key, (*batch, n, size), old.right.dtype)
-        seeds = linalg.seeds(key, batch)[..., None, None]
+            shape = (*batch, n, size)
+            return random.draw(jax.random.normal, key, shape, old.right.dtype)
+        seeds = jnp.broadcast_to(linalg.seeds(key), batch)[..., None, None]
         return (yield from batching.ask(_beside_signs(size - r), seeds, old.right))
 
     def compress(
@@ -158,7 +159,7 @@ class Whole:
 
     def project(self, q: Array) -> tuple[Array, ...]:
         """Thin arrays that `join` to ``q^T A``."""
-        return (matmul(q.mT, self.matrix),)
+        return (linalg.project(q, self.matrix),)
 
     @staticmethod
     def join(z: Array) -> Array:
@@ -193,7 +194,7 @@ class Average:
             (*q.shape[:-2], 1, 1), q.dtype
         )
         kept = matmul(q.mT, self.old.left)
-        new = matmul(q.mT, self.grad) if new is None else new
+        new = linalg.project(q, self.grad) if new is None else new
         return decay, kept, self.old.right, new
 
     @staticmethod
@@ -217,7 +218,7 @@ def _best_code(y: Array, z: Array, old_right: Array) -> tuple[LowRankCode, Array
     t = linalg.whitening(y)
     q, b = matmul(y, t), matmul(t.mT, z)
     unit, scale = linalg.unit_scale(b)
-    vectors = jnp.linalg.eigh(matmul(unit, unit.mT))[1]
+    vectors = linalg.eigh(matmul(unit, unit.mT))[1]
     vectors = jnp.flip(vectors, -1)[..., :rank]
     right = matmul(vectors.mT, unit)
     norm = jnp.linalg.norm(right, axis=-1, keepdims=True)

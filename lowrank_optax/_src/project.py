@@ -7,16 +7,24 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from lowrank_optax._src import compatible, engine, linalg, matrix, trees
+from lowrank_optax._src import (
+    accumulate,
+    batching,
+    compatible,
+    engine,
+    linalg,
+    matrix,
+    random,
+    trees,
+)
 from lowrank_optax._src.kernels.adam import recognize
 from lowrank_optax._src.kernels.projected_adam import projected_adam, suits
-from lowrank_optax._src.linalg import matmul
+from lowrank_optax._src.linalg import matmul, project
 from lowrank_optax._src.matrix import MatrixView
 from lowrank_optax._src.recovery import Drop
-from lowrank_optax._src.refresh import Every
+from lowrank_optax._src.refresh import Every, spread
 from lowrank_optax._src.subspace import TopSingular
 from lowrank_optax._src.transfer import Keep
 from lowrank_optax._src.typing import Recovery, Refresh, Subspace, Transfer
@@ -120,6 +128,7 @@ def project_gradients(
         compatible.check_rank(subspace, rank)
         for part in (refresh, recovery):
             compatible.check(part, subspace)
+        accumulate.check(recovery)
         need = compatible.NAMED_SIDE
         if need in getattr(subspace, "requires", ()) and side not in ("left", "right"):
             user, other = compatible.name(subspace), f"side={side!r}"
@@ -135,10 +144,12 @@ def project_gradients(
         paths = [view.path for view in views.values()]
         keys = trees.leaf_keys(key, paths, [kept[i] for i in views])
         shapes = ((*v.batch_shape, v.m, v.rank(rank)) for v in views.values())
-        return {
-            i: functools.partial(_draw, (subspace, shape, view.compute_dtype), k)
-            for (i, view), shape, k in zip(views.items(), shapes, keys, strict=True)
-        }
+        drawn = {}
+        for (i, view), shape, own in zip(views.items(), shapes, keys, strict=True):
+            parts = subspace, shape, view.compute_dtype
+            own = random.matrix_keys(own, view.batch_shape)
+            drawn[i] = functools.partial(_draw, parts, own)
+        return drawn
 
     def init(params):
         views = trees.views(params, matrices, side, creating=True)
@@ -170,7 +181,7 @@ def project_gradients(
         for (own, _, r, _), (part, view) in cases.items():
             view = dataclasses.replace(view, source=None)
             _check_moments(transfer, part, view, r, dict(own))
-        return ProjectState(
+        state = ProjectState(
             step=jnp.zeros([], jnp.int32),
             basis=tree(
                 (lambda v: v.zeros("m", v.rank(rank)))
@@ -181,12 +192,20 @@ def project_gradients(
             recovery=tree(lambda v: _at(v, recovery).init(v)),
             inner_state=engine.fit_boxes(layout, inner_state, proxies),
         )
+        return accumulate.start(state, proxies)
 
-    def update(updates, state, params=None, **extra):
+    def in_one_pass(at_matrix):
+        """Where one pass stands for the inner optimizer and what is around it."""
+        if engine.accumulating():
+            return []
+        return [i for i, v in at_matrix.items() if suits(adam, _at(v, recovery), v)]
+
+    def down(updates, state, first):
+        """The projected gradients, and the state with the bases for them."""
         treedef = jax.tree.structure(updates)
         views = trees.views(updates, matrices, side)
         at_matrix = {i: v for i, v in enumerate(views) if isinstance(v, MatrixView)}
-        phases = _phases(views)
+        phases = spread([getattr(view, "size", 0.0) for view in views])
         keys = trees.leaf_keys(key, [v.path for v in views], state.step)
         grads = treedef.flatten_up_to(updates)
         bases, refreshes, recoveries = (
@@ -201,36 +220,57 @@ def project_gradients(
         layout = fields.layout(treedef.unflatten(low))
         moments = layout.get(state.inner_state)
 
-        recovery_at = {i: _at(view, recovery) for i, view in at_matrix.items()}
         basis_at = load(at_matrix, bases)
+        # Leaf by leaf: XLA's CPU backend orders by depth, and would first project all
+        # gradients and last project all directions back, with all of them alive.
+        in_one, turn = in_one_pass(at_matrix), jnp.zeros([])
         for i, view in at_matrix.items():
             own = {name: x for (name, j), x in moments.items() if j == i}
-            low[i], basis, due, refreshes[i], own = _down(
+            low[i], basis, due, refreshes[i], own, size = _down(
                 (
                     _at(view, subspace),
                     refresh,
                     transfer,
-                    recovery_at[i],
+                    _at(view, recovery),
                     view.rank(rank),
                 ),
-                keys[i],
+                random.matrix_keys(keys[i], view.batch_shape),
                 state.step,
                 phases[i],
+                first,
                 view.matrix(grads[i]),
                 basis_at[i](),
                 refreshes[i],
                 recoveries[i],
                 own,
+                turn,
             )
+            if i not in in_one:  # which does without the projection made here
+                turn = size
             bases[i] = basis if stored else jnp.where(due, state.step, bases[i])
             moments |= {(name, i): x for name, x in own.items()}
+        return treedef.unflatten(low), state._replace(
+            basis=treedef.unflatten(bases),
+            refresh=treedef.unflatten(refreshes),
+            inner_state=layout.set(state.inner_state, moments),
+        )
+
+    def up(updates, low, state, params, **extra):
+        """The update by the projected gradients, in the bases of the state."""
+        treedef = jax.tree.structure(updates)
+        views = trees.views(updates, matrices, side)
+        at_matrix = {i: v for i, v in enumerate(views) if isinstance(v, MatrixView)}
+        grads, coeffs, bases, recoveries = (
+            treedef.flatten_up_to(x)
+            for x in (updates, low, state.basis, state.recovery)
+        )
+        layout = fields.layout(low)
+        moments = layout.get(state.inner_state)
+        recovery_at = {i: _at(view, recovery) for i, view in at_matrix.items()}
 
         # Drawn once more, as otherwise those of all leaves would be alive at once.
         basis_at = load(at_matrix, bases)
-        # At these, one pass stands for the inner optimizer and what is around it.
-        in_one = [i for i, v in at_matrix.items() if suits(adam, recovery_at[i], v)]
-        for i in in_one:
-            low[i] = optax.MaskedNode()
+        in_one = in_one_pass(at_matrix)
         masks = {w: optax.MaskedNode() for w in moments if w[1] in in_one}
         if params is not None:
             weights = [trees.full_precision(w) for w in treedef.flatten_up_to(params)]
@@ -238,7 +278,9 @@ def project_gradients(
                 weights[i] = _project(None, basis_at[i](), view.matrix(weights[i]))
             params = treedef.unflatten(weights)
         directions, inner_state = inner.update(
-            treedef.unflatten(low),
+            treedef.unflatten(
+                optax.MaskedNode() if i in in_one else x for i, x in enumerate(coeffs)
+            ),
             layout.set(state.inner_state, moments | masks),
             params,
             **extra,
@@ -262,46 +304,63 @@ def project_gradients(
                     state.inner_state.count,
                 )
                 recovery_state = recoveries[i]
+                ok = engine.finite([new_moments[w] for w in own])
             else:
                 seen = hasattr(recovery_at[i], "observe")
                 new, recovery_state = _recover(
                     (recovery_at[i], scale),
                     view.matrix(grads[i]),
-                    low[i],
+                    coeffs[i],
                     directions[i],
                     basis_at[i](),
                     recoveries[i],
                     {name: new_moments[name, i] for name, _ in own} if seen else None,
                 )
+                # Told by the gradient, not by each of the moments: the choice is then
+                # made while they are computed, and costs no pass; but after the
+                # directions, which are made of the old ones too.
+                size = jnp.linalg.norm(coeffs[i])
+                ok = jnp.isfinite(batching.after(size, new))
+                ok &= engine.finite(recovery_state)
             out[i] = view.leaf(new)
             # What is not finite must not stay in the state for good; the moments of a
             # leaf belong together.
-            recoveries[i], accepted = engine.accept(
-                (recovery_state, [new_moments[w] for w in own]),
-                (recoveries[i], [moments[w] for w in own]),
-            )
-            new_moments |= dict(zip(own, accepted, strict=True))
-        new_state = ProjectState(
+            recoveries[i] = engine.where(ok, recovery_state, recoveries[i])
+            new_moments |= {
+                w: engine.where(ok, new_moments[w], moments[w]) for w in own
+            }
+        new_state = state._replace(
             step=engine.increment(state.step),
-            basis=treedef.unflatten(bases),
-            refresh=treedef.unflatten(refreshes),
             recovery=treedef.unflatten(recoveries),
             inner_state=layout.set(inner_state, new_moments),
         )
         return treedef.unflatten(out), new_state
 
-    return engine.transformation(init, update)
+    return engine.transformation(init, accumulate.stepwise(down, up))
 
 
 @engine.compiled
-def _down(parts, key, step, phase, grad, basis, refresh_state, recovery_state, moments):
-    """Renew the basis if due, and project the gradient to it."""
+def _down(
+    parts,
+    key,
+    step,
+    phase,
+    first,
+    grad,
+    basis,
+    refresh_state,
+    recovery_state,
+    moments,
+    turn,
+):
+    """Renew the basis if due, and project the gradient, once ``turn`` is known."""
     subspace, refresh, transfer, recovery, rank = parts
     grad = recovery.prepare(grad, recovery_state)
-    coeff = matmul(basis.mT, grad)
+    coeff = project(batching.after(basis, turn), grad)
     size = jnp.linalg.norm(coeff)
     # A basis that has not seen a usable gradient yet is zero: it is always due.
-    due = jnp.all(basis == 0) | refresh.due(refresh_state, step, phase, size)
+    unset = jnp.all(basis[..., 0] == 0)
+    due = unset | (first & refresh.due(refresh_state, step, phase, size))
 
     def renew():
         # A shrunk basis is renewed as a whole one is, and cut off again: its columns
@@ -313,14 +372,17 @@ def _down(parts, key, step, phase, grad, basis, refresh_state, recovery_state, m
         used = jnp.sum(jnp.any(basis != 0, axis=-2))
         share = jnp.sum(overlap**2) / jnp.maximum(used, 1)
         carried = transfer.carry(moments, overlap)
-        return matmul(new.mT, grad), new, carried, share, jnp.linalg.norm(grad)
+        return project(new, grad), new, carried, share, jnp.linalg.norm(grad)
 
     def keep():
         return coeff, basis, moments, jnp.ones([], basis.dtype), size
 
     coeff, basis, moments, share, size = jax.lax.cond(due, renew, keep)
     after = refresh.after(refresh_state, due, size, share)
-    return coeff, basis, due, engine.accept(after, refresh_state), moments
+    after = engine.accept(
+        engine.where(unset | first, after, refresh_state), refresh_state
+    )
+    return coeff, basis, due, after, moments, size
 
 
 @engine.compiled
@@ -333,7 +395,7 @@ def _draw(parts, key):
 
 @engine.compiled
 def _project(parts, basis, param):
-    return matmul(basis.mT, param)
+    return project(basis, param)
 
 
 @engine.compiled
@@ -382,10 +444,3 @@ def _safe_select(subspace: Subspace, key, grad, old, step):
     usable |= unset & jnp.any(usable)
     usable &= jnp.all(jnp.isfinite(new), axis=(-2, -1), keepdims=True)
     return jnp.where(usable, new, old)
-
-
-def _phases(views) -> list[np.float32]:
-    """Where in a period each leaf is renewed: midpoints of its share of all cost."""
-    cost = np.array([v.size if isinstance(v, MatrixView) else 0.0 for v in views])
-    total = max(cost.sum(), 1.0)
-    return list(((np.cumsum(cost) - cost / 2) / total).astype(np.float32))

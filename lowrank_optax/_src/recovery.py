@@ -20,6 +20,8 @@ Per = Literal["channel", "tensor"]
 class Drop:
     """Nothing: the update is ``scale * P N``, as in GaLore."""
 
+    provides: ClassVar[tuple[str, ...]] = (compatible.COEFFICIENTS,)
+
     def init(self, view):
         return optax.MaskedNode()
 
@@ -27,7 +29,7 @@ class Drop:
         return grad
 
     def recover(self, grad, coeff, direction, basis, scale, state):
-        return scale * matmul(basis, direction), state
+        return matmul(basis, scale * direction), state
 
 
 class FiraState(NamedTuple):
@@ -273,7 +275,7 @@ class SparseResidual:
         return grad
 
     def recover(self, grad, coeff, direction, basis, scale, state):
-        update = scale * matmul(basis, direction)
+        update = matmul(basis, scale * direction)
         *batch, m, n = grad.shape
         row, col = state.index // n, state.index % n
         stack = jnp.arange(math.prod(batch)).reshape(*batch, 1)

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lowrank_optax._src import compatible
@@ -209,3 +210,10 @@ class WhenDrifted:
             stretch=stretch,
             recent=jnp.where(steady, -float(_RECENT), recent),
         )
+
+
+def spread(costs: list[float]) -> list[np.float32]:
+    """The phases of leaves of these costs: midpoints of their shares of all cost."""
+    cost = np.array(costs, np.float64)
+    total = max(cost.sum(), 1.0)
+    return list(((np.cumsum(cost) - cost / 2) / total).astype(np.float32))

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._src import compatible, linalg
+from lowrank_optax._src import compatible, linalg, random
 from lowrank_optax._src.engine import check_rank
 from lowrank_optax._src.typing import Subspace
 
@@ -41,14 +41,14 @@ class TopSingular:
     def select(self, key, grad, old, step):
         rank = old.shape[-1]
         if self.method == "svd":
-            return jnp.linalg.svd(grad, full_matrices=False)[0][..., :rank]
+            return linalg.svd(grad)[0][..., :rank]
         if self.method == "gram_eigh":
             return linalg.gram_eigh(grad, rank)[0]
         if self.method == "warm":
             # At the start there is no old basis: a zero column would waste its place.
             started = jnp.any(old != 0, axis=(-2, -1), keepdims=True)
-            random = jax.random.normal(key, old.shape, old.dtype)
-            start = jnp.where(started, old, random)
+            fresh = random.draw(jax.random.normal, key, old.shape, old.dtype)
+            start = jnp.where(started, old, fresh)
             return linalg.subspace_iteration(key, grad, rank, iters=1, start=start)
         iters = 1 if self.method == "rsvd" else 2
         return linalg.subspace_iteration(key, grad, rank, iters)
@@ -90,7 +90,7 @@ class ImportanceSampled:
 
     def select(self, key, grad, old, step):
         rank = old.shape[-1]
-        sketch_key, key = jax.random.split(key)
+        sketch_key, key = random.split(key)
         if self.pool is None:
             vectors, values = linalg.gram_eigh(grad)
         else:
@@ -101,7 +101,7 @@ class ImportanceSampled:
             vectors = linalg.matmul(within, vectors)
         # The largest k of log w + Gumbel noise are k draws without replacement.
         weights = jnp.log(values + _WEIGHT_FLOOR)
-        noise = jax.random.gumbel(key, values.shape, values.dtype)
+        noise = random.draw(jax.random.gumbel, key, values.shape, values.dtype)
         return _take(vectors, weights + noise, rank)
 
 
@@ -131,7 +131,7 @@ class Hybrid:
 
     def select(self, key, grad, old, step):
         vectors, values = linalg.gram_eigh(grad)
-        score = jax.random.uniform(key, values.shape, values.dtype)
+        score = random.draw(jax.random.uniform, key, values.shape, values.dtype)
         first = jnp.arange(values.shape[-1]) < self.leading
         return _take(vectors, jnp.where(first, 2.0, score), old.shape[-1])
 
@@ -172,7 +172,9 @@ class RandomOrthonormal:
     lacks: ClassVar[tuple[str, ...]] = (compatible.CHOSEN,)
 
     def select(self, key, grad, old, step):
-        return linalg.orthonormalize(jax.random.normal(key, old.shape, old.dtype))
+        return linalg.orthonormalize(
+            random.draw(jax.random.normal, key, old.shape, old.dtype)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,7 +282,7 @@ class RandomGaussian:
     )
 
     def select(self, key, grad, old, step):
-        normal = jax.random.normal(key, old.shape, old.dtype)
+        normal = random.draw(jax.random.normal, key, old.shape, old.dtype)
         return normal * old.shape[-1] ** -0.5
 
 
@@ -324,8 +326,8 @@ class CrossHead:
                 f"{n} columns of a gradient of shape {grad.shape}."
             )
         drawn = min(heads, -(-old.shape[-1] * heads // n))
-        head_key, key = jax.random.split(key)
-        score = jax.random.uniform(head_key, (*batch, heads))
+        head_key, key = random.split(key)
+        score = random.draw(jax.random.uniform, head_key, (*batch, heads), jnp.float32)
         chosen = jax.lax.top_k(score, drawn)[1][..., None, :, None]
         blocks = grad.reshape(*batch, m, heads, n // heads)
         part = jnp.take_along_axis(blocks, chosen, axis=-2).reshape(*batch, m, -1)

@@ -46,12 +46,16 @@ class Reset:
 
 @dataclasses.dataclass(frozen=True)
 class Rotate:
-    """Moments are expressed in the new basis: ``C m`` and ``(C o C) v``, C = new^T old.
+    """Moments in the new basis: ``C m`` and ``(C o C) v / c``, with ``C = new^T old``.
 
-    The second is the variance of ``C x`` under a diagonal covariance, hence never
-    negative, where ``C v`` would be in a quarter of its entries.
+    ``(C o C) v`` is the variance of ``C x`` under a diagonal covariance, hence never
+    negative, where ``C v`` would be in a quarter of its entries. Of a new direction the
+    old basis covers the share ``c``, the row sums of ``C o C``, and knows no more of
+    its variance: divided by that, it does not pass for small, which would make the
+    steps after a refresh large (AR-17).
 
     Args:
+      coverage: the least share that is divided by; 1 for ``(C o C) v`` itself.
       first: names of further state fields that are linear in the gradient.
       second: names of further state fields that are quadratic in it.
 
@@ -59,13 +63,24 @@ class Rotate:
     >>> tx = lro.galore_project(optax.scale_by_adam(), rank=4, transfer=lro.Rotate())
     """
 
+    coverage: float = 0.1
     first: tuple[str, ...] = ()
     second: tuple[str, ...] = ()
     requires: ClassVar[tuple[str, ...]] = (compatible.ORTHONORMAL,)
 
+    def __post_init__(self):
+        known = isinstance(self.coverage, (int, float))
+        if known and not 0 < self.coverage <= 1:
+            raise ValueError(
+                f"`coverage` must be above 0 and at most 1, got {self.coverage}."
+            )
+
     def carry(self, moments, overlap):
         _refuse_codes(moments, self)
         r = overlap.shape[-1]
+        square = overlap * overlap
+        covered = jnp.sum(square, axis=-1, keepdims=True)
+        square = square / jnp.maximum(covered, self.coverage)
         carried = {}
         widths = {
             x.shape[-1]
@@ -77,7 +92,6 @@ class Rotate:
             if last(name) in FIRST_MOMENTS.union(self.first):
                 carried[name] = matmul(overlap, x)
             elif last(name) in SECOND_MOMENTS.union(self.second):
-                square = overlap * overlap
                 if rows:
                     carried[name] = matmul(square, x[..., None])[..., 0]
                 elif x.ndim == overlap.ndim and x.shape[-2] == r:

@@ -27,7 +27,7 @@ class Subspace(Protocol):
 
     def select(
         self,
-        key: Key[Array, ""],
+        key: Key[Array, "*b"],
         grad: Float[Array, "*b m n"],
         old: Float[Array, "*b m r"],
         step: Step,
@@ -35,7 +35,8 @@ class Subspace(Protocol):
         """A new basis for ``grad``, scaled to a largest magnitude in [1/2, 1).
 
         Law: columns orthonormal to 1e-5 or exactly zero, finite for any finite
-        ``grad``. ``old`` is the basis to be replaced, zero at the start.
+        ``grad``. ``old`` is the basis to be replaced, zero at the start. ``key`` is one
+        for each matrix; see `lowrank_optax.linalg.draw`.
         """
         ...
 
@@ -120,7 +121,7 @@ class Codec(Protocol):
         """The code of zero. Law: ``decode(init)`` is zero, as moments start."""
         ...
 
-    def encode(self, key: Key[Array, ""], x: Array, old: Any) -> NamedTuple:
+    def encode(self, key: Key[Array, "*b"], x: Array, old: Any) -> NamedTuple:
         """The code of ``x``; ``old`` is the code that it replaces."""
         ...
 
@@ -138,7 +139,11 @@ class Rule(Protocol):
         ...
 
     def update(
-        self, key: Key[Array, ""], step: Step, grad: Float[Array, "*b m n"], state: Any
+        self,
+        key: Key[Array, "*b"],
+        step: Step,
+        grad: Float[Array, "*b m n"],
+        state: Any,
     ) -> Any:
         """``(update, next state)``, shaped as ``grad`` and ``state``; ``step`` from 0.
 

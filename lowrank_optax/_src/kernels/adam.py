@@ -23,14 +23,18 @@ class Adam:
     def numbers(self, count: Array) -> tuple[Any, ...]:
         """What `adam_step` needs beside arrays; ``count`` updates were made before."""
         t = optax.safe_increment(count)
-        debias = 1 - self.b1**t, 1 - self.b2**t
-        return self.b1, self.b2, self.eps, self.eps_root, *debias
+        decays = self.b1, self.b2
+        # 1 - 0.999 has four digits in float32, if 0.999 is rounded to it before.
+        fresh = (1 - b for b in decays)
+        debias = (1 - b**t for b in decays)
+        return *decays, *fresh, *debias, self.eps, self.eps_root
 
 
-def adam_step(g, mu, nu, b1, b2, eps, eps_root, c1, c2) -> tuple[Array, Array, Array]:
-    """Direction and new moments."""
-    mu = b1 * mu + (1 - b1) * g
-    nu = b2 * nu + (1 - b2) * g * g
+def adam_step(g, mu, nu, *numbers) -> tuple[Array, Array, Array]:
+    """Direction and new moments, by `Adam.numbers`."""
+    b1, b2, a1, a2, c1, c2, eps, eps_root = numbers
+    mu = b1 * mu + a1 * g
+    nu = b2 * nu + a2 * g * g
     return (mu / c1) / (jnp.sqrt(nu / c2 + eps_root) + eps), mu, nu
 
 

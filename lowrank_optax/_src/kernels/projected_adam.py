@@ -23,7 +23,7 @@ from lowrank_optax._src.matrix import MatrixView
 from lowrank_optax._src.recovery import Drop
 
 Array = jax.Array
-_INS = ("mn", "mk", "kn", "kn", *["11"] * 7)  # gradient, basis, moments, numbers
+_INS = ("mn", "mk", "kn", "kn", *["11"] * 9)  # gradient, basis, moments, numbers
 _OUTS = ("mn", "kn", "kn")
 
 

@@ -227,7 +227,7 @@ class MLorcAdam:
         b1, b2, t = self.b1, batching.take_turn(self.b2), step + 1
         m = b1 * self.mu.decode(state.mu) + (1 - b1) * grad
         v = b2 * clamp_negative(low_rank_product(state.nu), zeta) + (1 - b2) * grad**2
-        m_hat, v_hat = m / (1 - b1**t), v / (1 - self.b2**t)
+        m_hat, v_hat = m * (1 / (1 - b1**t)), v * (1 / (1 - self.b2**t))
         (mu, mu_finite), (nu, nu_finite) = yield from batching.together(
             self.mu.compress(mu_omega, Average(b1, state.mu, grad), state.mu),
             self.nu.compress(nu_omega, Whole(v), state.nu, ends_turn=True),

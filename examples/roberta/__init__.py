@@ -1,0 +1,1 @@
+"""RoBERTa and BERT encoders, and their fine-tuning on GLUE."""

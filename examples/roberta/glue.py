@@ -1,0 +1,204 @@
+"""Fine-tunes RoBERTa or BERT on a GLUE task by several methods and compares them.
+
+    python -m examples.roberta.glue
+    python -m examples.roberta.glue --task mrpc --data MRPC/ --model roberta-base/
+    python -m examples.roberta.glue --resume
+
+Without arguments nothing is downloaded: a small encoder is pre-trained on docstrings
+and fine-tuned to tell which package of the standard library a snippet is from.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+import optax
+from tokenizers import Tokenizer
+
+import lowrank_optax as lro
+from examples.common.files import sha256, write_json
+from examples.common.interrupt import Interrupted, StopRequest
+from examples.common.settings import RECORD, parse_settings, settings_record
+from examples.common.weights import local_directory
+from examples.roberta.batches import encode
+from examples.roberta.data import Dataset, Examples, load_dataset
+from examples.roberta.job import Job
+from examples.roberta.masked import ENCODERS
+from examples.roberta.report import comparison, write_files
+from examples.roberta.settings import SMOKE, Glue
+from examples.roberta.stdlib import STDLIB, load_stdlib
+from examples.roberta.tokenizer import load_tokenizer, train_tokenizer
+from examples.roberta.weights import TOKENIZER, load_classifier
+
+_SHOWN_PROBLEMS = 4  # lines of an error
+
+
+def prepare(settings: Glue, out: Path) -> Job:
+    """Everything that training needs, checked as far as it can be; writes nothing.
+
+    Raises:
+      ValueError, OSError: settings, model or data that cannot be used, or that are no
+        longer what the run that is resumed was started with.
+    """
+    settings.check()
+    task = settings.chosen_task
+    dataset, docstrings = _data(settings)
+    labels = dataset.labels or ("score",)
+    if settings.made_here:
+        config, weights = ENCODERS[settings.model], None
+        if settings.resume:
+            tokenizer = Tokenizer.from_file(str(out / TOKENIZER))
+        else:
+            tokenizer = train_tokenizer(docstrings, config.vocab_size)
+        size = tokenizer.get_vocab_size()
+        config = dataclasses.replace(config, vocab_size=size, labels=labels)
+        source = f"{settings.model}, made here"
+        start = (
+            f"pretrained by masked language modelling of docstrings,"
+            f" {settings.pretrain_steps} steps, with a fresh head"
+        )
+        digest = None
+    else:
+        directory = local_directory(settings.model)
+        weights = load_classifier(directory, labels)
+        config, source, start = weights.config, settings.model, weights.start
+        tokenizer = load_tokenizer(directory, config)
+        files = sorted(directory.glob("*.json")) + sorted(
+            directory.glob("*.safetensors")
+        )
+        digest = sha256(files)
+    if task.preset.max_length > config.max_length:
+        raise ValueError(
+            f"Cannot train on {task.preset.max_length} tokens: the model takes"
+            f" {config.max_length}. Lower --max-length."
+        )
+    parts = {"train": dataset.train, **dataset.validation}
+    encoded = encode(tokenizer, parts, task.preset.max_length, config)
+    train = encoded.pop("train")
+    facts = {
+        **settings_record(settings),
+        "model": {"source": source, "start": start, "sha256": digest}
+        | dataclasses.asdict(config),
+        "data": {
+            "source": dataset.source,
+            "sha256": dataset.sha256,
+            "labels": list(dataset.labels),
+            "train_examples": len(train),
+            "validation_examples": sum(map(len, encoded.values())),
+            "left_out": sum(part.left_out for part in parts.values()),
+            "lengths": list(train.lengths),
+        },
+        "versions": {
+            module.__name__: module.__version__ for module in (lro, jax, optax, flax)
+        },
+        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
+    }
+    facts = json.loads(json.dumps(facts))
+    if settings.resume:
+        _check_unchanged(facts, out)
+    job = Job(
+        settings, out, config, tokenizer, train, encoded, docstrings, weights, facts
+    )
+    job.check()
+    return job
+
+
+def _data(settings: Glue) -> tuple[Dataset, Sequence[str]]:
+    """The data set at the size asked for, and docstrings where they are needed."""
+    task, docstrings = settings.chosen_task, ()
+    if task.name == STDLIB.name or settings.made_here:
+        dataset, docstrings = load_stdlib()
+    if task.name != STDLIB.name:
+        dataset = load_dataset(task, settings.data)
+    preset = task.preset
+    return dataclasses.replace(
+        dataset,
+        train=_sample(dataset.train, preset.train_examples),
+        validation={
+            name: _sample(part, preset.validation_examples)
+            for name, part in dataset.validation.items()
+        },
+    ), docstrings
+
+
+def _sample(examples: Examples, count: int | None) -> Examples:
+    """So many of the examples, the same for every seed of training."""
+    if count is None or count >= len(examples):
+        return examples
+    rows = np.random.default_rng(0).permutation(len(examples))[:count]
+    return examples.take(np.sort(rows))
+
+
+def _check_unchanged(facts: dict[str, Any], out: Path) -> None:
+    recorded = json.loads((out / RECORD).read_text())
+    for part in ("model", "data"):
+        if recorded[part] != facts[part]:
+            raise ValueError(
+                f"Cannot resume {out}: the {part} is not what it was when the run was"
+                " started."
+            )
+    # Where the run was begun is where it is from.
+    facts |= recorded
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    if len(lines) > _SHOWN_PROBLEMS:
+        more = len(lines) - _SHOWN_PROBLEMS
+        lines = [*lines[:_SHOWN_PROBLEMS], f"and {more} more"]
+    return " ".join("; ".join(line.strip() for line in lines).split())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the job; returns the exit status: 0, 2 for bad settings, 130 if stopped."""
+    began = time.perf_counter()
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        job = prepare(*parse_settings(argv, "glue", Glue(), SMOKE))
+        model, data = job.facts["model"], job.facts["data"]
+        print(
+            f"{model['source']}, {model['start']}; on {job.settings.chosen_task.title},"
+        )
+        print(
+            f"{data['train_examples']:,} examples of {data['source']}; run in {job.out}"
+        )
+        if not job.settings.resume:
+            job.out.mkdir(parents=True, exist_ok=True)
+            # The record last: what it is missing from is no run.
+            job.tokenizer.save(str(job.out / TOKENIZER))
+            write_json(job.out / RECORD, job.facts)
+    except (ValueError, OSError) as error:
+        print("glue:", _one_line(error), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("glue: stopped before the first step", file=sys.stderr)
+        return 130
+    with StopRequest() as stop:
+        try:
+            weights = job.load(stop)
+            trained = {
+                method: job.run(method, weights, stop)
+                for method in job.settings.methods
+            }
+        except Interrupted as stopped:
+            resume = f"python -m examples.roberta.glue --resume --out {job.out}"
+            print(f"{stopped}; go on with: {resume}", file=sys.stderr)
+            return 130
+        paths = write_files(job, model["start"], trained)
+    print(comparison(job, trained))
+    print(f"{time.perf_counter() - began:.0f} seconds in all; written:")
+    for path in paths:
+        print(f"  {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
