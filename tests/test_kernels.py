@@ -168,7 +168,8 @@ def check_states(name, new, expected):
             codes, others = (getattr(s.inner_state, field) for s in (new, expected))
             for k in SHAPES:
                 product, wanted = (jnp.matmul(*x[k]) for x in (codes, others))
-                assert relative(product, wanted) < 1e-5, (field, k)
+                # The Gram matrix of a sketch magnifies what sums in another order.
+                assert relative(product, wanted) < 3e-5, (field, k)
         return
     for x, y in zip(*map(jax.tree.leaves, (new, expected)), strict=True):
         if x.dtype == jnp.uint8:  # ties may be broken otherwise
@@ -193,9 +194,9 @@ def test_a_step_is_that_of_the_xla_tier(name, platform):
                 if name == "adam" and not grads[k].any():
                     # Where V alone crosses zero, 1 / sqrt(V) has no correct digits.
                     v = jnp.matmul(*state.inner_state.nu[k])
-                    sure = jnp.abs(v) > 0.02 * v.max()
+                    sure = jnp.abs(v) > 0.1 * jnp.abs(v).mean()
                     sure = sure if sure.shape == x.shape else sure.mT
-                    assert sure.sum() > 200
+                    assert sure.mean() > 0.2
                     x, y = x[sure], y[sure]
                 tolerance = 1e-5 if DTYPES[k] == jnp.float32 else 4e-3
                 assert relative(x, y) < tolerance, k
@@ -280,11 +281,11 @@ def test_a_leaf_that_lies_transposed_is_not_moved():
     params = {"w": jnp.ones((96, 64))}
     with interpreted("tpu"):
         compiled = jax.jit(tx.update).lower(params, tx.init(params)).compile()
-    moves = re.compile(r"\w+\[(1,)?(96,64|64,96)\]\S* (transpose|copy)\(")
     lines = compiled.as_text().splitlines()
-    # Within the interpreter's loop tiles are turned, which on a device is in registers.
-    assert any("[64,96]" in x or "[96,64]" in x for x in lines)
-    assert not [x for x in lines if moves.search(x) and "/while/" not in x]
+    # Tiles are turned within the interpreter's loop, which is in registers on a device.
+    turned = re.compile(r"= f32\[(1,)?64,96\]\S* (transpose|copy)\(")
+    moved = [x for x in lines if turned.search(x)]
+    assert moved and all("/while/" in x for x in moved)
 
 
 # Lowering, for the layers of LLaMA-7B

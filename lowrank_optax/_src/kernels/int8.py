@@ -68,7 +68,8 @@ def adam_in_blocks(
       ``(update, mu, nu)``, the update in the gradient's dtype.
     """
     adam, block = parts
-    rows = [_in_rows(x, block) for x in (grad, mu.index, nu.index)]
+    padded = (grad, 0.0), (mu.index, _zero(True)), (nu.index, _zero(False))
+    rows = [_in_rows(x, block, zero) for x, zero in padded]
     largest = [x.largest.reshape(len(rows[0]), -1) for x in (mu, nu)]
     arrays = [*rows, *largest, *map(flat, adam.numbers(count))]
 
@@ -84,14 +85,17 @@ def adam_in_blocks(
     )
 
 
-def _in_rows(x: Array, block: int) -> Array:
-    """Rows of whole blocks: those of x, or single blocks where they run over rows."""
+def _in_rows(x: Array, block: int, zero: float) -> Array:
+    """Rows of whole blocks: those of x, or single blocks where they run over rows.
+
+    What fills the last of them is ``zero``, in a code the number that stands for it.
+    """
     *batch, m, n = x.shape
     if n % block == 0:
         return x.reshape(-1, n)
     x = x.reshape(*batch, m * n)
     pad = [(0, 0)] * len(batch) + [(0, -m * n % block)]
-    return jnp.pad(x, pad).reshape(-1, block)
+    return jnp.pad(x, pad, constant_values=zero).reshape(-1, block)
 
 
 def _from_rows(x: Array, shape: tuple[int, ...]) -> Array:
@@ -175,10 +179,14 @@ def _decades(signed: bool) -> tuple[int, list[tuple[int, int, float, float, floa
     return len(numbers), found
 
 
+def _zero(signed: bool) -> int:
+    """The index of zero in the map."""
+    return int(np.argmin(np.abs(dynamic_map(signed))))
+
+
 def decode(index: Array, signed: bool) -> Array:
     """Numbers of the map, in float32."""
-    zero = int(np.argmin(np.abs(dynamic_map(signed))))
-    offset = index.astype(jnp.int32).astype(jnp.float32) - zero
+    offset = index.astype(jnp.int32).astype(jnp.float32) - _zero(signed)
     place = jnp.abs(offset)
     value = jnp.zeros_like(place)
     for start, _, first, step, _ in _decades(signed)[1]:
@@ -199,7 +207,7 @@ def encode(x: Array, signed: bool) -> tuple[Array, Array]:
         within = jnp.ceil((unit - first) / step - 0.5)
         within = jnp.minimum(jnp.maximum(within, 0.0), count - 1.0)
         place = jnp.where(unit > border, start + within, place)
-    zero = int(np.argmin(np.abs(dynamic_map(signed))))
+    zero = _zero(signed)
     if signed:
         # The map has 1 but not -1.
         place = jnp.where(x < 0, -jnp.minimum(place, float(zero)), place)
