@@ -10,7 +10,7 @@ demo: $(VENV)/examples.stamp
 	$(VENV)/bin/python -m examples.llama.pretrain
 
 test: $(VENV)/test.stamp
-	$(VENV)/bin/python -m pytest -n 2
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/test.stamp $(VENV)/lint.stamp
 	$(VENV)/bin/ruff check

@@ -8,7 +8,6 @@ methods without a learning rate, and whole optimizers. Please do not use names f
 from lowrank_optax import adapters as adapters
 from lowrank_optax import diagnostics as diagnostics
 from lowrank_optax import kernels as kernels
-from lowrank_optax import layerwise as layerwise
 from lowrank_optax import linalg as linalg
 from lowrank_optax import rank as rank
 from lowrank_optax._src.accumulate import AccumulateState as AccumulateState
@@ -30,6 +29,9 @@ from lowrank_optax._src.matrix import MatrixView as MatrixView
 from lowrank_optax._src.memory import describe as describe
 from lowrank_optax._src.memory import memory_report as memory_report
 from lowrank_optax._src.memory import state_bytes as state_bytes
+from lowrank_optax._src.methods.adafactor import (
+    scale_by_adafactor as scale_by_adafactor,
+)
 from lowrank_optax._src.methods.adam_mini import adam_mini as adam_mini
 from lowrank_optax._src.methods.adam_mini import galore_adam_mini as galore_adam_mini
 from lowrank_optax._src.methods.adam_mini import (
@@ -67,6 +69,9 @@ from lowrank_optax._src.methods.q_galore import (
 )
 from lowrank_optax._src.methods.q_galore import q_galore_project as q_galore_project
 from lowrank_optax._src.methods.quantize import adamw_8bit as adamw_8bit
+from lowrank_optax._src.methods.quantize import (
+    adarankgrad_adamw_8bit as adarankgrad_adamw_8bit,
+)
 from lowrank_optax._src.methods.quantize import galore_adamw_8bit as galore_adamw_8bit
 from lowrank_optax._src.methods.quantize import quantize_state as quantize_state
 from lowrank_optax._src.project import ProjectState as ProjectState
@@ -146,6 +151,7 @@ __all__ = [
     "adapters",
     "adaptive_rank",
     "adarankgrad_adamw",
+    "adarankgrad_adamw_8bit",
     "apollo_adamw",
     "apollo_scale",
     "compress_state",
@@ -169,10 +175,9 @@ __all__ = [
     "i3s_adamw",
     "i3s_subspace",
     "inject_hyperparams",
-    "ldadamw",
-    "layerwise",
-    "leafwise",
     "kernels",
+    "ldadamw",
+    "leafwise",
     "linalg",
     "memory_report",
     "mlorc_adamw",
@@ -185,6 +190,7 @@ __all__ = [
     "q_galore_project",
     "quantize_state",
     "rank",
+    "scale_by_adafactor",
     "scale_by_adam_mini",
     "scale_by_ldadam",
     "state_bytes",

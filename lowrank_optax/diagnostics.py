@@ -1,4 +1,7 @@
-"""Measures of rank and of subspaces, each usable inside `jax.jit`."""
+"""Measures of rank and of subspaces, each usable inside `jax.jit`.
+
+`state_metrics` reports them over an optimizer's state.
+"""
 
 from lowrank_optax._src.diagnostics import captured_energy as captured_energy
 from lowrank_optax._src.diagnostics import effective_rank as effective_rank

@@ -2,11 +2,19 @@
 
 import gc
 import itertools
+import os
 
 import hypothesis
 import jax
 
-# Before any test module can initialise a backend: the number is fixed from then on.
+# Before any test module can initialise a backend: both are fixed from then on. Nearly
+# all time of the suite is compilation, which takes a fifth without LLVM's
+# optimizations. Whoever sets the variable, to the empty string too, gets his own.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
 jax.config.update("jax_num_cpu_devices", 2)
 
 # Every example shape is compiled anew, which takes longer than any sensible deadline.

@@ -75,18 +75,15 @@ class SignOfMomentum:
         return jnp.sign(trace), Momentum(trace)
 
 
-def _adafactor(learning_rate):
-    return optax.chain(
-        optax.scale_by_factored_rms(min_dim_size_to_factor=1),
-        optax.clip_by_block_rms(1.0),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+# Optax factors a matrix only from 128 on.
+_FACTORED = optax.scale_by_factored_rms(min_dim_size_to_factor=1)
+_ADAFACTOR = optax.chain(_FACTORED, optax.clip_by_block_rms(1.0))
 
 
 def _flora(learning_rate, b1):
     """Leaves that are not matrices keep the momentum as it is."""
     return optax.chain(
-        optax.scale_by_factored_rms(min_dim_size_to_factor=1),
+        _FACTORED,
         optax.ema(b1, debias=False),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -186,7 +183,7 @@ METHODS = [
         lro.galore_adafactor,
         dict(learning_rate=0.02, scale=1.0, **_GALORE),
         ("v_row", "v_col", "v"),
-        _adafactor(0.02),
+        optax.chain(_ADAFACTOR, optax.scale_by_learning_rate(0.02)),
     ),
     Method(
         "mlorc_adamw",
@@ -323,6 +320,13 @@ METHODS = [
         optax.adam(0.02),
     ),
     Method(
+        "adarankgrad_adamw_8bit",
+        lro.adarankgrad_adamw_8bit,
+        dict(learning_rate=0.02, max_rank=RANK, scale=1.0, max_interval=PERIOD),
+        ("mu", "nu"),
+        optax.adam(0.02),
+    ),
+    Method(
         "apollo_scale",
         lro.apollo_scale,
         # Factors from one or two random numbers jump at each refresh, and a limit of 1%
@@ -397,6 +401,14 @@ METHODS = [
         dict(tx=lro.galore_project(_ADAM, **_GALORE), every=1),
         ("mu", "nu", "total"),
         _ADAM,
+    ),
+    Method(
+        "scale_by_adafactor",
+        lro.scale_by_adafactor,
+        dict(decay_rate=0.8),
+        ("v_row", "v_col", "v"),
+        _ADAFACTOR,
+        elementwise=True,
     ),
     # Every leaf is treated alike here: what embeddings and vectors get is compared with
     # formulas in test_adam_mini.py.

@@ -161,6 +161,22 @@ def test_warm_start_approaches_the_best_approximation(shape, name):
     assert min(errors) > 1 - 1e-4  # better than the best would not have rank 4
 
 
+@pytest.mark.parametrize("second", [1e-1, 1e-2])
+def test_a_dominant_direction_does_not_hide_the_others(second):
+    # A second moment after its first step, of which the sketch's columns are near
+    # parallel: the code must be as good as the exact projector of the same sketch.
+    x = spectrum(128, 256, np.r_[1.0, second * 0.7 ** np.arange(19)])
+    codec = lro.LowRank(4)
+    old = codec.init(view_of(128, 256))
+
+    ((function, *arrays),) = next(codec.draw(KEY, old))
+    omega = np.asarray(function(*arrays), np.float64)
+    q = np.linalg.qr(x @ omega)[0]
+    expected = np.linalg.norm(x - q @ reference.truncate(q.T @ x, 4))
+    found = np.linalg.norm(x - np.asarray(through(codec, x), np.float64))
+    assert found < 1.02 * expected
+
+
 def test_warm_start_tracks_a_turning_matrix():
     """An average of noisy matrices with a slowly turning signal, as moments are."""
     rng = np.random.default_rng(0)

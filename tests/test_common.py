@@ -5,6 +5,8 @@ alias is a chain of one of the transformations, a weight decay and a learning ra
 goes through those tests that a chain could fail.
 """
 
+import inspect
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from registry import METHODS, PERIOD, example_params
 from running import assert_close, norm, random_grads, random_like, run, run_eagerly
 
 import lowrank_optax as lro
+from lowrank_optax._src import random
 
 BY_NAME = {method.name: method for method in METHODS}
 
@@ -141,6 +144,29 @@ def test_vmap_equals_a_loop(method):
     for t in range(PERIOD + 1):
         updates, state = update(stack(grads[0][t], grads[1][t]), state, stacked)
         assert_close(updates, stack(expected[0][t], expected[1][t]), atol=1e-5)
+
+
+# Two aliases too, for the transformations that are theirs alone.
+STACKED = ["galore_adafactor", "flora"] + [
+    name
+    for name in TRANSFORMATIONS
+    if "matrices" in inspect.signature(BY_NAME[name].factory).parameters
+]
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_a_stacked_leaf_is_the_loop_over_its_slices(name, monkeypatch):
+    # Each matrix of a stack draws by a key of its own; here by that of a leaf alone.
+    monkeypatch.setattr(random, "matrix_keys", jnp.broadcast_to)
+    tx = BY_NAME[name].make(matrices=lro.MatrixAxes())
+    params = random_like({"query": (3, 4, 6)}, seed=0)  # more layers than the rank
+    grads = random_grads(params, PERIOD + 1)
+    stacked, _ = run(tx, params, grads)
+    for i in range(3):
+        one, *of_one = (jax.tree.map(lambda x, i=i: x[i], t) for t in (params, *grads))
+        alone, _ = run(tx, one, of_one)
+        for u, want in zip(stacked, alone, strict=True):
+            assert_close(u["query"][i], want["query"], rtol=1e-4, atol=1e-5)
 
 
 def test_abstract_initialisation(method_or_alias):
@@ -395,6 +421,17 @@ def test_a_schedule_for_the_scale(name):
             wanted = zero + schedule(t) * (one - zero)
             assert_close(u[path]["kernel"], wanted, rtol=2e-4, atol=1e-5)
         assert_close(u["embed"], want["embed"], rtol=2e-4, atol=1e-5)
+
+
+def test_a_schedule_must_be_injected():
+    def schedule(count):
+        return 0.5 * (count + 1)
+
+    for name in SCALED:
+        for argument in ("scale", "update_every"):
+            match = f"`{argument}` must be a number.*inject_hyperparams.*{argument}="
+            with pytest.raises(TypeError, match=match):
+                BY_NAME[name].make(**{argument: schedule})
 
 
 @pytest.mark.parametrize("name", [m.name for m in METHODS if m.is_optimizer])

@@ -198,6 +198,13 @@ def test_a_lazy_refresh_compares_the_ranks_in_use():
         _, state = update(grads, state)
     assert np.sum(np.any(state.basis["w"] != 0, axis=0)) == 1
     assert state.refresh["w"].stretch == 2
+    # What chooses no basis does not show a steady one.
+    for nothing in (0.0, jnp.nan):
+        spoiled, before = jax.tree.map(lambda g, x=nothing: x * g, grads), state
+        for _ in range(20):
+            _, state = update(spoiled, state)
+        assert state.refresh["w"].stretch == 2
+        np.testing.assert_array_equal(state.basis["w"], before.basis["w"])
 
 
 # What combines
@@ -324,10 +331,10 @@ def in_bytes(*sizes):
 
 
 S, L, R = 256, 512, 32
-FACTORED = optax.scale_by_factored_rms(min_dim_size_to_factor=1)
+FACTORED = lro.scale_by_adafactor()
 # Each by rank, and the bytes of a matrix of S rows and L columns at rank R.
 STORED = {
-    "I3S + Adafactor": (lambda r: i3s(FACTORED, r), 4 * (S * R + L + R + 1)),
+    "I3S + Adafactor": (lambda r: i3s(FACTORED, r), 4 * (S * R + L + R)),
     "I3S + Adam-mini": (
         lambda r: i3s(lro.scale_by_adam_mini(), r),
         4 * (S * R + L * R + L),
@@ -342,7 +349,7 @@ STORED = {
     ),
     "AdaRankGrad + Adafactor": (
         lambda r: adaptive(FACTORED, r),
-        4 * (L * R + S + R + 1),
+        4 * (L * R + S + R),
     ),
     "AdaRankGrad + 8-bit Adam": (
         lambda r: lro.quantize_state(adaptive(ADAM, r)),

@@ -3,9 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+import reference
+from running import random_grads, random_like, run
 
-from lowrank_optax._src import diagnostics
+import lowrank_optax as lro
+from lowrank_optax import diagnostics
 
 SPECTRAL = {
     "singular_value_ratio": diagnostics.singular_value_ratio,
@@ -225,3 +229,93 @@ def test_errors_say_what_is_wrong():
         diagnostics.subspace_overlap(jnp.ones((3, 2)), jnp.ones((4, 2)))
     with pytest.raises(ValueError, match=r"x of shape \(3, 2\) with basis of shape"):
         diagnostics.captured_energy(jnp.ones((3, 2)), jnp.ones((2, 2)))
+
+
+# As a report over a state
+
+
+def mean(measure, matrices):
+    return np.mean([measure(x) for x in matrices])
+
+
+@pytest.mark.parametrize("side", ["short", "long", "left", "right"])
+def test_a_report_over_the_state_of_a_projecting_optimizer(side):
+    params = random_like(
+        {"a": (6, 9), "s": (2, 7, 7), "heads": (4, 2, 5), "b": (3,)}, 0
+    )
+    grads = random_grads(params, 4)
+    matrices = {
+        "a": lro.MatrixAxes(),
+        "s": lro.MatrixAxes(),
+        "heads": lro.MatrixAxes(rows=0, cols=(1, 2)),
+        "b": None,
+    }
+    tx = lro.galore_adamw(0.1, 3, update_every=2, side=side, matrices=matrices)
+    _, first = run(tx, params, grads[:2])
+    _, last = run(tx, params, grads)
+
+    @jax.jit
+    def report(state, earlier, grads):
+        return diagnostics.state_metrics(
+            state, tx=tx, grads=grads, earlier=earlier, moments=True
+        )
+
+    metrics = report(last, first, grads[-1])
+    plain = diagnostics.state_metrics(last)
+    assert {k: metrics[k] for k in plain} == plain
+    rows = {"a": 6, "s": 7, "heads": 4}
+    columns = {"a": 9, "s": 7, "heads": 10}
+    for name in rows:
+        wide = rows[name] < columns[name]
+        turned = {"short": not wide, "long": wide, "left": False, "right": True}
+        g = reference.wide(grads[-1][name]).reshape(-1, rows[name], columns[name])
+        g = g.swapaxes(1, 2) if turned[side] else g
+        new, old = (
+            reference.wide(optax.tree.get(x, "basis")[name]).reshape(-1, g.shape[1], 3)
+            for x in (last, first)
+        )
+        captured = [
+            np.sum((p.T @ x) ** 2) / np.sum(x**2) for p, x in zip(new, g, strict=True)
+        ]
+        overlap = [np.sum((p.T @ q) ** 2) / 3 for p, q in zip(new, old, strict=True)]
+        np.testing.assert_allclose(
+            metrics[f"captured_energy/{name}"], np.mean(captured), rtol=1e-4
+        )
+        np.testing.assert_allclose(
+            metrics[f"overlap/{name}"], np.mean(overlap), rtol=1e-4
+        )
+        for field in ("mu", "nu"):
+            moments = np.asarray(optax.tree.get(last, field)[name])
+            moments = moments.reshape(-1, *moments.shape[-2:])
+            for kind in ("effective_rank", "stable_rank"):
+                np.testing.assert_allclose(
+                    metrics[f"{kind}/{field}/{name}"],
+                    mean(lambda x, kind=kind: expected(kind, x), moments),
+                    rtol=1e-4,
+                )
+    assert not [k for k in metrics if k.endswith("/b")]
+
+
+def test_a_report_over_factors():
+    params = random_like({"w": (12, 20), "embed": (9, 5)}, 0)
+    tx = lro.mlorc_adamw(0.1, 3)
+    _, state = run(tx, params, random_grads(params, 3))
+    metrics = diagnostics.state_metrics(state, moments=True)
+    for field in ("mu", "nu"):
+        code = optax.tree.get(state, field)["w"]
+        whole = reference.wide(code.left) @ reference.wide(code.right)
+        dense = np.asarray(optax.tree.get(state, field)["embed"])
+        for kind in ("effective_rank", "stable_rank"):
+            for name, x in {"w": whole, "embed": dense}.items():
+                found = metrics.pop(f"{kind}/{field}/{name}")
+                np.testing.assert_allclose(found, expected(kind, x), rtol=1e-4)
+    assert metrics == {}
+    assert diagnostics.state_metrics(state) == {}
+
+
+def test_what_a_report_cannot_see():
+    params = {"w": jnp.ones((64, 96))}
+    _, state = run(lro.adamw_8bit(0.1), params, [params])
+    assert diagnostics.state_metrics(state, moments=True) == {}
+    with pytest.raises(ValueError, match="`tx` and `grads`.*Pass both"):
+        diagnostics.state_metrics(state, grads=params)

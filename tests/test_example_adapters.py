@@ -154,11 +154,11 @@ def test_merged_and_saved_weights_give_the_same_logits(layout, kind, tmp_path):
     kernel = linear_params(params_of(model), layout)["kernel"]
     expected = numpy_weight(kind, linear_params(before, layout))
     np.testing.assert_allclose(kernel, expected, atol=1e-5)
-    np.testing.assert_allclose(forward(model, IDS), logits, atol=1e-5)
+    np.testing.assert_allclose(forward(model, IDS), logits, atol=1e-4)
 
     save_llama(model, tmp_path)
     loaded = load_llama(tmp_path, scan_layers=LAYOUTS[layout])
-    np.testing.assert_allclose(forward(loaded, IDS), logits, atol=1e-5)
+    np.testing.assert_allclose(forward(loaded, IDS), logits, atol=1e-4)
 
 
 def gradients(model):

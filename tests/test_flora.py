@@ -136,7 +136,7 @@ def test_state_size(r):
     rank = min(r, N)
     counters = 3  # of the engine, of the average, and the step of the drawing
     assert lro.state_bytes(flora(rank=r), params) == 4 * (L * rank + counters)
-    counters += 2  # of Adafactor, and its stand-in for a second moment not factored
+    counters += 1  # of Adafactor
     assert lro.state_bytes(lro.flora(0.1, r), params) == 4 * (
         L * rank + M + N + counters
     )

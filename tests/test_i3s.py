@@ -95,6 +95,11 @@ def test_importance_sampling_draws_by_singular_values_without_replacement():
     assert chi_square(counts, sequential(np.ones(5), 2)) > CRITICAL[9]
 
 
+def test_the_weights_may_be_powers_of_the_singular_values():
+    counts = drawn(lro.ImportanceSampled(weight_power=2.0), 2)
+    assert chi_square(counts, sequential(VALUES**2, 2)) < CRITICAL[9]
+
+
 def test_a_pool_draws_among_the_leading_vectors():
     counts = drawn(lro.ImportanceSampled(pool=4), 2)
     assert chi_square(counts, sequential(VALUES[:4], 2)) < CRITICAL[5]
@@ -147,6 +152,19 @@ def test_vectors_of_no_weight_come_last():
         subspace = lro.ImportanceSampled()
         basis = subspace.select(jax.random.key(seed), grad, old, STEP)
         assert relative_error(basis @ (basis.T @ grad), grad) < 1e-3
+
+
+def test_null_vectors_are_not_drawn_where_others_suffice():
+    # Their computed singular values, 240 times 6e-4 of the largest, are noise.
+    rng = np.random.default_rng(0)
+    sides = [np.linalg.qr(rng.standard_normal((n, 16)))[0] for n in (256, 512)]
+    grad = jnp.asarray(sides[0] @ sides[1].T * 16, jnp.float32)
+    subspace, old = lro.ImportanceSampled(), jnp.zeros((256, 12))
+    select = jax.jit(lambda key: subspace.select(key, grad, old, STEP))
+    for seed in range(10):
+        basis = select(jax.random.key(seed))
+        captured = sides[0].T @ np.asarray(basis, np.float64)
+        np.testing.assert_allclose(np.sum(captured**2, axis=0), 1.0, atol=1e-3)
 
 
 def test_slices_of_a_stack_are_drawn_independently():
@@ -348,3 +366,5 @@ def test_arguments_that_cannot_be():
         lro.hybrid_subspace(ADAM, rank=3, leading=-1)
     with pytest.raises(ValueError, match="`pool` must be at least 1"):
         lro.ImportanceSampled(pool=0)
+    with pytest.raises(ValueError, match="`weight_power` must be at least 0"):
+        lro.ImportanceSampled(weight_power=-1.0)

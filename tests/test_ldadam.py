@@ -200,24 +200,6 @@ def test_the_error_can_have_a_dtype_of_its_own():
     assert 0 < relative_error(updates[-1]["w"], expected[-1]["w"]) < 0.1
 
 
-def test_a_stack_is_the_loop_over_its_slices():
-    grads = [
-        np.stack(g) for g in zip(*(turning((6, 9), 6, i) for i in (1, 2)), strict=True)
-    ]
-    stack, _ = run(
-        lro.scale_by_ldadam(RANK, matrices=lro.MatrixAxes()),
-        {"w": jnp.ones((2, 6, 9))},
-        [{"w": jnp.asarray(g)} for g in grads],
-    )
-    for i in range(2):
-        one, _ = run(
-            lro.scale_by_ldadam(RANK),
-            {"w": jnp.ones((6, 9))},
-            [{"w": jnp.asarray(g[i])} for g in grads],
-        )
-        assert_close([u["w"][i] for u in stack], [u["w"] for u in one], rtol=1e-4)
-
-
 def test_an_unusable_first_gradient_only_delays_the_start():
     params = random_like({"w": (6, 10)}, 0)
     grads = [{"w": jnp.asarray(g)} for g in turning((6, 10), 3)]

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from lowrank_optax import linalg
-from lowrank_optax._src.linalg import _inverse_root, eigh, filler, svd
+from lowrank_optax._src.linalg import (
+    _inverse_root,
+    eigh,
+    filler,
+    svd,
+    unit_scale,
+    whitening,
+)
 
 
 def normal(*shape, seed=0):
@@ -178,6 +185,19 @@ def test_leading_columns_span_the_leading_columns():
         np.testing.assert_allclose(
             projector(q[:, :k]), projector(exact[:, :k]), rtol=0, atol=2e-5
         )
+
+
+@pytest.mark.parametrize("name", WORST)
+def test_whitening_makes_columns_orthonormal_or_zero(name):
+    scaled, _ = unit_scale(WORST[name])
+    y, t = (np.asarray(x, np.float64) for x in (scaled, jax.jit(whitening)(scaled)))
+    assert np.all(np.isfinite(t))
+    q = y @ t
+    unit = np.linalg.norm(q, axis=0) > 0.5
+    np.testing.assert_allclose(q.T @ q, np.diag(1.0 * unit), rtol=0, atol=5e-4)
+    # Of a column nothing is left out but what is small beside it.
+    left_out = np.linalg.norm(y - q @ (q.T @ y), axis=0)
+    assert np.all(left_out <= 2e-3 * np.linalg.norm(y, axis=0) + 1e-18)
 
 
 @pytest.mark.parametrize("function", [orthonormalize, range_basis])

@@ -233,7 +233,7 @@ def test_norm_is_computed_in_float32():
 
 def test_rotary_angles_follow_theta_and_head_width():
     config = dataclasses.replace(SMALL, rope_theta=500.0, head_dim=6)
-    cos, sin = rotary_table(config, 7)
+    cos, sin = rotary_table(config, jnp.arange(7))
     frequency = [500.0 ** (-2 * i / 6) for i in range(3)]
     angle = np.outer(np.arange(7), frequency)
     np.testing.assert_allclose(cos, np.cos(angle), atol=1e-5)

@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,16 +17,22 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
+from tokenizers import Tokenizer
 
 from examples.common.data import load_corpus
+from examples.common.loop import TrainState
 from examples.common.metrics import read_metrics
 from examples.common.schedule import warmup_cosine
-from examples.common.tokens import Packed
-from examples.llama import pretrain
+from examples.common.tokens import END_OF_TEXT, Packed
+from examples.llama import finetune, pretrain
+from examples.llama.finetune_settings import Finetune
 from examples.llama.pretrain import CONFIGS, Pretrain, main
+from examples.llama.weights import load_llama
 
 METHODS = Pretrain().methods
 STEPS = pretrain.SMOKE.steps
@@ -121,6 +128,19 @@ def test_state_bytes_are_those_of_the_checkpoint(smoke):
         assert 0 < run["matrix_state_bytes"] < run["state_bytes"]
     adamw, *low_rank = result_of(smoke)["runs"].values()
     assert all(run["state_bytes"] < adamw["state_bytes"] for run in low_rank)
+
+
+def test_the_final_models_are_saved_with_their_tokenizer(smoke):
+    for method in METHODS:
+        model = load_llama(smoke / method / "model")
+        saved = final_checkpoint(smoke, method)
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            # Layers are counted by words in a checkpoint.
+            keys = "".join(f"['{part.key}']" for part in path)
+            np.testing.assert_array_equal(leaf, saved[f"['params']{keys}"])
+        tokenizer = Tokenizer.from_file(str(smoke / method / "model/tokenizer.json"))
+        assert model.config.eos_token_id == tokenizer.token_to_id(END_OF_TEXT)
 
 
 def test_the_report_is_written_and_its_paths_printed(smoke):
@@ -228,6 +248,20 @@ def test_a_finished_run_resumes_to_its_report(smoke):
     assert (metrics_of(smoke, "adamw"), result_of(smoke)) == before
 
 
+def test_a_run_does_not_go_on_from_another_models_checkpoint(smoke, tmp_path, capsys):
+    out = shutil.copytree(smoke, tmp_path / "run")
+    (out / "result.json").unlink()
+    foreign = TrainState({"norm": {"scale": jnp.ones(7)}}, (jnp.ones(3),), [])
+    checkpoints = out / "adamw" / "checkpoints"
+    shutil.rmtree(checkpoints)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save((checkpoints / "10" / "default").resolve(), foreign)
+    assert main(["--resume", "--out", str(out)]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"The checkpoint {checkpoints / '10'} is of another model" in said
+    assert not (out / "result.json").exists()
+
+
 def test_resume_without_a_directory_takes_the_latest(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for date in ("20260101-000000", "20260102-000000"):
@@ -319,21 +353,25 @@ def test_bad_flags_exit_with_status_2(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_explains_every_flag(capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("main", "settings"), [(main, Pretrain), (finetune.main, Finetune)]
+)
+def test_help_explains_every_flag(main, settings, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as caught:
         main(["--help"])
     assert caught.value.code == 0
     shown = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
-    body = ast.parse(inspect.getsource(Pretrain)).body[0].body
+    body = ast.parse(inspect.getsource(settings)).body[0].body
     explained = {
         field.target.id: " ".join(text.value.value.split())
         for field, text in zip(body, body[1:], strict=False)
         if isinstance(field, ast.AnnAssign)
     }
-    assert explained.keys() == {field.name for field in dataclasses.fields(Pretrain)}
+    assert explained.keys() == {field.name for field in dataclasses.fields(settings)}
     for name, text in explained.items():
-        assert f"--{name.replace('_', '-')}" in shown
+        flag = name.replace("_", "-")
+        assert f"--{flag}" in shown or f"--no-{flag}" in shown
         assert text in shown
 
 

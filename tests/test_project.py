@@ -415,6 +415,9 @@ def test_the_inner_optimizer_may_be_a_chain():
         (-3, ValueError, "`rank` must be at least 1, got -3"),
         (2.0, TypeError, "`rank` must be a Python int.*got 2.0 of type float"),
         (True, TypeError, "`rank` must be a Python int.*got True"),
+        (np.bool_(True), TypeError, "`rank` must be a Python int.*of type bool"),
+        (jnp.array(2), TypeError, "`rank` must be a Python int.*inject_hyperparams"),
+        (np.int64(0), ValueError, "`rank` must be at least 1, got 0"),
     ],
 )
 def test_ranks_that_are_none(rank, error, message):
@@ -426,7 +429,18 @@ def test_other_arguments_that_cannot_be():
     with pytest.raises(ValueError, match="Unknown side 'up'.*short, .*left, right"):
         project(side="up").init({"w": jnp.ones((5, 8))})
     for refresh in (lro.Every, lro.Staggered):
-        with pytest.raises(ValueError, match="`update_every` must be at least 1"):
-            refresh(0)
+        for zero in (0, np.int32(0), np.array(0)):
+            with pytest.raises(ValueError, match="`update_every` must be at least 1"):
+                refresh(zero)
     with pytest.raises(ValueError, match="Unknown method 'qr'.*svd, gram_eigh"):
         lro.TopSingular("qr")
+
+
+def test_numbers_of_numpy_are_numbers():
+    grads = gradients((5, 8))
+    plain = project(scale=0.5, refresh=lro.Every(3))
+    expected = on_one_leaf(plain, grads)
+    kinds = {np.int64: np.float32, np.array: np.array}
+    for whole, real in kinds.items():
+        tx = project(rank=whole(2), scale=real(0.5), refresh=lro.Every(whole(3)))
+        assert_close(on_one_leaf(tx, grads), expected)

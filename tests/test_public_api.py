@@ -250,6 +250,11 @@ FROZEN = {
         f"(learning_rate, max_rank=128, scale=0.25, *, {ADAM}, {DECAY}, {ENERGY}, "
         f"transfer={ROTATE}, recovery=Drop(), side='long', matrices=None, key=0)"
     ),
+    "adarankgrad_adamw_8bit": (
+        f"(learning_rate, max_rank=128, scale=0.25, *, {ADAM}, {DECAY}, {ENERGY}, "
+        f"transfer={ROTATE}, recovery=Drop(), block=256, side='long', matrices=None, "
+        "key=0)"
+    ),
     "q_galore_project": (
         "(inner, *, rank, update_every=200, bits=4, threshold=0.4, max_stretch=16, "
         f"{PROJECTION}, scale=1.0, {COMMON})"
@@ -278,6 +283,9 @@ FROZEN = {
     "ldadamw": (
         f"(learning_rate, rank=16, *, {LDADAM}, {DECAY}, matrices=None, key=0)"
     ),
+    "scale_by_adafactor": (
+        "(decay_rate=0.8, clipping_threshold=1.0, *, matrices=None, key=0)"
+    ),
     "scale_by_adam_mini": f"({ADAM}, *, matrices=None, key=0)",
     "galore_adam_mini": f"({LOW_RANK}, *, {ADAM}, {ALIAS})",
     "quantize_state": "(inner, *, bits=8, block=256, fields=None, key=0)",
@@ -291,7 +299,9 @@ FROZEN = {
     "diagnostics.stable_rank": "(x)",
     "diagnostics.subspace_overlap": "(u, v)",
     "diagnostics.captured_energy": "(x, basis)",
-    "diagnostics.state_metrics": "(opt_state)",
+    "diagnostics.state_metrics": (
+        "(opt_state, *, tx=None, grads=None, earlier=None, moments=False)"
+    ),
     "adapters.extract_lora": "(finetuned, base, *, rank=None, energy=0.9)",
     "adapters.save_peft": (
         "(adapters, directory, *, base_model_name, key_map=module_name, task_type=None)"

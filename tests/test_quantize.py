@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 import reference
-from running import random_grads, random_like, relative_error, run
+from running import assert_close, random_grads, random_like, relative_error, run
 
 import lowrank_optax as lro
 from lowrank_optax._src.matrix import last_axes_view
@@ -165,6 +165,41 @@ def test_galore_stays_close_to_float32():
     assert np.all(np.asarray(lro.BlockInt8(False).decode(nu)) >= 0)
     error = relative_error([u["w"] for u in updates], [u["w"] for u in expected])
     assert 1e-4 < error < 0.1
+
+
+def test_adarankgrad_in_bytes_is_its_parts():
+    params = random_like({"w": (64, 72), "frozen": (6, 9)}, 0)
+    grads = random_grads(params, 4)
+    ranks = dict(
+        max_rank=60,
+        min_rank=2,
+        max_residual_energy=0.3,
+        max_interval=2,
+        min_interval=2,
+        recovery=lro.FiraResidual(),
+        transfer=lro.Keep(),
+        side="short",
+        key=3,
+        scale=0.5,
+    )
+    tx = lro.adarankgrad_adamw_8bit(
+        0.1,
+        b1=0.8,
+        b2=0.9,
+        eps=1e-3,
+        weight_decay=0.5,
+        mask={"w": True, "frozen": False},
+        block=64,
+        **ranks,
+    )
+    updates, state = run(tx, params, grads)
+    assert optax.tree.get(state, "nu")["w"].index.shape == (60, 72)
+    inner = optax.scale_by_adam(b1=0.8, b2=0.9, eps=1e-3)
+    method = lro.quantize_state(lro.adaptive_rank(inner, **ranks), block=64)
+    directions, _ = run(method, params, grads)
+    for u, d in zip(updates, directions, strict=True):
+        assert_close(u["w"], -0.1 * (d["w"] + 0.5 * params["w"]))
+        assert_close(u["frozen"], -0.1 * d["frozen"])
 
 
 @pytest.mark.parametrize("value", [0.0, jnp.nan, jnp.inf])

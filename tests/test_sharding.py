@@ -230,9 +230,15 @@ def test_what_a_spec_does_not_fit_is_replicated():
     assert of("mu").left == (None, None)
     assert of("mu").right == (None, "tp")
     # Optax's factored moments are vectors, which have no spec of their own.
-    of, _ = specs(lro.galore_adafactor(0.1, 3), abstract((8, 12), "fsdp", "tp"))
+    factored = optax.scale_by_factored_rms(min_dim_size_to_factor=1)
+    weight = abstract((8, 12), "fsdp", "tp")
+    of, _ = specs(lro.galore_project(factored, rank=3), weight)
     assert of("basis") == ("fsdp", None)
     assert of("v_row") == of("v_col") == (None,)
+    of, _ = specs(lro.galore_adafactor(0.1, 3), weight)
+    assert of("v_row") == (None,) and of("v_col") == ("tp",)
+    of, _ = specs(lro.scale_by_adafactor(), abstract((4, 8, 12), "tp", "fsdp", None))
+    assert of("v_row") == ("tp", "fsdp") and of("v_col") == ("tp", None)
 
 
 def test_codes_of_projected_moments_have_the_axes_of_these():

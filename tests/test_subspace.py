@@ -190,3 +190,18 @@ def test_warm_starts_are_per_matrix():
     check_law(bases)
     shares = np.sum((np.swapaxes(bases, -1, -2) @ grad) ** 2, axis=(-2, -1)) / energy
     assert np.all(shares > 0.95)
+
+
+def test_a_warm_start_draws_its_columns_by_different_keys(monkeypatch):
+    keys, normal = [], jax.random.normal
+
+    def noted(key, *args):
+        keys.append(jax.random.key_data(key).tolist())
+        return normal(key, *args)
+
+    monkeypatch.setattr(jax.random, "normal", noted)
+    subspace = lro.TopSingular("warm")
+    old, grad = jnp.zeros((16, 8)), jnp.eye(16)
+    with jax.disable_jit():
+        subspace.select(jax.random.key(0), grad, old, jnp.array(0))
+    assert len(keys) == 2 and keys[0] != keys[1]

@@ -212,6 +212,15 @@ def all_but(*names: str) -> Callable[[Any], Any]:
     return rule
 
 
+def held(params: Any, frozen: Callable[[Any], Any]) -> Any:
+    """The parameters without a gradient of what is frozen, to take a loss of."""
+    return jax.tree.map(
+        lambda x, is_still: jax.lax.stop_gradient(x) if is_still else x,
+        params,
+        frozen(params),
+    )
+
+
 def trained_parameters(params: Any, frozen: Callable[[Any], Any] = is_frozen) -> int:
     """How many numbers are not frozen, of parameters or their shapes."""
     leaves = zip(jax.tree.leaves(params), jax.tree.leaves(frozen(params)), strict=True)

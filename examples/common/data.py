@@ -6,7 +6,7 @@ import os
 import socket
 import sysconfig
 import tokenize
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,12 +100,16 @@ def _split(documents: list[Document]) -> tuple[list[str], list[str]]:
         lines = documents[0][1].splitlines(keepends=True)
         cut = len(lines) - max(1, len(lines) // _HELD_OUT)
         return ["".join(lines[:cut])], ["".join(lines[cut:])]
-    names = [name for name, _ in documents]
-    by_hash = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
-    held_out = set(by_hash[: max(1, len(names) // _HELD_OUT)])
-    train = [text for name, text in documents if name not in held_out]
-    validation = [text for name, text in documents if name in held_out]
+    kept = held_out([name for name, _ in documents])
+    train = [text for name, text in documents if name not in kept]
+    validation = [text for name, text in documents if name in kept]
     return train, validation
+
+
+def held_out(names: Sequence[str]) -> set[str]:
+    """One name of twenty, at least one; which ones depends on the names alone."""
+    by_hash = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    return set(by_hash[: max(1, len(names) // _HELD_OUT)])
 
 
 def _take(texts: Iterable[str], limit: int) -> tuple[str, ...]:

@@ -23,6 +23,10 @@ METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 
 
+class ForeignCheckpoint(ValueError):
+    """What a run would go on from is of another model, or of another method."""
+
+
 @dataclass(frozen=True)
 class Task:
     """What is trained, and on what.
@@ -130,6 +134,7 @@ def train(
     Raises:
       Interrupted: `stop` was requested; a checkpoint of the step then under way is
         saved.
+      ForeignCheckpoint: the directory's checkpoint is of something else.
     """
     directory.mkdir(parents=True, exist_ok=True)
     params = task.init()
@@ -141,11 +146,12 @@ def train(
     loss = jax.jit(task.loss)
 
     def validate(state: TrainState) -> tuple[Record, TrainState]:
+        record: Record = {}
         if task.evaluate is not None:
-            record = task.evaluate(state.params)
+            record |= task.evaluate(state.params)
         else:
             losses = [float(loss(state.params, batch)) for batch in task.validation]
-            record = {"validation_loss": float(np.mean(losses))}
+            record["validation_loss"] = float(np.mean(losses))
         if probe is None:
             return record, state
         grads = gradient(state.params, task.validation[0])
@@ -156,7 +162,13 @@ def train(
     with _checkpoints(directory) as checkpoints:
         start = checkpoints.latest_step()
         if start is not None:
-            saved = _shapes_of(checkpoints.item_metadata(start), state)
+            try:
+                saved = _shapes_of(checkpoints.item_metadata(start), state)
+            except ForeignCheckpoint as error:
+                raise ForeignCheckpoint(
+                    f"The checkpoint {directory / CHECKPOINTS / str(start)} is of"
+                    f" another model or method: {error}"
+                ) from error
             restore = ocp.args.StandardRestore(saved)
             state = checkpoints.restore(start, args=restore)
         if start == timetable.steps:
@@ -281,6 +293,14 @@ def _shapes_of(saved: Any, state: TrainState) -> Any:
         ]
 
     shapes = {name: x.shape for name, x in named(saved)}
+    for name, x in named(state):
+        if name not in shapes or (
+            # Ranks, of the optimizer's state, may have shrunk since the start.
+            name.startswith("params/") and shapes[name] != x.shape
+        ):
+            raise ForeignCheckpoint(
+                f"it has {shapes.get(name, 'nothing')} for {name}, expected {x.shape}."
+            )
     leaves = [
         jax.ShapeDtypeStruct(shapes[name], x.dtype, sharding=x.sharding)
         for name, x in named(state)

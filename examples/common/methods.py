@@ -133,6 +133,13 @@ METHODS = {
         1e-2,
         rank=32,
     ),
+    "adarankgrad_adamw_8bit": Method(
+        lambda lr, rank, every, decay: lro.adarankgrad_adamw_8bit(
+            lr, max_rank=rank, max_interval=every, weight_decay=decay
+        ),
+        1e-2,
+        rank=32,
+    ),
     "apollo_adamw": Method(
         lambda lr, rank, every, decay: lro.apollo_adamw(
             lr, rank=rank, update_every=every, weight_decay=decay

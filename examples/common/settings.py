@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import tyro
@@ -17,7 +19,13 @@ RECORD = "run.json"
 _UNRECORDED = ("out", "resume", "smoke")
 
 
-def parse_settings(argv: list[str], name: str, full: S, smoke: S) -> tuple[S, Path]:
+def parse_settings(
+    argv: list[str],
+    name: str,
+    full: S,
+    smoke: S,
+    presets: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> tuple[S, Path]:
     """Reads settings from command-line flags.
 
     A resumed run has the settings that it was started with, so its flags need not be
@@ -29,16 +37,26 @@ def parse_settings(argv: list[str], name: str, full: S, smoke: S) -> tuple[S, Pa
       full: the defaults, a dataclass with at least the fields `out` (Path or None),
         `resume` and `smoke` (bool).
       smoke: the defaults under `--smoke`.
+      presets: what takes the place of defaults under a name, for a dataclass with a
+        field `preset` (str or None).
 
     Returns:
       The settings, and the directory of the run.
 
     Raises:
-      ValueError: the directory already holds something and is not resumed, there is
-        nothing to resume, or a flag contradicts the record.
+      ValueError: an unknown preset, the directory already holds something and is not
+        resumed, there is nothing to resume, or a flag contradicts the record.
       SystemExit: flags that cannot be parsed (status 2), `--help` (status 0).
     """
     given = _parse(argv, smoke if "--smoke" in argv else full)
+    preset = getattr(given, "preset", None)
+    if preset is not None:
+        if preset not in presets:
+            raise ValueError(
+                f"Unknown preset {preset!r}: choose from {', '.join(presets)}."
+            )
+        defaults: Any = full
+        given = _parse(argv, dataclasses.replace(defaults, **presets[preset]))
     if given.resume:
         out = given.out or _latest(name)
         recorded = _recorded(out, full)

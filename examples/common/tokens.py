@@ -53,9 +53,7 @@ class Packed:
                 f"Cannot fill a batch of {batch_size} rows of {self.length} tokens:"
                 f" the text has {self.rows} rows. Use more text or smaller batches."
             )
-        epoch, index = divmod(step, self.rows // batch_size)
-        order = _permutation(seed, epoch, self.rows)
-        return self.take(order[index * batch_size : (index + 1) * batch_size])
+        return self.take(shuffled(self.rows, seed, step, batch_size))
 
     def fixed_batches(self, count: int, batch_size: int) -> list[np.ndarray]:
         """At most `count` batches of rows spread evenly over the stream.
@@ -72,6 +70,13 @@ class Packed:
             )
         rows = np.linspace(0, self.rows - 1, count * batch_size).astype(np.int64)
         return [self.take(part) for part in np.split(rows, count)]
+
+
+def shuffled(rows: int, seed: int, step: int, batch_size: int) -> np.ndarray:
+    """Which rows make the batch of a step: see `Packed.batch`."""
+    epoch, index = divmod(step, rows // batch_size)
+    order = _permutation(seed, epoch, rows)
+    return order[index * batch_size : (index + 1) * batch_size]
 
 
 @lru_cache(maxsize=2)
@@ -115,17 +120,26 @@ def tokenize(corpus: Corpus, vocab_size: int) -> TokenizedCorpus:
     Raises:
       ValueError: `vocab_size` below 257.
     """
-    if vocab_size < 257:
-        raise ValueError(
-            f"Cannot train a byte-level vocabulary of {vocab_size} entries: the bytes"
-            " and the end mark alone take 257. Raise vocab_size."
-        )
-    tokenizer = train_bpe(corpus.train, vocab_size, [END_OF_TEXT])
+    tokenizer = train_tokenizer(corpus.train, vocab_size)
     return TokenizedCorpus(
         tokenizer,
         _encode(tokenizer, corpus.train),
         _encode(tokenizer, corpus.validation),
     )
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE trained on the texts.
+
+    Raises:
+      ValueError: `vocab_size` below 257.
+    """
+    if vocab_size < 257:
+        raise ValueError(
+            f"Cannot train a byte-level vocabulary of {vocab_size} entries: the bytes"
+            " and the end mark alone take 257. Raise vocab_size."
+        )
+    return train_bpe(texts, vocab_size, [END_OF_TEXT])
 
 
 def train_bpe(

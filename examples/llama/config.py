@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+CONFIGS = Path(__file__).parent / "configs"
+
 _DTYPES = ("float32", "bfloat16", "float16")
 
 # Fields of a Hugging Face config that change the function this model computes, each
@@ -159,6 +161,18 @@ class LlamaConfig:
         raw["torch_dtype"] = raw["dtype"] = self.param_dtype
         text = json.dumps(raw, indent=2, sort_keys=True) + "\n"
         Path(path).write_text(text, encoding="utf-8")
+
+
+def config_path(model: str) -> Path | None:
+    """The file of a name in `CONFIGS`, or of a path; None for anything else."""
+    named = CONFIGS / f"{model}.json"
+    path = named if named.is_file() else Path(model)
+    return path if path.is_file() else None
+
+
+def config_names() -> str:
+    """The names in `CONFIGS`, for errors."""
+    return ", ".join(sorted(path.stem for path in CONFIGS.glob("*.json")))
 
 
 # How this model is laid out and computed is no property of the checkpoint.

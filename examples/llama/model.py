@@ -5,11 +5,17 @@ so `weights.py` maps one onto the other word by word. Shape letters: B batch, T 
 D model width, N query heads, K key/value heads, H width of a head, V vocabulary.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from examples.llama.config import LlamaConfig as LlamaConfig
+
+# Of queries (B, T, N, H), keys and values (B, S, K, H): the values' mean by weights,
+# (B, T, N, H).
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class RMSNorm(nnx.Module):
@@ -26,19 +32,47 @@ class RMSNorm(nnx.Module):
         return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
-def rotary_table(config: LlamaConfig, time: int) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of RoPE's angles, each `(T, H / 2)` float32."""
+def rotary_table(
+    config: LlamaConfig, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of RoPE's angles, each `(T, H / 2)` float32.
+
+    Positions `(B, T)`, of each row its own, give `(B, T, H / 2)`.
+    """
     half = config.head_width // 2
     frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = jnp.arange(time, dtype=jnp.float32)[:, None] * frequency
+    angle = positions.astype(jnp.float32)[..., None] * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotates `(B, T, heads, H)` by position, pairing entry i with entry i + H / 2."""
-    cos, sin = (t[:, None, :] for t in table)
+    cos, sin = (t[..., None, :] for t in table)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+def causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Attention of each position to itself and all before it."""
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+
+def within(segments: jax.Array) -> Attend:
+    """Causal attention that stays within runs of equal numbers, of `(B, T)`."""
+    mask = segments[:, None, :, None] == segments[:, None, None, :]  # B 1 T S
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
+
+    return attend
+
+
+def restarting(segments: jax.Array) -> jax.Array:
+    """Positions `(B, T)` that count from 0 in every run of equal numbers."""
+    columns = jnp.arange(segments.shape[1])
+    first = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+    starts = jax.lax.cummax(jnp.where(first, columns, 0), axis=1)
+    return columns - starts
 
 
 def _linear(config: LlamaConfig, size_in: int, size_out: int, rngs: nnx.Rngs):
@@ -65,13 +99,17 @@ class Attention(nnx.Module):
         self.v_proj = _linear(config, config.hidden_size, keys, rngs)
         self.o_proj = _linear(config, queries, config.hidden_size, rngs)
 
-    def __call__(self, x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        table: tuple[jax.Array, jax.Array],
+        attend: Attend = causal,
+    ) -> jax.Array:
         heads = (*x.shape[:2], -1, self.width)
         q = rotate(self.q_proj(x).reshape(heads), table)  # B T N H
         k = rotate(self.k_proj(x).reshape(heads), table)  # B T K H
         v = self.v_proj(x).reshape(heads)  # B T K H
-        mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        return self.o_proj(mixed.reshape(*x.shape[:2], -1))
+        return self.o_proj(attend(q, k, v).reshape(*x.shape[:2], -1))
 
 
 class FeedForward(nnx.Module):
@@ -96,8 +134,13 @@ class Layer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config, rngs=rngs)
         self.mlp = FeedForward(config, rngs=rngs)
 
-    def __call__(self, x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-        x = x + self.self_attn(self.input_layernorm(x), table)
+    def __call__(
+        self,
+        x: jax.Array,
+        table: tuple[jax.Array, jax.Array],
+        attend: Attend = causal,
+    ) -> jax.Array:
+        x = x + self.self_attn(self.input_layernorm(x), table, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -137,8 +180,16 @@ class Llama(nnx.Module):
         if not config.tie_word_embeddings:
             self.lm_head = _linear(config, config.hidden_size, config.vocab_size, rngs)
 
-    def __call__(self, input_ids: jax.Array) -> jax.Array:
+    def __call__(
+        self, input_ids: jax.Array, segments: jax.Array | None = None
+    ) -> jax.Array:
         """Logits `(B, T, V)` in float32 of integer ids `(B, T)`.
+
+        Args:
+          input_ids: the tokens.
+          segments: `(B, T)` numbers that are equal within a text, where several stand
+            one after the other in a row: each is read as if it stood alone. None if
+            every row is one text.
 
         Raises:
           ValueError: the ids are not two-dimensional, or longer than
@@ -154,14 +205,18 @@ class Llama(nnx.Module):
                 f"max_position_embeddings={self.config.max_position_embeddings}. "
                 "Cut it, or raise that field of the config."
             )
-        return self.logits(self.decode(self.embed_tokens(input_ids)))
+        return self.logits(self.decode(self.embed_tokens(input_ids), segments))
 
-    def decode(self, x: jax.Array) -> jax.Array:
+    def decode(self, x: jax.Array, segments: jax.Array | None = None) -> jax.Array:
         """Embedded tokens `(B, T, D)` through every layer, same shape."""
-        table = rotary_table(self.config, x.shape[1])
+        if segments is None:
+            positions, attend = jnp.arange(x.shape[1]), causal
+        else:
+            positions, attend = restarting(segments), within(segments)
+        table = rotary_table(self.config, positions)
 
         def apply(graph: nnx.GraphDef, x: jax.Array, state: nnx.State) -> jax.Array:
-            return nnx.merge(graph, state)(x, table)
+            return nnx.merge(graph, state)(x, table, attend)
 
         if self.config.remat:
             # Inside a scan nothing can undo the recomputation, and the barriers

@@ -30,113 +30,34 @@ from examples.common.adapters import adapt, merge, trained_parameters
 from examples.common.data import load_corpus
 from examples.common.files import write_json
 from examples.common.interrupt import Interrupted, StopRequest
-from examples.common.loop import METRICS_FILE, Task, Timetable, train
-from examples.common.methods import METHODS, check_methods, matrix_state_bytes
+from examples.common.loop import (
+    METRICS_FILE,
+    ForeignCheckpoint,
+    Task,
+    Timetable,
+    train,
+)
+from examples.common.methods import METHODS, matrix_state_bytes
 from examples.common.metrics import read_metrics
 from examples.common.probe import Probe
 from examples.common.report import Run, table, write_report
 from examples.common.schedule import warmup_cosine
 from examples.common.settings import RECORD, parse_settings, settings_record
-from examples.common.tokens import Packed, TokenizedCorpus, tokenize
-from examples.llama.config import LlamaConfig
+from examples.common.tokens import END_OF_TEXT, Packed, TokenizedCorpus, tokenize
+from examples.llama.config import CONFIGS as CONFIGS
+from examples.llama.config import LlamaConfig, config_names, config_path
 from examples.llama.model import Llama
+from examples.llama.pretrain_settings import SMOKE, Pretrain
+from examples.llama.weights import save_llama
 
-CONFIGS = Path(__file__).parent / "configs"
 RESULT = "result.json"
+MODEL = "model"
 
 _VALIDATION_BATCHES = 8
 _PROBE_RANK = 8
 # More than a token takes on average, so that what is read of a hub dataset lasts for
 # the whole run.
 _BYTES_PER_TOKEN = 6
-
-
-@dataclass(frozen=True)
-class Pretrain:
-    """Pre-train a LLaMA with several optimizers on the same text; compare them.
-
-    Writes one directory: metrics and checkpoints of each method, result.json,
-    report.md and its plots. Ctrl-C saves a checkpoint and says how to go on.
-    """
-
-    model: str = "tiny"
-    """Name of a file in examples/llama/configs, or path of a Hugging Face
-    config.json."""
-    methods: tuple[str, ...] = ("adamw", "galore_adamw", "mlorc_adamw")
-    """Methods to compare, by the names in examples/common/methods.py: optimizers, and
-    the training modes lora, dora, relora and factorized."""
-    data: str = "stdlib"
-    """Text: stdlib (Python's own sources), path:FILE_OR_DIR, hf:OWNER/NAME (streamed
-    from the Hugging Face hub), or auto (C4 if the hub answers, else stdlib)."""
-    out: Path | None = None
-    """Directory of the run, new or empty but with --resume. Default: runs/ and the
-    date; with --resume, the latest there."""
-    resume: bool = False
-    """Continue the run in --out with the settings it was started with."""
-    steps: int = 300
-    """Optimizer steps of each method."""
-    batch_size: int = 8
-    """Sequences in a batch."""
-    seq_len: int = 128
-    """Tokens in a sequence."""
-    learning_rate: float | None = None
-    """Peak learning rate of every method. Default: each method's own."""
-    rank: int | None = None
-    """Rank of every low-rank method. Default: each method's own."""
-    update_every: int = 50
-    """Steps between two choices of the subspace, in methods that project gradients;
-    between two merges of ReLoRA."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay."""
-    seed: int = 0
-    """Seed of the initial weights and of the order of the batches."""
-    log_every: int = 1
-    """Steps between two lines of metrics.jsonl."""
-    eval_every: int = 30
-    """Steps between two validations."""
-    checkpoint_every: int = 100
-    """Steps between two checkpoints."""
-    shrink_every: int = 100
-    """Steps between two searches for ranks that are no longer used, in methods that
-    adapt them; the memory of these is freed."""
-    smoke: bool = False
-    """Smaller defaults: all of it in less than a minute, to see that it works."""
-
-    def check(self) -> None:
-        """Raises ValueError for a value that means nothing, by name."""
-        check_methods(self.methods, self.rank)
-        for name in (
-            "steps",
-            "batch_size",
-            "seq_len",
-            "update_every",
-            "log_every",
-            "eval_every",
-            "checkpoint_every",
-            "shrink_every",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be at least 1, not {getattr(self, name)}"
-                )
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be above 0, not {self.learning_rate}")
-        if not self.weight_decay >= 0:
-            raise ValueError(
-                f"weight_decay must be at least 0, not {self.weight_decay}"
-            )
-
-
-SMOKE = Pretrain(
-    model="smoke",
-    steps=20,
-    batch_size=4,
-    seq_len=32,
-    rank=4,
-    update_every=5,
-    eval_every=5,
-    checkpoint_every=10,
-)
 
 
 @dataclass(frozen=True)
@@ -187,16 +108,21 @@ class Job:
         if METHODS[method].linear is None:
             return self.task
         init, loss = _init_and_loss(partial(self.model, method))
-        graph = nnx.graphdef(nnx.eval_shape(partial(self.model, method)))
         gradient = jax.grad(self.task.loss)
 
         def probed(params: Any, rows: jax.Array) -> Any:
             """That of the merged weights, to be compared with other methods'."""
-            model = nnx.merge(graph, params)
-            merge(model.layers)
+            model = self.trained(method, params)
             return gradient(nnx.to_pure_dict(nnx.state(model, nnx.Param)), rows)
 
         return dataclasses.replace(self.task, init=init, loss=loss, probed=probed)
+
+    def trained(self, method: str, params: Any) -> Llama:
+        """The plain model that the method's parameters stand for."""
+        graph = nnx.graphdef(nnx.eval_shape(partial(self.model, method)))
+        model = nnx.merge(graph, params)
+        merge(model.layers)
+        return model
 
     @cached_property
     def params(self) -> Any:
@@ -254,7 +180,9 @@ class Job:
             s.steps, s.log_every, s.eval_every, s.checkpoint_every, s.shrink_every
         )
         probe = Probe.of(self.params, _PROBE_RANK)
-        train(task, tx, timetable, probe, directory, method, stop)
+        state = train(task, tx, timetable, probe, directory, method, stop)
+        model = self.trained(method, state.params)
+        save_llama(model, directory / MODEL, self.tokens.tokenizer)
 
         params = jax.eval_shape(task.init)
         lr, rank = self.hyperparameters(method)
@@ -305,6 +233,9 @@ def prepare(settings: Pretrain, out: Path) -> Job:
     tokens_needed = settings.steps * settings.batch_size * settings.seq_len
     corpus = load_corpus(settings.data, hub_bytes=_BYTES_PER_TOKEN * tokens_needed)
     tokens = tokenize(corpus, config.vocab_size)
+    # For whoever goes on with the model.
+    end = tokens.tokenizer.token_to_id(END_OF_TEXT)
+    config = dataclasses.replace(config, bos_token_id=None, eos_token_id=end)
     facts = {
         **settings_record(settings),
         "model": dataclasses.asdict(config),
@@ -329,13 +260,11 @@ def prepare(settings: Pretrain, out: Path) -> Job:
 
 def read_config(settings: Pretrain) -> LlamaConfig:
     """The model that `--model` names, checked against the sequence length."""
-    named = CONFIGS / f"{settings.model}.json"
-    path = named if named.is_file() else Path(settings.model)
-    if not path.is_file():
-        names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.json")))
+    path = config_path(settings.model)
+    if path is None:
         raise ValueError(
-            f"Unknown model {settings.model!r}: choose from {names}, or give the path"
-            " of a config.json."
+            f"Unknown model {settings.model!r}: choose from {config_names()}, or give"
+            " the path of a config.json."
         )
     config = LlamaConfig.from_json(path)
     if settings.seq_len > config.max_position_embeddings:
@@ -384,6 +313,9 @@ def main(argv: list[str] | None = None) -> int:
     with StopRequest() as stop:
         try:
             runs = [job.run(method, stop) for method in job.settings.methods]
+        except ForeignCheckpoint as error:
+            print("pretrain:", error, file=sys.stderr)
+            return 2
         except Interrupted as stopped:
             resume = f"python -m examples.llama.pretrain --resume --out {job.out}"
             print(f"{stopped}; go on with: {resume}", file=sys.stderr)

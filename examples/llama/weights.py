@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
+from tokenizers import Tokenizer
 
 from examples.common.weights import (
     fill_state,
@@ -15,6 +16,8 @@ from examples.common.weights import (
 )
 from examples.llama.config import LlamaConfig
 from examples.llama.model import Llama
+
+TOKENIZER = "tokenizer.json"
 
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
@@ -66,13 +69,17 @@ def load_llama(directory: str | Path, **overrides: Any) -> Llama:
     return nnx.merge(graph, fill_state(state, tensors, tensor_name, directory))
 
 
-def save_llama(model: Llama, directory: str | Path) -> None:
+def save_llama(
+    model: Llama, directory: str | Path, tokenizer: Tokenizer | None = None
+) -> None:
     """Writes `config.json` and `model.safetensors`, creating the directory.
 
     The file is the same for stacked and separate layers; tensors keep the model's
-    `param_dtype`.
+    `param_dtype`. A tokenizer is written beside them, as `tokenizer.json`.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_tensors(directory, state_tensors(nnx.state(model, nnx.Param), tensor_name))
+    if tokenizer is not None:
+        tokenizer.save(str(directory / TOKENIZER))
     model.config.to_json(directory / "config.json")

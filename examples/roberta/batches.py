@@ -67,7 +67,7 @@ class Encoded:
             "token_type_ids": types,
             "labels": self.labels[rows],
             "weights": weights.astype(np.float32),
-            "seed": np.uint32(seed),
+            "seed": np.array(seed, np.uint32),
         }
 
     def steps(self, size: int) -> int:

@@ -24,8 +24,10 @@ import optax
 from tokenizers import Tokenizer
 
 import lowrank_optax as lro
+from examples.common.errors import one_line
 from examples.common.files import sha256, write_json
 from examples.common.interrupt import Interrupted, StopRequest
+from examples.common.loop import ForeignCheckpoint
 from examples.common.settings import RECORD, parse_settings, settings_record
 from examples.common.weights import local_directory
 from examples.roberta.batches import encode
@@ -37,8 +39,6 @@ from examples.roberta.settings import SMOKE, Glue
 from examples.roberta.stdlib import STDLIB, load_stdlib
 from examples.roberta.tokenizer import load_tokenizer, train_tokenizer
 from examples.roberta.weights import TOKENIZER, load_classifier
-
-_SHOWN_PROBLEMS = 4  # lines of an error
 
 
 def prepare(settings: Glue, out: Path) -> Job:
@@ -113,10 +113,13 @@ def prepare(settings: Glue, out: Path) -> Job:
 
 def _data(settings: Glue) -> tuple[Dataset, Sequence[str]]:
     """The data set at the size asked for, and docstrings where they are needed."""
-    task, docstrings = settings.chosen_task, ()
+    task, own = settings.chosen_task, None
+    docstrings: Sequence[str] = ()
     if task.name == STDLIB.name or settings.made_here:
-        dataset, docstrings = load_stdlib()
-    if task.name != STDLIB.name:
+        own, docstrings = load_stdlib()
+    if task.name == STDLIB.name and own is not None:
+        dataset = own
+    else:
         dataset = load_dataset(task, settings.data)
     preset = task.preset
     return dataclasses.replace(
@@ -149,14 +152,6 @@ def _check_unchanged(facts: dict[str, Any], out: Path) -> None:
     facts |= recorded
 
 
-def _one_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    if len(lines) > _SHOWN_PROBLEMS:
-        more = len(lines) - _SHOWN_PROBLEMS
-        lines = [*lines[:_SHOWN_PROBLEMS], f"and {more} more"]
-    return " ".join("; ".join(line.strip() for line in lines).split())
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs the job; returns the exit status: 0, 2 for bad settings, 130 if stopped."""
     began = time.perf_counter()
@@ -176,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
             job.tokenizer.save(str(job.out / TOKENIZER))
             write_json(job.out / RECORD, job.facts)
     except (ValueError, OSError) as error:
-        print("glue:", _one_line(error), file=sys.stderr)
+        print("glue:", one_line(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("glue: stopped before the first step", file=sys.stderr)
@@ -188,6 +183,9 @@ def main(argv: list[str] | None = None) -> int:
                 method: job.run(method, weights, stop)
                 for method in job.settings.methods
             }
+        except ForeignCheckpoint as error:
+            print("glue:", error, file=sys.stderr)
+            return 2
         except Interrupted as stopped:
             resume = f"python -m examples.roberta.glue --resume --out {job.out}"
             print(f"{stopped}; go on with: {resume}", file=sys.stderr)

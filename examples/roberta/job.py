@@ -19,6 +19,7 @@ from examples.common.adapters import (
     adapt,
     all_but,
     freeze,
+    held,
     is_frozen,
     merge,
     trained_parameters,
@@ -119,12 +120,12 @@ class Job:
     ) -> optax.GradientTransformation:
         """The method under its schedule, behind a clip of the gradient's norm at 1."""
         s, preset = self.settings, self.settings.chosen_task.preset
-        own, counts = METHODS["adamw" if method == SCRATCH else method], {}
-        if own.by_heads:
-            counts["heads"] = (self.config.num_attention_heads,) * 2
+        own = METHODS["adamw" if method == SCRATCH else method]
+        known = {"heads": (self.config.num_attention_heads,) * 2, "steps": self.steps}
+        more = {name: known[name] for name in own.needs}
         schedule = warmup_linear(learning_rate, self.steps, s.warmup)
         tx = own.build(
-            schedule, s.rank_of(method), preset.update_every, s.weight_decay, **counts
+            schedule, s.rank_of(method), preset.update_every, s.weight_decay, **more
         )
         if method in _ADAPTERS_ONLY:
             tx = freeze(tx, all_but(*_HEADS))
@@ -318,11 +319,7 @@ def weighted_loss(
     """The mean loss of a training batch, with dropout."""
     if adapters_only:
         # Else gradients of what is frozen would be formed, and counted in the clip.
-        params = jax.tree.map(
-            lambda x, frozen: jax.lax.stop_gradient(x) if frozen else x,
-            params,
-            all_but(*_HEADS)(params),
-        )
+        params = held(params, all_but(*_HEADS))
     # On CPU far cheaper to draw from than the default.
     key = jax.random.key(batch["seed"], impl="rbg")
     losses = _losses(_logits(graph, params, batch, key), batch["labels"])
@@ -334,7 +331,7 @@ def _logits(graph: nnx.GraphDef, params: Any, batch: Batch, key: Any) -> jax.Arr
     return nnx.merge(graph, params)(*inputs, key=key)
 
 
-def _losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def _losses(logits: jax.Array, labels: Any) -> jax.Array:
     """Cross entropy of classes; of numbers the squared error."""
     if jnp.issubdtype(labels.dtype, jnp.floating):
         return (logits[:, 0] - labels) ** 2

@@ -18,7 +18,7 @@ from examples.common.schedule import warmup_linear
 from examples.common.tokens import Packed
 from examples.roberta.config import EncoderConfig
 from examples.roberta.model import MaskedLM
-from examples.roberta.tokenizer import END, MASK, PAD, SPECIAL, START
+from examples.roberta.tokenizer import END, MASK, PAD, SPECIAL, START, token_id
 from examples.roberta.weights import CONFIG, save_model
 
 _PAD_ID = SPECIAL.index(PAD)
@@ -135,7 +135,7 @@ def _task(
     batch_size: int,
     seed: int,
 ) -> Task:
-    end = tokenizer.token_to_id(END)
+    end = token_id(tokenizer, END)
     encoded = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
     parts = [np.array([*x.ids, end], np.int32) for x in encoded]
     cut = len(parts) - max(1, len(parts) // _HELD_OUT)
@@ -148,8 +148,8 @@ def _task(
         train_rows,
         batch_size,
         seed,
-        tokenizer.token_to_id(START),
-        tokenizer.token_to_id(MASK),
+        token_id(tokenizer, START),
+        token_id(tokenizer, MASK),
         config.vocab_size,
     )
     graph = nnx.graphdef(nnx.eval_shape(lambda: MaskedLM(config, rngs=nnx.Rngs(0))))

@@ -60,9 +60,21 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def token_id(tokenizer: Tokenizer, mark: str) -> int:
+    """The number of a special token.
+
+    Raises:
+      ValueError: the tokenizer has no such token.
+    """
+    number = tokenizer.token_to_id(mark)
+    if number is None:
+        raise ValueError(f"The tokenizer has no token {mark!r}.")
+    return number
+
+
 def _surround(tokenizer: Tokenizer) -> None:
     """`<s> A </s>`, and of a pair `<s> A </s></s> B </s>`."""
-    start, end = ((mark, tokenizer.token_to_id(mark)) for mark in (START, END))
+    start, end = ((mark, token_id(tokenizer, mark)) for mark in (START, END))
     tokenizer.post_processor = processors.RobertaProcessing(end, start)
 
 

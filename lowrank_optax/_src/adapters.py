@@ -117,7 +117,7 @@ def _truncate(
     difference: Float[Array, "*b m n"], rank: int | None, energy: float
 ) -> LoraAdapter:
     scaled, scale = linalg.unit_scale(difference)
-    u, s, vt = jnp.linalg.svd(scaled, full_matrices=False)
+    u, s, vt = linalg.svd(scaled)
     if rank is None:
         rank = int(jnp.max(diagnostics.rank_keeping(s, energy)))
     rank = min(rank, s.shape[-1])
@@ -181,6 +181,15 @@ def save_peft(
     Raises:
       ValueError: if there are no adapters, or ``key_map`` gives an empty name, one
         without the ``{}`` of a stacked leaf, or the same one twice.
+
+    >>> import tempfile, jax.numpy as jnp, lowrank_optax as lro
+    >>> base = {"up_proj": {"kernel": jnp.zeros((4, 6))}}
+    >>> tuned = {"up_proj": {"kernel": jnp.ones((4, 6))}}
+    >>> adapters = lro.adapters.extract_lora(tuned, base)
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     path = lro.adapters.save_peft(adapters, directory, base_model_name="tiny")
+    ...     sorted(file.name for file in path.iterdir())
+    ['adapter_config.json', 'adapter_model.safetensors']
     """
     from safetensors.numpy import save_file
 

@@ -7,6 +7,7 @@ import jax
 import optax
 
 from lowrank_optax._src.matrix import Matrices, Side
+from lowrank_optax._src.methods.adafactor import scale_by_adafactor
 from lowrank_optax._src.methods.galore import galore_project
 from lowrank_optax._src.methods.mlorc import mlorc_scale_by_adam, mlorc_scale_by_lion
 from lowrank_optax._src.subspace import TopSingular
@@ -102,7 +103,8 @@ def galore_adafactor(
       learning_rate: a float or a schedule; updates are not scaled by the weights' size.
       rank, update_every, scale: r, T and alpha.
       decay_rate: of the second moment, ``1 - t^-decay_rate``.
-      clipping_threshold: on the root mean square of a low-rank update; None for none.
+      clipping_threshold: on the root mean square of the low-rank update of each matrix;
+        None for none.
       momentum: decay of a first moment after the scaling; None for none.
       weight_decay, mask: decoupled, on the full weights.
       subspace, transfer, side, matrices, key: see `galore_project`.
@@ -112,16 +114,11 @@ def galore_adafactor(
     >>> params = {"w": jnp.ones((4, 6))}
     >>> updates, state = tx.update(params, tx.init(params), params)
     """
-    # Optax factors a matrix only from 128 on, which no low-rank gradient would reach.
-    parts = [
-        optax.scale_by_factored_rms(decay_rate=decay_rate, min_dim_size_to_factor=1)
-    ]
-    if clipping_threshold is not None:
-        parts.append(optax.clip_by_block_rms(clipping_threshold))
+    inner = scale_by_adafactor(decay_rate, clipping_threshold)
     if momentum is not None:
-        parts.append(optax.ema(momentum, debias=False))
+        inner = optax.chain(inner, optax.ema(momentum, debias=False))
     method = galore_project(
-        optax.chain(*parts),
+        inner,
         rank=rank,
         update_every=update_every,
         subspace=subspace,

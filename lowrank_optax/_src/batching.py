@@ -71,13 +71,13 @@ def drive(*steps: Steps, count: jax.Array | None = None) -> list[Any]:
 _turns: list[jax.Array | None] = []  # of each `drive` that runs, the last turn's end
 
 
-def take_turn(x: Any) -> jax.Array:
-    """A number or an array, but not before the turn taken last is over.
+def take_turn(x: Any, dtype: Any) -> jax.Array:
+    """A number or an array in a dtype, but not before the turn taken last is over.
 
     What is computed from it waits, so that the large temporaries of one leaf are gone
     before those of the next one come: fresh memory costs more time than arithmetic.
     """
-    x = jnp.asarray(x, jnp.float32)
+    x = jnp.asarray(x, dtype)
     return x if not _turns or _turns[-1] is None else after(x, _turns[-1])
 
 
@@ -169,5 +169,5 @@ def after(x: jax.Array, dependency: jax.Array) -> jax.Array:
     nor reorders: what is computed from the result is not the same expression as before,
     and is not kept alive from then (an optimization barrier does not do this on CPU).
     """
-    zero = dependency.reshape(-1)[0] * 0
+    zero = dependency[(0,) * dependency.ndim] * 0
     return x + jnp.where(zero == 0, zero, 0).astype(x.dtype)

@@ -210,8 +210,8 @@ def compress_fields(
         for w, x in start.items():
             codec, view = coded[w]
             plain = jax.tree.map(matrix.value_of, codes[w], is_leaf=matrix.is_variable)
-            matrix_keys = random.matrix_keys(keys[w[1]], view.batch_shape)
-            code = _encode(codec, matrix_keys, view.matrix(x), plain)
+            own_keys = _own_keys(codec, keys[w[1]], w[0], view)
+            code = _encode(codec, own_keys, view.matrix(x), plain)
             codes[w] = jax.tree.map(
                 lambda old, new: old.replace(new) if matrix.is_variable(old) else new,
                 codes[w],
@@ -260,7 +260,7 @@ def compress_fields(
             if i in in_one:
                 continue
             x = new[name, i]
-            own_keys = random.matrix_keys(keys[i], view.batch_shape)
+            own_keys = _own_keys(codec, keys[i], name, view)
             new[name, i] = _encode(codec, own_keys, view.matrix(x), old[name, i])
             if engine.accumulating() == "add":  # most often, only the sum has changed
                 changed = jnp.any(x != whole[name, i])
@@ -290,6 +290,12 @@ def _decode(codec, code):
 @engine.compiled
 def _encode(codec, key, x, old):
     return codec.encode(key, x, old)
+
+
+def _own_keys(codec: Codec, key: jax.Array, name: str, view: MatrixView) -> jax.Array:
+    """A key for each matrix of a field, of which a leaf may have several."""
+    key = key if getattr(codec, "one_key", False) else random.named(key, name)
+    return random.matrix_keys(key, view.batch_shape)
 
 
 def _elementwise(codec: Codec) -> bool:

@@ -10,10 +10,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Int
 
-from lowrank_optax._src import linalg, trees
+from lowrank_optax._src import linalg, matrix, trees
+from lowrank_optax._src.box import boxed_state
+from lowrank_optax._src.codec import BlockInt8Code, CastCode, PackedInt4Code
+from lowrank_optax._src.low_rank import LowRankCode
+from lowrank_optax._src.matrix import MatrixView
 from lowrank_optax._src.project import ProjectState
+from lowrank_optax._src.transfer import FIRST_MOMENTS, SECOND_MOMENTS
 
 
 def _unit_matrix(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
@@ -29,7 +35,12 @@ def _unit_matrix(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
 def _singular_values(x: Float[Array, "*b m n"]) -> Float[Array, "*b s"]:
     """Descending, up to the scale of ``x``. By the SVD: a Gram matrix loses the tail,
     which the sums below are made of."""
-    return jnp.linalg.svd(_unit_matrix(x), compute_uv=False)
+    return _values(_unit_matrix(x))
+
+
+@linalg.one_by_one
+def _values(x: Float[Array, "*b m n"]) -> Float[Array, "*b s"]:
+    return jnp.linalg.svd(x, compute_uv=False)
 
 
 def _sum_squares(x: Float[Array, "*b m n"]) -> Float[Array, "*b"]:
@@ -130,10 +141,14 @@ def effective_rank(
         check_energy(energy)
     s = _singular_values(x)
     if energy is None:
-        p = _share(s, jnp.sum(s, axis=-1, keepdims=True))
-        entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0), -1)
-        return jnp.where(s[..., 0] > 0, jnp.exp(entropy), 0.0)
+        return _entropy_rank(s)
     return rank_keeping(s, energy).astype(s.dtype)
+
+
+def _entropy_rank(s: Float[Array, "*b s"]) -> Float[Array, "*b"]:
+    p = _share(s, jnp.sum(s, axis=-1, keepdims=True))
+    entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0), -1)
+    return jnp.where(s[..., 0] > 0, jnp.exp(entropy), 0.0)
 
 
 def stable_rank(x: Float[Array, "*b m n"]) -> Float[Array, "*b"]:
@@ -152,7 +167,10 @@ def stable_rank(x: Float[Array, "*b m n"]) -> Float[Array, "*b"]:
     >>> float(stable_rank(jnp.diag(jnp.array([2.0, 1.0, 0.0]))))
     1.25
     """
-    s = _singular_values(x)
+    return _stable_rank(_singular_values(x))
+
+
+def _stable_rank(s: Float[Array, "*b s"]) -> Float[Array, "*b"]:
     return _share(jnp.sum(s * s, axis=-1), s[..., 0] ** 2)
 
 
@@ -209,21 +227,41 @@ def captured_energy(
     return jnp.minimum(_share(kept, _sum_squares(x)), 1.0)
 
 
-def state_metrics(opt_state: Any) -> dict[str, Array]:
+def state_metrics(
+    opt_state: Any,
+    *,
+    tx: optax.GradientTransformation | None = None,
+    grads: Any = None,
+    earlier: Any = None,
+    moments: bool = False,
+) -> dict[str, Array]:
     """What a low-rank optimizer's state says of its ranks, to be logged with a loss.
 
     For each basis P (m, r) of a `ProjectState`, wherever it stands in the state:
-    ``rank/<path>``, the number of its columns that are not zero (the mean over a
-    stack). Over all of them: ``rank``, the mean weighted with m + n (AdaRankGrad,
-    Section 4; AR-16), and ``memory_reduction``, the numbers that a basis and one moment
-    at these ranks have less than at the fixed ones, ``sum (r - rank) (m + n)``. The
-    averages over time of the paper are those of what is logged.
+    ``rank/<path>``, the number of its columns that are not zero. Over all of them:
+    ``rank``, the mean weighted with m + n (AdaRankGrad, Section 4; AR-16), and
+    ``memory_reduction``, the numbers that a basis and one moment at these ranks have
+    less than at the fixed ones, ``sum (r - rank) (m + n)``. The averages over time of
+    the paper are those of what is logged. What is asked for comes beside these; of a
+    stack, each is the mean over its matrices.
 
     Args:
       opt_state: any Optax state.
+      tx: the transformation of this state, given with ``grads``.
+      grads: gradients, or updates, as ``tx`` is given them. Of each that has a basis,
+        ``captured_energy/<path>``, see `captured_energy`.
+      earlier: a state of before. Of each basis, ``overlap/<path>`` with the one which
+        that has in its place: `subspace_overlap` of the columns that are not zero.
+      moments: whether to measure first and second moments of two axes or more that are
+        stored as they are, or as the factors of MLorc: ``effective_rank/<path>``
+        (by entropy) and ``stable_rank/<path>``, the path being that of the field and of
+        the parameter. Takes the singular values of each, which is slow at full size.
 
     Returns:
-      ``{name: scalar}`` in float32, empty without a basis.
+      ``{name: scalar}`` in float32, without a basis only of the moments.
+
+    Raises:
+      ValueError: for one of ``tx`` and ``grads`` without the other.
 
     >>> import jax.numpy as jnp, optax, lowrank_optax as lro
     >>> tx = lro.adaptive_rank(optax.scale_by_adam(), max_rank=3)
@@ -232,21 +270,90 @@ def state_metrics(opt_state: Any) -> dict[str, Array]:
     >>> metrics = lro.diagnostics.state_metrics(state)
     >>> {name: int(x) for name, x in metrics.items()}
     {'rank/w': 1, 'rank': 1, 'memory_reduction': 20}
+    >>> metrics = lro.diagnostics.state_metrics(
+    ...     state, tx=tx, grads=params, earlier=state, moments=True
+    ... )
+    >>> print(f"{metrics['captured_energy/w']:.3f}, {metrics['overlap/w']:.3f}")
+    1.000, 1.000
+    >>> print(f"{metrics['stable_rank/mu/w']:.3f}")
+    1.000
     """
-    metrics, weights, unused = {}, [], []
+    if (tx is None) != (grads is None):
+        raise ValueError(
+            "Cannot measure the captured energy by one of `tx` and `grads` alone: the "
+            "transformation tells how the gradients are seen. Pass both."
+        )
+    metrics, asked, weights, unused = {}, {}, [], []
+    seen = {} if tx is None else _seen_by(tx, grads)
+    before = {} if earlier is None else {path: p for path, p, _ in bases(earlier)}
     for path, basis, n in bases(opt_state):
-        used = jnp.any(basis != 0, axis=-2).astype(jnp.float32)
-        metrics[f"rank/{path}"] = jnp.mean(jnp.sum(used, axis=-1))
-        weights.append(used[..., 0].size * (basis.shape[-2] + n))
+        used = jnp.sum(jnp.any(basis != 0, axis=-2), axis=-1).astype(jnp.float32)
+        metrics[f"rank/{path}"] = jnp.mean(used)
+        weights.append(used.size * (basis.shape[-2] + n))
         unused.append(basis.shape[-1] - metrics[f"rank/{path}"])
+        for x in (x for x in seen.get(path, []) if x.shape[:-1] == basis.shape[:-1]):
+            captured = jnp.mean(captured_energy(x, basis))
+            asked.setdefault(f"captured_energy/{path}", captured)
+        if path in before:
+            share = basis.shape[-1] / jnp.maximum(used, 1)
+            overlap = share * subspace_overlap(basis, before[path])
+            asked[f"overlap/{path}"] = jnp.mean(overlap)
+    if moments:
+        for path, s in _moments(opt_state):
+            asked[f"effective_rank/{path}"] = jnp.mean(_entropy_rank(s))
+            asked[f"stable_rank/{path}"] = jnp.mean(_stable_rank(s))
     if not metrics:
-        return {}
+        return asked
     weight = jnp.array(weights, jnp.float32)
     ranks = jnp.stack(list(metrics.values()))
-    return metrics | {
+    totals = {
         "rank": jnp.sum(weight * ranks) / jnp.sum(weight),
         "memory_reduction": jnp.sum(weight * jnp.stack(unused)),
     }
+    return metrics | totals | asked
+
+
+def _seen_by(
+    tx: optax.GradientTransformation, grads: Any
+) -> dict[str, list[Float[Array, "*b m n"]]]:
+    """The gradient of each matrix, in every way that the transformation sees it."""
+    with trees.record_views() as views:
+        boxed_state(tx, grads)
+    paths, leaves, _ = trees.flatten(grads)
+    leaf_at = dict(zip(map("/".join, paths), leaves, strict=True))
+    seen: dict[str, list[Array]] = {}
+    for view in views:
+        if isinstance(view, MatrixView):
+            x = view.matrix(matrix.value_of(leaf_at[view.path]))
+            seen.setdefault(view.path, []).append(x)
+    return seen
+
+
+def _moments(opt_state: Any) -> Iterator[tuple[str, Float[Array, "*b s"]]]:
+    """Field and parameter of each moment with rows and columns; singular values."""
+
+    def whole(x):
+        return isinstance(x, _CODES) or matrix.is_variable(x)
+
+    for key, x in jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=whole)[0]:
+        names = [k.name if isinstance(k, jax.tree_util.GetAttrKey) else "" for k in key]
+        start = next((i for i, k in enumerate(names) if k in _MOMENTS), None)
+        if start is None:
+            continue
+        path = "/".join(trees.path_parts(key)[start:])
+        if isinstance(x, LowRankCode):
+            left, right = map(matrix.value_of, x)
+            q, p = linalg.orthonormalize(left), linalg.orthonormalize(right.mT)
+            core = linalg.matmul(linalg.matmul(q.mT, left), linalg.matmul(right, p))
+            yield path, _singular_values(core)
+        elif not isinstance(x, _CODES):
+            x = matrix.value_of(x)
+            if getattr(x, "ndim", 0) >= 2:
+                yield path, _singular_values(x)
+
+
+_MOMENTS = FIRST_MOMENTS | SECOND_MOMENTS
+_CODES = (LowRankCode, CastCode, BlockInt8Code, PackedInt4Code)
 
 
 def bases(opt_state: Any) -> Iterator[tuple[str, Array, int]]:

@@ -7,11 +7,13 @@ Boxes (NNX variables) and meshes of explicit axes are handled here and in
 import contextlib
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lowrank_optax._src import matrix, trees
@@ -101,7 +103,7 @@ def _rebuild(part: Any, change: Callable[[Any], Any]) -> Any:
 
 def _empty(parts: Any, numbers: list[Any]) -> Any:
     def take(x):
-        if not isinstance(x, jax.Array):
+        if not isinstance(x, (jax.Array, np.ndarray)):
             return x
         numbers.append(x)
         return _Hole(len(numbers) - 1)
@@ -310,14 +312,30 @@ def accept(new: Any, old: Any) -> Any:
     return where(finite(new), new, old)
 
 
+def check_number(value: Any, name: str) -> None:
+    """Refuse a schedule where a number belongs, and say where it is taken."""
+    if callable(value):
+        raise TypeError(
+            f"`{name}` must be a number, got the function {value!r}. For a schedule "
+            "use lowrank_optax.inject_hyperparams, as in "
+            f"inject_hyperparams(galore_adamw)(learning_rate=0.01, {name}=schedule)."
+        )
+
+
 def check_rank(rank: Any, name: str = "rank") -> int:
     """A rank as a positive int, or an error that says what would be right."""
-    if isinstance(rank, bool) or not isinstance(rank, int):
+    try:
+        # An array of JAX would be concrete here, and not in an update.
+        wrong = isinstance(rank, (bool, jax.Array))
+        number = None if wrong else operator.index(rank)
+    except TypeError:
+        number = None
+    if number is None:
         raise TypeError(
             f"`{name}` must be a Python int, as it decides shapes; got {rank!r} of "
             f"type {type(rank).__name__}. To inject hyperparameters, use "
             "lowrank_optax.inject_hyperparams, which keeps it static."
         )
-    if rank < 1:
-        raise ValueError(f"`{name}` must be at least 1, got {rank}.")
-    return rank
+    if number < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {number}.")
+    return number

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,8 @@ class LowRank:
     oversample: int = 4
     power_iters: int = 0
     warm_start: bool = True
+    # Both moments of a leaf may have the same sketch, as `mlorc_scale_by_adam` draws.
+    one_key: ClassVar[bool] = True
 
     @property
     def lacks(self) -> tuple[str, ...]:

@@ -228,3 +228,10 @@ def last_axes_view(path: str, leaf: Any) -> MatrixView:
     x = value_of(leaf)
     axes = tuple(range(x.ndim))
     return MatrixView(path, x.shape, x.dtype, axes[-2:-1], axes[-1:], axes[:-2], leaf)
+
+
+def zeros_like(leaf: Any) -> Any:
+    """Zeros of a leaf's own shape, in the compute dtype, that live where it lives."""
+    view = last_axes_view("", leaf)
+    own_axes = ("m", "n")[max(0, 2 - len(view.shape)) :]
+    return view.zeros(*own_axes)

@@ -95,7 +95,8 @@ def project_gradients(
       A transformation from full-shape updates to full-shape updates.
 
     Raises:
-      TypeError, ValueError: for a rank below 1 or not an int, an unknown side, or
+      TypeError, ValueError: for a rank below 1 or not an int, a scale that is a
+        function (see `inject_hyperparams`), an unknown side, or
         ``matrices`` that do not fit the parameters; for parts that do not go
         together, at init where it takes the parameters or the inner optimizer's
         moments to tell.
@@ -119,6 +120,7 @@ def project_gradients(
     ... )
     """
     rank = engine.check_rank(rank)
+    engine.check_number(scale, "scale")
     adam = recognize(inner)
     inner = optax.with_extra_args_support(inner)
     fields = engine.StateFields(inner)
@@ -370,9 +372,11 @@ def _down(
         new = _safe_select(subspace, key, grad, old, step)[..., : basis.shape[-1]]
         overlap = matmul(new.mT, basis)
         used = jnp.sum(jnp.any(basis != 0, axis=-2))
-        share = jnp.sum(overlap**2) / jnp.maximum(used, 1)
+        size = jnp.linalg.norm(grad)
+        usable = jnp.isfinite(size) & (size > 0)  # else nothing was chosen
+        share = jnp.where(usable, jnp.sum(overlap**2) / jnp.maximum(used, 1), 0.0)
         carried = transfer.carry(moments, overlap)
-        return project(new, grad), new, carried, share, jnp.linalg.norm(grad)
+        return project(new, grad), new, carried, share, size
 
     def keep():
         return coeff, basis, moments, jnp.ones([], basis.dtype), size

@@ -1,34 +1,20 @@
 """Random numbers for stacks of matrices, a key for each matrix.
 
-So a matrix of a stack sees the same numbers whether the stack is updated as one or, as
-`layerwise` does, one layer after the other.
+So what a matrix of a stack sees does not depend on the others in it.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-_places: list[jax.Array] = []
-
-
-@contextlib.contextmanager
-def place_in_stack(place: jax.Array) -> Iterator[None]:
-    """Say where in whole stacks the first matrix of each stack within stands."""
-    _places.append(place)
-    try:
-        yield
-    finally:
-        _places.pop()
-
 
 def matrix_keys(key: jax.Array, batch: tuple[int, ...]) -> jax.Array:
     """The keys ``(*batch,)`` of a leaf's matrices: its own, folded by their places."""
-    first = _places[-1] if _places else 0
-    for axis, size in enumerate(batch):
-        places = jnp.arange(size) + (first if axis == 0 else 0)
+    for size in batch:
+        places = jnp.arange(size)
         key = _over(
             key,
             lambda k, places=places: jax.vmap(
@@ -69,6 +55,11 @@ def split(key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Two keys, or stacks of keys, from one."""
     pair = _over(key, jax.random.split)
     return pair[..., 0], pair[..., 1]
+
+
+def named(key: jax.Array, name: str) -> jax.Array:
+    """A key, or a stack of keys, of its own for a name."""
+    return _over(key, lambda k: jax.random.fold_in(k, zlib.crc32(name.encode())))
 
 
 def _over(key: jax.Array, function: Callable[[jax.Array], jax.Array]) -> jax.Array:

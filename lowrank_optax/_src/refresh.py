@@ -9,11 +9,13 @@ import numpy as np
 import optax
 
 from lowrank_optax._src import compatible
+from lowrank_optax._src.engine import check_number
 
 
-def _check_period(update_every: Any) -> None:
-    if isinstance(update_every, int) and update_every < 1:
-        raise ValueError(f"`update_every` must be at least 1, got {update_every}.")
+def _check_period(period: Any, name: str = "update_every") -> None:
+    check_number(period, name)
+    if not isinstance(period, jax.Array) and period < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {period}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +119,7 @@ class OnConvergence:
 
     def __post_init__(self):
         for name in ("max_interval", "min_interval"):
-            value = getattr(self, name)
-            if isinstance(value, int) and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+            _check_period(getattr(self, name), name)
         if isinstance(self.threshold, float) and not 0 <= self.threshold <= 1:
             raise ValueError(f"`threshold` must be in [0, 1], got {self.threshold}.")
 
@@ -198,7 +198,7 @@ class WhenDrifted:
         return state.left <= 0
 
     def after(self, state, due, size, overlap):
-        compared = due & (overlap > 0)  # at the start there is nothing to compare with
+        compared = due & (overlap > 0)
         recent = jnp.append(state.recent[1:], overlap)
         recent = jnp.where(compared, recent, state.recent)
         steady = compared & (jnp.mean(recent) >= self.threshold)

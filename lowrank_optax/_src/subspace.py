@@ -47,16 +47,19 @@ class TopSingular:
         if self.method == "warm":
             # At the start there is no old basis: a zero column would waste its place.
             started = jnp.any(old != 0, axis=(-2, -1), keepdims=True)
-            fresh = random.draw(jax.random.normal, key, old.shape, old.dtype)
+            fresh_key, key = random.split(key)
+            fresh = random.draw(jax.random.normal, fresh_key, old.shape, old.dtype)
             start = jnp.where(started, old, fresh)
             return linalg.subspace_iteration(key, grad, rank, iters=1, start=start)
         iters = 1 if self.method == "rsvd" else 2
         return linalg.subspace_iteration(key, grad, rank, iters)
 
 
-# Relative to the largest singular value: with fewer non-zero ones than the rank, the
-# rest is drawn from the others (I3-5).
-_WEIGHT_FLOOR = 1e-30
+# Relative to the largest: what is smaller is the noise of a Gram matrix, not a value.
+_NULL = 1e-3
+# The logarithm of its weight: with fewer other vectors than the rank, the rest is drawn
+# among the null ones (I3-5).
+_NULL_WEIGHT = -1e4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +67,15 @@ class ImportanceSampled:
     """Singular vectors drawn with their singular values as weights: I3S.
 
     Without replacement, one after the other among those that are left; in the order of
-    the singular values. All min(m, n) vectors can be drawn, those of zero singular
-    values only where the others do not suffice.
+    the singular values. All min(m, n) vectors can be drawn, those of singular values
+    below 1e-3 of the largest only where the others do not suffice.
 
     Args:
       pool: None draws among all singular vectors, by `gram_eigh`. A number, at least
         the rank, draws among so many leading ones of a randomized SVD instead: cheaper,
         and an approximation that leaves the tail of the spectrum out.
+      weight_power: the weights are singular values to this power, at least 0: 1 is the
+        paper's, 2 draws by energy (I3-4).
 
     >>> import optax, lowrank_optax as lro
     >>> tx = lro.project_gradients(
@@ -79,10 +84,14 @@ class ImportanceSampled:
     """
 
     pool: int | None = None
+    weight_power: Any = 1.0
 
     def __post_init__(self):
         if self.pool is not None:
             check_rank(self.pool, "pool")
+        power = self.weight_power
+        if isinstance(power, (int, float)) and power < 0:
+            raise ValueError(f"`weight_power` must be at least 0, got {power}.")
 
     @property
     def largest_rank(self) -> int | None:
@@ -100,7 +109,9 @@ class ImportanceSampled:
             vectors, values = linalg.gram_eigh(coeff, size)
             vectors = linalg.matmul(within, vectors)
         # The largest k of log w + Gumbel noise are k draws without replacement.
-        weights = jnp.log(values + _WEIGHT_FLOOR)
+        known = values > _NULL * values[..., :1]
+        logs = self.weight_power * jnp.log(jnp.where(known, values, 1.0))
+        weights = jnp.where(known, logs, _NULL_WEIGHT)
         noise = random.draw(jax.random.gumbel, key, values.shape, values.dtype)
         return _take(vectors, weights + noise, rank)
 

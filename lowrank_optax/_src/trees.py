@@ -47,12 +47,16 @@ def path_parts(key_path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(parts)
 
 
+def words(path: str) -> list[str]:
+    """The words of a path in lower case, parts split at case too."""
+    return [word.lower() for word in _WORD.findall(path)]
+
+
 def named_dense(parts: tuple[str, ...]) -> str | None:
     """The reason why the default rule keeps a leaf of this path at full rank."""
     pieces = [p for part in parts for p in re.split(r"[./]", part) if p]
     for i, piece in enumerate(pieces):
-        for word in _WORD.findall(piece):
-            word = word.lower()
+        for word in words(piece):
             if word.startswith(_DENSE_PREFIX) or word in _DENSE_WORDS:
                 return f"'{piece}' names an embedding or a head"
         # An `output` that holds further modules is a block's output, not the head.

@@ -60,8 +60,10 @@ class Refresh(Protocol):
     def after(self, state: Any, due: Array, size: Array, overlap: Array) -> Any:
         """The next state; ``overlap`` is ``||new^T old||_F^2 / r``, 1 if not due.
 
-        r counts the columns of the old basis that are not zero. ``size`` is as above,
-        or that of the whole gradient if due: what the new basis was chosen for.
+        It is 0 where there is nothing to compare: no old basis, or a gradient that is
+        zero or not finite, which leaves the old one. r counts the columns of the old
+        basis that are not zero. ``size`` is as above, or that of the whole gradient if
+        due: what the new basis was chosen for.
         """
         ...
 
@@ -122,7 +124,11 @@ class Codec(Protocol):
         ...
 
     def encode(self, key: Key[Array, "*b"], x: Array, old: Any) -> NamedTuple:
-        """The code of ``x``; ``old`` is the code that it replaces."""
+        """The code of ``x``; ``old`` is the code that it replaces.
+
+        ``key`` is one for each matrix, and another one for each field of a leaf, unless
+        the codec has an attribute ``one_key = True``.
+        """
         ...
 
     def decode(self, code: Any) -> Array:

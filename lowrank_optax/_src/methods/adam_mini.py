@@ -85,7 +85,7 @@ def scale_by_adam_mini(
         _, leaves, treedef = trees.flatten(params)
         return AdamMiniState(
             step=jnp.zeros([], jnp.int32),
-            mu=treedef.unflatten([_zeros_like(leaf) for leaf in leaves]),
+            mu=treedef.unflatten([matrix.zeros_like(leaf) for leaf in leaves]),
             nu=treedef.unflatten([view.zeros(1, "n") for view in views]),
         )
 
@@ -106,13 +106,6 @@ def scale_by_adam_mini(
         return treedef.unflatten(out), state
 
     return engine.transformation(init, update)
-
-
-def _zeros_like(leaf: Any) -> Any:
-    """Zeros of a leaf's own shape that live where it lives."""
-    view = matrix.last_axes_view("", leaf)
-    own_axes = ("m", "n")[max(0, 2 - len(view.shape)) :]
-    return view.zeros(*own_axes)
 
 
 def adam_mini(

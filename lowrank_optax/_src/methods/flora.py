@@ -7,6 +7,7 @@ import optax
 
 from lowrank_optax._src.aliases import LearningRate, optimizer
 from lowrank_optax._src.matrix import Matrices, Side
+from lowrank_optax._src.methods.adafactor import clip_by_matrix_rms, scale_by_adafactor
 from lowrank_optax._src.project import project_gradients
 from lowrank_optax._src.refresh import Every
 from lowrank_optax._src.subspace import RandomGaussian
@@ -104,7 +105,7 @@ def flora(
       scale: multiplies the decoded momentum, before the clip; the paper has none.
       b1: decay of the momentum, an average of Adafactor's updates.
       decay_rate: of the second moment, ``1 - t^-decay_rate``.
-      clipping_threshold: on the root mean square of an update; None for none.
+      clipping_threshold: on the root mean square of each matrix' update; None for none.
       weight_decay, mask: decoupled, on the full weights, times the learning rate.
       side, matrices, key: see `project_gradients`.
 
@@ -122,11 +123,7 @@ def flora(
         matrices=matrices,
         key=key,
     )
-    # Optax factors a matrix only from 128 on.
-    parts = [
-        optax.scale_by_factored_rms(decay_rate=decay_rate, min_dim_size_to_factor=1),
-        momentum,
-    ]
+    parts = [scale_by_adafactor(decay_rate, None, matrices=matrices), momentum]
     if clipping_threshold is not None:
-        parts.append(optax.clip_by_block_rms(clipping_threshold))
+        parts.append(clip_by_matrix_rms(clipping_threshold, matrices))
     return optimizer(optax.chain(*parts), learning_rate, weight_decay, mask)

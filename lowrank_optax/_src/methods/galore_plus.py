@@ -1,11 +1,11 @@
 """GaLore+ (Liao et al. 2024): one head's subspace for all, and a sparse residual."""
 
-import re
 from typing import Any
 
 import jax
 import optax
 
+from lowrank_optax._src import trees
 from lowrank_optax._src.aliases import LearningRate, optimizer
 from lowrank_optax._src.engine import check_rank
 from lowrank_optax._src.matrix import Matrices, MatrixView, Side
@@ -16,7 +16,6 @@ from lowrank_optax._src.subspace import CrossHead, TopSingular
 from lowrank_optax._src.transfer import Keep
 from lowrank_optax._src.typing import Subspace, Transfer
 
-_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 _QUERY = frozenset("q query queries wq".split())
 _KEY = frozenset("k key keys wk".split())
 
@@ -84,7 +83,10 @@ def galore_plus_project(
     Differs from the paper in: the residual's second moment is the gradient's own, as
     that of the paper is not one (GP-1, GP-2); where the rank exceeds the width of a
     head, several are drawn (GP-4); the residual's bias is corrected from its own start
-    (GP-8).
+    (GP-8). Not offered: choosing the residual's entries anew (GP-10), as new ones would
+    need ages and bias corrections of their own; and other leaves than queries and keys
+    (GP-17), which the paper's argument is about: `project_gradients` with functions of
+    the leaf takes any.
 
     References:
       Liao et al., GaLore+: Boosting Low-Rank Adaptation for LLMs with Cross-Head
@@ -132,7 +134,7 @@ def galore_plus_project(
 
 def _attends(path: str) -> int | None:
     """0 for a query kernel, 1 for a key kernel, None for any other."""
-    words = {word.lower() for word in _WORD.findall(path)}
+    words = set(trees.words(path))
     query, key = bool(words & _QUERY), bool(words & _KEY)
     return None if query == key else int(key)
 

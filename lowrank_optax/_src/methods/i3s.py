@@ -41,7 +41,7 @@ def i3s_subspace(
     ``recovery=FiraResidual()``, as `fira_project`. The same state as these.
 
     Args:
-      inner: such as ``optax.scale_by_adam()``, ``optax.scale_by_factored_rms()``.
+      inner: such as ``optax.scale_by_adam()``, ``lro.scale_by_adafactor()``.
       rank: r.
       update_every: T; the first update always refreshes (I3-1).
       transfer: the paper keeps the moments (I3-2); `Rotate` carries them to the new
@@ -124,6 +124,10 @@ def hybrid_subspace(
     Differs from the paper in: ``b1`` weighs the old momentum, as in Algorithm 4; the
     theorem has it at the new gradient (I3-7). Second moments, which the paper has none
     of, are transformed with the squares of the coefficients.
+
+    References:
+      Zhang et al., I3S: Importance Sampling Subspace Selection for Low-Rank
+      Optimization in LLM Pretraining, 2025.
 
     >>> import jax.numpy as jnp, optax, lowrank_optax as lro
     >>> tx = lro.hybrid_subspace(optax.ema(0.9, debias=False), rank=3, leading=1)

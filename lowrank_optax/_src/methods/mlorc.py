@@ -55,6 +55,10 @@ def mlorc_compress(
     Raises:
       ValueError: if the inner optimizer has no momentum field.
 
+    References:
+      Shen et al., MLorc: Momentum Low-rank Compression for Memory Efficient Large
+      Language Model Adaptation, 2025.
+
     >>> import jax.numpy as jnp, optax, lowrank_optax as lro
     >>> tx = lro.mlorc_compress(optax.trace(decay=0.9), rank=2)
     >>> state = tx.init({"w": jnp.ones((8, 6))})
@@ -98,9 +102,9 @@ def mlorc_scale_by_adam(
 
     Args:
       rank: r.
-      b1: decay of the first moment; the paper's 0.8, where its code has 0.9 (ML-7).
+      b1: decay of the first moment.
       b2: decay of the second moment.
-      eps: added outside of the root, after the bias correction (ML-2).
+      eps: added outside of the root, after the bias correction.
       oversample, power_iters, warm_start: the sketch, see `LowRank`. The default was
         chosen by its error on real gradients; the paper's code has 0, 1, False.
       compress: ``("mu",)`` or ``("nu",)`` are the ablations MLorc_m and MLorc_v.
@@ -108,6 +112,12 @@ def mlorc_scale_by_adam(
 
     Returns:
       A transformation without a learning rate.
+
+    Differs from the reference code in: ``b1`` is the paper's, that code has 0.9 (ML-7);
+    leaves that are not matrices are trained, where it skips them (ML-8); epsilon is
+    added to the corrected root, there to the uncorrected one and in the paper inside of
+    it (ML-2), for which there is ``mlorc_compress(optax.scale_by_adam(eps_root=...))``;
+    arithmetic is in float32 at least, there in the parameters' dtype.
 
     References:
       Shen et al., MLorc: Momentum Low-rank Compression for Memory Efficient Large
@@ -173,6 +183,14 @@ def mlorc_scale_by_lion(
     Returns:
       A transformation without a learning rate.
 
+    Differs from the reference code in: leaves that are not matrices are trained, where
+    that code skips them (ML-8); its decays are 0.95 and 0.98, the defaults here those
+    of Lion.
+
+    References:
+      Shen et al., MLorc: Momentum Low-rank Compression for Memory Efficient Large
+      Language Model Adaptation, 2025.
+
     >>> import jax.numpy as jnp, optax, lowrank_optax as lro
     >>> tx = lro.mlorc_scale_by_lion(rank=2)
     >>> params = {"w": jnp.ones((4, 6))}
@@ -224,7 +242,7 @@ class MLorcAdam:
             omegas = mu_omega, nu_omega
             return (yield from kernels.adam(self, step, grad, state, zeta, *omegas))
         grad = at_least_float32(grad)
-        b1, b2, t = self.b1, batching.take_turn(self.b2), step + 1
+        b1, b2, t = self.b1, batching.take_turn(self.b2, grad.dtype), step + 1
         m = b1 * self.mu.decode(state.mu) + (1 - b1) * grad
         v = b2 * clamp_negative(low_rank_product(state.nu), zeta) + (1 - b2) * grad**2
         m_hat, v_hat = m * (1 / (1 - b1**t)), v * (1 / (1 - self.b2**t))
@@ -257,7 +275,7 @@ class MLorcLion:
         if kernels.suits(grad, (self.mu, omega)):
             return (yield from kernels.lion(self, grad, state, omega))
         grad = at_least_float32(grad)
-        b1 = batching.take_turn(self.b1)
+        b1 = batching.take_turn(self.b1, grad.dtype)
         c = b1 * self.mu.decode(state.mu) + (1 - b1) * grad
         average = Average(self.b2, state.mu, grad)
         mu, finite = yield from self.mu.compress(omega, average, state.mu, True)

@@ -9,10 +9,12 @@ from lowrank_optax._src.aliases import LearningRate, optimizer
 from lowrank_optax._src.codec import BlockInt8
 from lowrank_optax._src.compress import by_moment, compress_fields
 from lowrank_optax._src.matrix import Matrices, Side
+from lowrank_optax._src.methods.adarankgrad import adaptive_rank
 from lowrank_optax._src.methods.galore import galore_project
+from lowrank_optax._src.recovery import Drop
 from lowrank_optax._src.subspace import TopSingular
-from lowrank_optax._src.transfer import Keep
-from lowrank_optax._src.typing import Subspace, Transfer
+from lowrank_optax._src.transfer import Keep, Rotate
+from lowrank_optax._src.typing import Recovery, Subspace, Transfer
 
 
 def quantize_state(
@@ -141,6 +143,63 @@ def galore_adamw_8bit(
         update_every=update_every,
         subspace=subspace,
         transfer=transfer,
+        scale=scale,
+        side=side,
+        matrices=matrices,
+        key=key,
+    )
+    method = quantize_state(method, block=block, key=key)
+    return optimizer(method, learning_rate, weight_decay, mask)
+
+
+def adarankgrad_adamw_8bit(
+    learning_rate: LearningRate,
+    max_rank: int = 128,
+    scale: Any = 0.25,
+    *,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    weight_decay: Any = 0.0,
+    mask: Any = None,
+    min_rank: int = 1,
+    max_residual_energy: Any = 0.48,
+    max_interval: Any = 200,
+    min_interval: Any = 20,
+    transfer: Transfer = Rotate(),
+    recovery: Recovery = Drop(),
+    block: int = 256,
+    side: Side = "long",
+    matrices: Matrices = None,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """AdaRankGrad with the moments of its Adam in bytes, see `adaptive_rank`.
+
+    Args:
+      learning_rate: a float or a schedule.
+      max_rank: the largest rank, and that of the memory.
+      scale: of projected matrices, as in `galore_adamw`.
+      b1, b2, eps: of Adam.
+      weight_decay, mask: decoupled, on the full weights, times the learning rate.
+      min_rank, max_residual_energy, max_interval, min_interval: see `adaptive_rank`.
+      transfer, recovery, side, matrices, key: see `adaptive_rank`.
+      block: see `quantize_state`.
+
+    >>> import jax.numpy as jnp, lowrank_optax as lro
+    >>> tx = lro.adarankgrad_adamw_8bit(1e-2, max_rank=64)
+    >>> state = tx.init({"w": jnp.ones((64, 128))})
+    >>> state[0].inner_state.inner_state.nu["w"].index.shape
+    (64, 64)
+    """
+    method = adaptive_rank(
+        optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+        max_rank=max_rank,
+        min_rank=min_rank,
+        max_residual_energy=max_residual_energy,
+        max_interval=max_interval,
+        min_interval=min_interval,
+        transfer=transfer,
+        recovery=recovery,
         scale=scale,
         side=side,
         matrices=matrices,

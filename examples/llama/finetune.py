@@ -1,0 +1,173 @@
+"""Fine-tunes a LLaMA on instructions with several optimizers and compares them.
+
+    python -m examples.llama.finetune
+    python -m examples.llama.finetune --data train.jsonl --test test.jsonl --model DIR
+    python -m examples.llama.finetune --preset mlorc-metamath --data MetaMathQA.jsonl
+    python -m examples.llama.finetune --resume
+
+With no file it makes up word problems in the form of GSM8K; with no weights it trains
+from scratch, and says so.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import optax
+import tokenizers
+
+import lowrank_optax as lro
+from examples.common.errors import one_line
+from examples.common.interrupt import Interrupted, StopRequest
+from examples.common.loop import ForeignCheckpoint
+from examples.common.settings import RECORD, parse_settings, settings_record
+from examples.llama.base import load_base
+from examples.llama.finetune_job import Job
+from examples.llama.finetune_report import comparison, write_files
+from examples.llama.finetune_settings import PRESETS, SMOKE, Finetune
+from examples.llama.instructions import Instruction, Instructions, load_instructions
+from examples.llama.rows import Rows, encode, lay_out
+from examples.llama.weights import TOKENIZER
+
+
+def prepare(settings: Finetune, out: Path) -> Job:
+    """Everything that training needs, checked as far as it can be; writes nothing.
+
+    Raises:
+      ValueError, OSError: settings, model or data that cannot be used; in a run that
+        is resumed, a model or data that are no longer as they were.
+    """
+    s = settings
+    s.check()
+    data = load_instructions(s.data, None if s.test is None else Path(s.test))
+    chosen = Instructions(
+        data.source,
+        spread(data.train, s.train_examples),
+        spread(data.test, s.test_examples),
+    )
+    base = load_base(
+        s.model,
+        [x.prompt + x.response for x in chosen.train],
+        out / TOKENIZER,
+        dtype=s.param_dtype,
+        param_dtype=s.param_dtype,
+        remat=s.remat,
+    )
+    train, test = (encode(base.tokenizer, part, base.stop[0]) for part in chosen.parts)
+    problems = [i for i, x in enumerate(chosen.test) if x.number is not None]
+    prompts = [test[i].prompt for i in problems]
+    base = base.with_positions(s.seq_len)
+    if base.params is None and prompts:
+        base = base.with_positions(max(map(len, prompts)) + s.max_new_tokens)
+    rows = lay_out(train, chosen.train, s.seq_len, s.packing, s.drop_long)
+    tested = lay_out(test, chosen.test, s.seq_len, s.packing, s.drop_long)
+    facts = {
+        **settings_record(s),
+        "start": "from scratch" if base.params is None else "pre-trained weights",
+        "model": {
+            "source": base.source,
+            "sha256": base.sha256,
+            **dataclasses.asdict(base.config),
+        },
+        "data": {
+            "source": chosen.source,
+            "sha256": chosen.sha256,
+            "train": laid_out(rows, len(train)),
+            "test": laid_out(tested, len(test)),
+            "problems": len(problems),
+        },
+        "versions": {
+            module.__name__: module.__version__
+            for module in (lro, jax, optax, flax, tokenizers)
+        },
+        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
+    }
+    asked = [chosen.test[i] for i in problems]
+    job = Job(s, out, base, rows, tested, asked, prompts, facts)
+    job.check()
+    if s.resume:
+        return dataclasses.replace(job, facts=recorded_facts(out, facts))
+    return job
+
+
+def laid_out(rows: Rows, examples: int) -> dict[str, int]:
+    """Facts about the rows that these many examples made."""
+    return {
+        "examples": len(rows.examples),
+        "left_out": examples - len(rows.examples),
+        "rows": len(rows.layout),
+        "response_tokens": sum(len(x.response) for x in rows.examples),
+    }
+
+
+def recorded_facts(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts that the run was started with.
+
+    Raises:
+      ValueError: model or data are no longer the same.
+    """
+    recorded = json.loads((out / RECORD).read_text())
+    now = json.loads(json.dumps(facts))
+    for part in ("model", "data"):
+        if recorded[part] != now[part]:
+            changed = [k for k, v in recorded[part].items() if now[part].get(k) != v]
+            raise ValueError(
+                f"Cannot resume {out}: the {part} has changed since it was started"
+                f" ({', '.join(changed)})."
+            )
+    return recorded
+
+
+def spread(
+    examples: Sequence[Instruction], count: int | None
+) -> tuple[Instruction, ...]:
+    """So many of the examples, evenly spread; all where there are no more."""
+    if count is None or count >= len(examples):
+        return tuple(examples)
+    return tuple(examples[i * len(examples) // count] for i in range(count))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the job; returns the exit status: 0, 2 for bad input, 130 if stopped."""
+    began = time.perf_counter()
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        job = prepare(*parse_settings(argv, "finetune", Finetune(), SMOKE, PRESETS))
+        s, start, data = job.settings, job.facts["start"], job.facts["data"]["source"]
+        print(f"{s.model}, {start}, on {data}: {job.steps} steps, run in {job.out}")
+        if not s.resume:
+            job.save()
+    except (ValueError, OSError) as error:
+        print("finetune:", one_line(error), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("finetune: stopped before the first step", file=sys.stderr)
+        return 130
+    with StopRequest() as stop:
+        try:
+            before = job.before(stop)
+            runs = {method: job.run(method, stop) for method in s.methods}
+        except ForeignCheckpoint as error:
+            print("finetune:", one_line(error), file=sys.stderr)
+            return 2
+        except Interrupted as stopped:
+            resume = f"python -m examples.llama.finetune --resume --out {job.out}"
+            print(f"{stopped}; go on with: {resume}", file=sys.stderr)
+            return 130
+        paths = write_files(job.out, job.facts, job.steps, before, runs)
+    print(comparison(before, runs))
+    print(f"{time.perf_counter() - began:.0f} seconds in all; written:")
+    for path in paths:
+        print(f"  {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

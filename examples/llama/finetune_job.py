@@ -1,0 +1,331 @@
+"""One fine-tuning job: how each method trains the model, and what comes of it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+import lowrank_optax as lro
+from examples.common.adapters import (
+    adapt,
+    all_but,
+    freeze,
+    held,
+    is_frozen,
+    merge,
+    trained_parameters,
+)
+from examples.common.files import read_or_make, write_json
+from examples.common.interrupt import StopRequest
+from examples.common.loop import METRICS_FILE, Task, Timetable, train
+from examples.common.methods import METHODS, matrix_state_bytes
+from examples.common.metrics import read_metrics
+from examples.common.precision import in_float32
+from examples.common.report import Run
+from examples.common.schedule import warmup_linear
+from examples.common.settings import RECORD
+from examples.llama.answers import answer, exact_match
+from examples.llama.base import Base
+from examples.llama.finetune_report import Finetuned
+from examples.llama.finetune_settings import METAMATH_RATES, RATES, Finetune
+from examples.llama.instructions import Instruction
+from examples.llama.model import Llama
+from examples.llama.pretrain import MODEL
+from examples.llama.rows import Batch, Rows
+from examples.llama.weights import TOKENIZER, save_llama, tensor_name
+
+# In these nothing but the adapters is trained, as fine-tuning has it. The others that
+# take the linear maps' place train the rest too.
+_ADAPTERS_ONLY = ("lora", "dora")
+_ANSWERS = "answers.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """Checked settings with all that training needs.
+
+    Attributes:
+      settings: what was asked for.
+      out: the directory of the run.
+      base: the model that is trained.
+      train: the examples to train on.
+      test: those to test on.
+      problems: of the latter those whose response has a final number.
+      prompts: their token ids.
+      facts: what a reader of the result must know: settings, model, data, versions.
+    """
+
+    settings: Finetune
+    out: Path
+    base: Base
+    train: Rows
+    test: Rows
+    problems: Sequence[Instruction]
+    prompts: Sequence[Sequence[int]]
+    facts: dict[str, Any]
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a run."""
+        s = self.settings
+        epoch = len(self.train.layout) // s.batch_size
+        return s.epochs * epoch if s.steps is None else s.steps
+
+    def hyperparameters(self, method: str) -> tuple[float, int | None]:
+        """Peak learning rate and rank, where none was asked for the preset's or the
+        method's own.
+
+        Raises:
+          ValueError: a model with weights, and no rate for the method.
+        """
+        s, own = self.settings, METHODS[method]
+        rank = own.rank if s.rank is None or own.rank is None else s.rank
+        if s.learning_rate is not None:
+            return s.learning_rate, rank
+        if self.base.params is None:
+            return own.learning_rate, rank
+        rates = METAMATH_RATES if s.preset is None else RATES[s.preset]
+        if method not in rates:
+            raise ValueError(
+                f"There is no learning rate to fine-tune with {method}: give one by"
+                " --learning-rate."
+            )
+        return rates[method], rank
+
+    def optimizer(self, method: str) -> optax.GradientTransformation:
+        """The method under its schedule, behind a clip of the gradient's norm at 1."""
+        s, own, config = self.settings, METHODS[method], self.base.config
+        lr, rank = self.hyperparameters(method)
+        heads = (config.num_attention_heads, config.kv_heads)
+        known = {"heads": heads, "steps": self.steps}
+        more = {name: known[name] for name in own.needs}
+        schedule = warmup_linear(lr, self.steps, s.warmup)
+        tx = own.build(schedule, rank, s.update_every, s.weight_decay, **more)
+        if method in _ADAPTERS_ONLY:
+            tx = freeze(tx, self.frozen(method))
+        tx = optax.chain(optax.clip_by_global_norm(1.0), tx)
+        return tx if s.param_dtype == "float32" else in_float32(tx)
+
+    def frozen(self, method: str) -> Callable[[Any], Any]:
+        """What the method leaves as it is, as `is_frozen` says it."""
+        return all_but() if method in _ADAPTERS_ONLY else is_frozen
+
+    def adapted(self, method: str, model: Llama, rngs: nnx.Rngs) -> Llama:
+        """The model as the method trains it."""
+        linear, (_, rank) = METHODS[method].linear, self.hyperparameters(method)
+        if linear is not None and rank is not None:
+            adapt(model.layers, linear, rank, rngs=rngs)
+        return model
+
+    def graph(self, method: str) -> nnx.GraphDef:
+        """The model as the method trains it, without its weights."""
+        config = self.base.config
+        return nnx.graphdef(
+            nnx.eval_shape(lambda: self.adapted(method, Llama(config), nnx.Rngs(0)))
+        )
+
+    def init(self, method: str) -> Callable[[int], Any]:
+        """Of a seed, the parameters that the method starts from."""
+
+        @jax.jit
+        def start(params: Any, seed: int) -> Any:
+            key = jax.random.key(seed)
+            if params is None:
+                model = Llama(self.base.config, rngs=nnx.Rngs(key))
+            else:
+                # Copies: the training step is given the memory of what it starts from.
+                model = self.base.model(jax.tree.map(jnp.copy, params))
+            return params_of(self.adapted(method, model, nnx.Rngs(key)))
+
+        return partial(start, self.base.params)
+
+    def trained(self, graph: nnx.GraphDef, params: Any) -> Llama:
+        """The plain model that a method's parameters stand for."""
+        model = nnx.merge(graph, params)
+        merge(model.layers)
+        return model
+
+    def check(self) -> None:
+        """Raises ValueError for what would fail later: too little data, answers that
+        are too long, a method that does not fit the model."""
+        s = self.settings
+        if self.steps == 0 or len(self.train.layout) < s.batch_size:
+            raise ValueError(
+                f"Cannot fill a batch of {s.batch_size} rows of {s.seq_len} tokens: the"
+                f" examples make {len(self.train.layout)}. Lower --batch-size."
+            )
+        limit = self.base.config.max_position_embeddings
+        for problem, prompt in zip(self.problems, self.prompts, strict=True):
+            if len(prompt) + s.max_new_tokens > limit:
+                raise ValueError(
+                    f"{problem.where}: a prompt of {len(prompt)} tokens and an answer"
+                    f" of {s.max_new_tokens} exceed the model's {limit} positions."
+                    " Lower --max-new-tokens."
+                )
+        if s.export_adapter is not None and self.base.params is None:
+            raise ValueError(
+                "Cannot export an adapter of a model from scratch: nobody has the"
+                " weights that it adds to. Give a --model with weights."
+            )
+        for method in s.methods:
+            params = jax.eval_shape(self.init(method), 0)
+            jax.eval_shape(self.optimizer(method).init, params)
+
+    def save(self) -> None:
+        """Makes the directory, with what `--resume` needs."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.base.tokenizer.save(str(self.out / TOKENIZER))
+        write_json(self.out / RECORD, self.facts)
+
+    def before(self, stop: StopRequest) -> float | None:
+        """Exact match of a model with weights before it is fine-tuned."""
+        if self.base.params is None:
+            return None
+        model = self.base.model(self.base.params)
+        return self.answer(model, self.out, self.settings.seeds[0], "before", stop)
+
+    def answer(
+        self, model: Llama, directory: Path, seed: int, label: str, stop: StopRequest
+    ) -> float | None:
+        """Exact match, from the answers that are then in the directory; None without
+        problems."""
+        s = self.settings
+        if not self.problems:
+            return None
+        rows = read_or_make(
+            directory / _ANSWERS,
+            lambda: answer(
+                model,
+                self.base.tokenizer,
+                self.problems,
+                self.prompts,
+                label=f"{label}, answers",
+                stop_request=stop,
+                max_new_tokens=s.max_new_tokens,
+                stop=self.base.stop,
+                temperature=s.temperature,
+                key=jax.random.key(seed),
+            ),
+        )
+        return exact_match(rows)
+
+    def run(self, method: str, stop: StopRequest) -> list[Finetuned]:
+        """Trains with one method, or goes on with it, once a seed, and sums it up.
+
+        Raises:
+          Interrupted: on request of `stop`.
+          ForeignCheckpoint: what it would go on from is of something else.
+        """
+        s, graph, tx = self.settings, self.graph(method), self.optimizer(method)
+        init = self.init(method)
+        sums = partial(loss_sums, graph)
+        compiled = jax.jit(sums)
+        validation = self.test.batches(s.batch_size)
+
+        def loss(params: Any, batch: Batch) -> jax.Array:
+            # Else gradients of what is frozen would be formed, and counted in the clip.
+            total, count = sums(held(params, self.frozen(method)), batch)
+            return total / jnp.maximum(count, 1)
+
+        def evaluate(params: Any) -> dict[str, float]:
+            parts = [compiled(params, batch) for batch in validation]
+            total, count = (sum(map(float, x)) for x in zip(*parts, strict=True))
+            return {"validation_loss": total / count}
+
+        def one(seed: int) -> Finetuned:
+            directory = self.out / method / f"seed-{seed}"
+            label = f"{method}, seed {seed}"
+            task = Task(
+                init=partial(init, seed),
+                loss=loss,
+                batch=lambda step: self.train.batch(seed, step, s.batch_size),
+                validation=(),
+                tokens_per_step=s.batch_size * s.seq_len,
+                evaluate=evaluate,
+            )
+            timetable = Timetable(
+                self.steps,
+                s.log_every,
+                s.eval_every,
+                s.checkpoint_every,
+                s.shrink_every,
+            )
+            # Only the parameters: the optimizer's memory is for the answers.
+            params = train(task, tx, timetable, None, directory, label, stop).params
+            model = self.trained(graph, params)
+            save_llama(model, directory / MODEL, self.base.tokenizer)
+            if s.export_adapter is not None:
+                self.export(method, seed, params_of(model))
+            match = self.answer(model, directory, seed, label, stop)
+            shapes = jax.eval_shape(lambda x: x, params)
+            return self.sum_up(method, seed, tx, shapes, match)
+
+        return [one(seed) for seed in s.seeds]
+
+    def export(self, method: str, seed: int, params: Any) -> None:
+        """Writes what was added to the base's weights as an adapter."""
+        s = self.settings
+
+        def matrices(tree: Any) -> Any:
+            return jax.tree.map(lambda x: x if x.ndim > 1 else None, tree)
+
+        _, rank = self.hyperparameters(method)
+        adapters = lro.adapters.extract_lora(
+            matrices(params),
+            matrices(self.base.params),
+            rank=rank if method == "lora" else None,
+        )
+        lro.adapters.save_peft(
+            adapters,
+            Path(s.export_adapter or "", method, f"seed-{seed}"),
+            base_model_name=s.model,
+            key_map=module_name,
+            task_type="CAUSAL_LM",
+        )
+
+    def sum_up(
+        self, method: str, seed: int, tx: Any, params: Any, match: float | None
+    ) -> Finetuned:
+        """What the report has to say of a run that is done."""
+        lr, rank = self.hyperparameters(method)
+        records = read_metrics(self.out / method / f"seed-{seed}" / METRICS_FILE)
+        freed = sum(record.get("freed_bytes", 0) for record in records)
+        run = Run(
+            method=method,
+            rank=rank,
+            learning_rate=lr,
+            trained_parameters=trained_parameters(params, self.frozen(method)),
+            state_bytes=lro.state_bytes(tx, params) - freed,
+            matrix_state_bytes=matrix_state_bytes(tx, params) - freed,
+            tokens_per_step=self.settings.batch_size * self.settings.seq_len,
+            records=records,
+        )
+        return Finetuned(run, seed, match)
+
+
+def module_name(path: str) -> str:
+    """The name in Hugging Face's model of the module that a matrix belongs to."""
+    return tensor_name(tuple(path.split("/"))).removesuffix(".weight")
+
+
+def params_of(model: Llama) -> Any:
+    """A model's weights as a tree of dicts."""
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def loss_sums(
+    graph: nnx.GraphDef, params: Any, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+    """The losses of all tokens that are to be predicted, summed, and their number."""
+    logits = nnx.merge(graph, params)(batch.ids, batch.segments)
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits[:, :-1], batch.ids[:, 1:]
+    )
+    weights = batch.weights[:, 1:]
+    return jnp.sum(losses * weights), jnp.sum(weights)

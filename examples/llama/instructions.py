@@ -1,0 +1,203 @@
+"""Instructions with responses: read from files, split, and answers taken out of text.
+
+A file is JSONL, or CSV with a header. What it holds is told by its columns:
+
+    question, answer   GSM8K: the answer ends in "#### " and a number
+    query, response    MetaMathQA
+    query, answer      CodeFeedback
+    mr, ref            E2E
+"""
+
+import csv
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from examples.common.data import held_out
+from examples.llama.problems import arithmetic
+
+ARITHMETIC = "arithmetic"
+
+_COLUMNS = (
+    ("question", "answer"),
+    ("query", "response"),
+    ("query", "answer"),
+    ("mr", "ref"),
+)
+_GSM8K = _COLUMNS[0]
+_TEMPLATE = "### Instruction:\n{}\n\n### Response:\n"
+_PROBLEMS = 4000
+# GSM8K's mark, and MetaMathQA's. A number that is only the head of a larger term, such
+# as a fraction, is no answer.
+_ANSWER = re.compile(
+    r"(?:####|[Tt]he answer is:?)\s*\$?(-?)\$?([\d,]*\.?\d+)(?![\d/\\^])"
+)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One example.
+
+    Attributes:
+      prompt: what the model is given, template included.
+      response: what it is to say.
+      where: file and row, for errors.
+      number: the response's final number, if it has one.
+    """
+
+    prompt: str
+    response: str
+    where: str
+    number: Decimal | None
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """Examples to train on, examples to test on, and where they come from."""
+
+    source: str
+    train: tuple[Instruction, ...]
+    test: tuple[Instruction, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of both parts, in hexadecimal."""
+        parts = [[(x.prompt, x.response) for x in part] for part in self.parts]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @property
+    def parts(self) -> tuple[tuple[Instruction, ...], tuple[Instruction, ...]]:
+        """Training and test."""
+        return self.train, self.test
+
+
+def load_instructions(data: str, test: Path | None) -> Instructions:
+    """Reads both parts.
+
+    Args:
+      data: a file, or "arithmetic" for problems that are made up.
+      test: a file; None to hold out one example of twenty, chosen by what it says.
+
+    Raises:
+      ValueError: a file that is empty, malformed or not UTF-8, naming it and the row.
+      OSError: a file that is missing or cannot be read.
+    """
+    if data == ARITHMETIC:
+        found = [
+            instruction(row, _GSM8K, f"{ARITHMETIC}, problem {number}")
+            for number, row in enumerate(arithmetic(_PROBLEMS, seed=0), start=1)
+        ]
+    else:
+        found = read_instructions(Path(data))
+    if test is not None:
+        source = f"{data}, tested on {test}"
+        return Instructions(source, tuple(found), tuple(read_instructions(test)))
+    # Equal examples fall on the same side.
+    kept = held_out([x.prompt for x in found])
+    train = tuple(x for x in found if x.prompt not in kept)
+    if not train:
+        raise ValueError(f"{data}: one prompt cannot be split. Give a --test file too.")
+    return Instructions(data, train, tuple(x for x in found if x.prompt in kept))
+
+
+def read_instructions(path: Path) -> list[Instruction]:
+    """All examples of a file.
+
+    Raises:
+      ValueError: see `load_instructions`.
+      OSError: the file cannot be read.
+    """
+    raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}, line {line}: not UTF-8 (byte {error.start} of the file)."
+        ) from error
+    rows = _csv_rows if path.suffix == ".csv" else _json_rows
+    columns, examples = None, []
+    for where, row in rows(path, text):
+        columns = columns or _columns_of(row, where)
+        examples.append(instruction(row, columns, where))
+    if not examples:
+        raise ValueError(f"{path}: no example in it.")
+    return examples
+
+
+def instruction(
+    row: dict[str, Any], columns: tuple[str, str], where: str
+) -> Instruction:
+    """The example of a row.
+
+    Raises:
+      ValueError: a missing or empty text; in GSM8K's form, an answer without a number.
+    """
+    for name in columns:
+        if not isinstance(row.get(name), str):
+            lack = "no" if name not in row else "no text under"
+            raise ValueError(f"{where}: {lack} {name!r}.")
+        if not row[name].strip():
+            raise ValueError(f"{where}: {name!r} is empty.")
+    asked, response = (row[name].strip() for name in columns)
+    number = final_number(response)
+    if columns == _GSM8K and number is None:
+        raise ValueError(f"{where}: 'answer' has no number after '####'.")
+    return Instruction(_TEMPLATE.format(asked), response, where, number)
+
+
+def final_number(text: str) -> Decimal | None:
+    """The number after "####" or "The answer is"; None where there is none.
+
+    Equal numbers are equal however they are written.
+
+    >>> final_number("12 * 100 = 1200\\n#### $1,200.00") == final_number("#### 1200")
+    True
+    """
+    found = _ANSWER.search(text)
+    return Decimal(found[1] + found[2].replace(",", "")) if found else None
+
+
+def _columns_of(row: dict[str, Any], where: str) -> tuple[str, str]:
+    """The pair of columns that the first row has, or comes nearest to."""
+    best = max(_COLUMNS, key=lambda pair: sum(name in row for name in pair))
+    if not any(name in row for name in best):
+        known = "; ".join(", ".join(pair) for pair in _COLUMNS)
+        raise ValueError(f"{where}: columns {', '.join(row)}, expected one of {known}.")
+    return best
+
+
+def _json_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    # Not splitlines: a JSON string may hold other line separators as they are.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not JSON ({error.msg}).") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: not a JSON object.")
+        yield where, row
+
+
+def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in reader:
+            where = f"{path}, line {reader.line_num}"
+            if None in row or None in row.values():
+                expected = len(reader.fieldnames or ())
+                raise ValueError(f"{where}: not {expected} columns as in the header.")
+            yield where, row
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}, line {reader.line_num + 1}: not CSV ({error})."
+        ) from error

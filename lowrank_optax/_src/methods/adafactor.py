@@ -1,0 +1,165 @@
+"""Adafactor (Shazeer & Stern 2018) on matrices, and on each matrix of a stack."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax._src import engine, matrix, trees
+from lowrank_optax._src.matrix import Matrices, MatrixView
+
+
+class AdafactorState(NamedTuple):
+    """State of `scale_by_adafactor`; trees mirror the parameters'.
+
+    Attributes:
+      step: updates made so far, int32.
+      v_row: (*batch, m), mean squares of a matrix' rows; ``MaskedNode()`` elsewhere.
+      v_col: (*batch, n), those of its columns; ``MaskedNode()`` elsewhere.
+      v: of a vector or scalar, the mean square of each number; ``MaskedNode()`` at a
+        matrix.
+    """
+
+    step: jax.Array
+    v_row: Any
+    v_col: Any
+    v: Any
+
+
+# Added to the squares, as in the paper and in Optax.
+_EPS = 1e-30
+
+
+def scale_by_adafactor(
+    decay_rate: Any = 0.8,
+    clipping_threshold: Any = 1.0,
+    *,
+    matrices: Matrices = None,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adafactor: the second moment as one number for each row and for each column.
+
+    .. math::
+      r_i &\leftarrow \beta_t r_i + (1 - \beta_t) \operatorname{mean}_j G_{ij}^2, \quad
+      c_j \leftarrow \beta_t c_j + (1 - \beta_t) \operatorname{mean}_i G_{ij}^2, \quad
+      \beta_t = 1 - t^{-\gamma} \\
+      U_{ij} &= G_{ij} \Big/ \sqrt{r_i c_j / \operatorname{mean} r}, \quad
+      \Delta = U / \max(1, \operatorname{RMS}(U) / d)
+
+    The last two axes of a leaf are the rows and columns; each matrix of a stack is
+    factored and clipped by itself. Numbers of vectors and scalars each have their own
+    second moment. State of a matrix: ``m + n`` numbers.
+
+    Args:
+      decay_rate: gamma.
+      clipping_threshold: d, on the root mean square of an update; None for none.
+      matrices: other rows and columns, see `default_matrices`; leaves that it does not
+        name keep their last two axes.
+      key: nothing here is random; as in all methods.
+
+    Returns:
+      A transformation without a learning rate.
+
+    Differs from `optax.adafactor` in: that takes the two largest axes of a leaf, which
+    in a stack may be the layers, factors none below 128, and clips a leaf as a whole;
+    no step is scaled by the weights' size here. On matrices of two axes it is
+    ``optax.scale_by_factored_rms`` with ``optax.clip_by_block_rms``.
+
+    References:
+      Shazeer and Stern, Adafactor: Adaptive Learning Rates with Sublinear Memory Cost,
+      ICML 2018.
+
+    >>> import jax.numpy as jnp, lowrank_optax as lro
+    >>> tx = lro.scale_by_adafactor()
+    >>> state = tx.init({"w": jnp.ones((3, 4, 6)), "b": jnp.ones(6)})
+    >>> state.v_row["w"].shape, state.v_col["w"].shape, state.v["b"].shape
+    ((3, 4), (3, 6), (6,))
+    """
+
+    def init(params):
+        views = _views(params, matrices, creating=True)
+        _, leaves, treedef = trees.flatten(params)
+
+        def tree(at_matrix, elsewhere):
+            each = zip(views, leaves, strict=True)
+            return treedef.unflatten(
+                [at_matrix(v) if _factored(v) else elsewhere(x) for v, x in each]
+            )
+
+        def absent(_):
+            return optax.MaskedNode()
+
+        return AdafactorState(
+            step=jnp.zeros([], jnp.int32),
+            v_row=tree(lambda v: v.zeros("m"), absent),
+            v_col=tree(lambda v: v.zeros("n"), absent),
+            v=tree(absent, matrix.zeros_like),
+        )
+
+    def update(updates, state, params=None, **extra):
+        views = _views(updates, matrices)
+        grads, treedef = jax.tree.flatten(updates)
+        moments = [
+            treedef.flatten_up_to(x) for x in (state.v_row, state.v_col, state.v)
+        ]
+        t = engine.increment(state.step)
+        b2 = 1 - jnp.asarray(t, jnp.float32) ** -decay_rate
+        out = []
+        for i, (view, *old) in enumerate(zip(views, *moments, strict=True)):
+            g = view.matrix(grads[i])
+            square = g**2 + _EPS
+            if _factored(view):
+                row = b2 * old[0] + (1 - b2) * jnp.mean(square, axis=-1)
+                col = b2 * old[1] + (1 - b2) * jnp.mean(square, axis=-2)
+                share = row / jnp.mean(row, axis=-1, keepdims=True)
+                u = g * share[..., None] ** -0.5 * col[..., None, :] ** -0.5
+                new = [row, col, old[2]]
+            else:
+                v = b2 * view.matrix(old[2]) + (1 - b2) * square
+                u, new = g * v**-0.5, [*old[:2], view.leaf(v, old[2].dtype)]
+            if clipping_threshold is not None:
+                u = _clip(u, clipping_threshold)
+            out.append(view.leaf(u))
+            for field, x in zip(moments, engine.accept(new, old), strict=True):
+                field[i] = x
+        state = AdafactorState(t, *(treedef.unflatten(x) for x in moments))
+        return treedef.unflatten(out), state
+
+    return engine.transformation(init, update)
+
+
+def clip_by_matrix_rms(
+    threshold: Any, matrices: Matrices = None
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_block_rms`, by the root mean square of each matrix of a stack."""
+
+    def update(updates, state, params=None, **extra):
+        leaves, treedef = jax.tree.flatten(updates)
+        each = zip(_views(updates, matrices), leaves, strict=True)
+        out = [view.leaf(_clip(view.matrix(u), threshold)) for view, u in each]
+        return treedef.unflatten(out), state
+
+    return engine.transformation(lambda params: optax.EmptyState(), update)
+
+
+def _clip(u: jax.Array, threshold: Any) -> jax.Array:
+    size = jnp.sqrt(jnp.mean(u**2, axis=(-2, -1), keepdims=True))
+    return u / jnp.maximum(1.0, size / threshold)
+
+
+def _views(tree: Any, matrices: Matrices, creating: bool = False) -> list[MatrixView]:
+    """Every leaf by the rows and columns it is given, or by its own last two axes."""
+    if matrices is None:
+        seen = trees.dense_views(tree, creating)
+    else:
+        seen = trees.views(tree, matrices, "left", creating)
+    leaves = trees.flatten(tree)[1]
+    return [
+        v if isinstance(v, MatrixView) else matrix.last_axes_view(v.path, x)
+        for v, x in zip(seen, leaves, strict=True)
+    ]
+
+
+def _factored(view: MatrixView) -> bool:
+    return bool(view.left)
