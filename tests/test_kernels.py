@@ -3,6 +3,8 @@
 import functools
 import math
 import re
+import subprocess
+import sys
 
 import jax
 import jax.export
@@ -31,7 +33,9 @@ SHAPES = {"wide": (40, 576), "stack": (2, 300, 270)}
 DTYPES = {"wide": jnp.float32, "stack": jnp.bfloat16}
 METHODS = {
     "adam": lambda rank: lro.mlorc_scale_by_adam(rank, matrices=lro.MatrixAxes()),
-    "lion": lambda rank: lro.mlorc_scale_by_lion(rank, matrices=lro.MatrixAxes()),
+    "lion": lambda rank: lro.mlorc_scale_by_lion(  # with the paper's sketch
+        rank, oversample=0, warm_start=False, matrices=lro.MatrixAxes()
+    ),
     "galore": lambda rank: lro.galore_project(
         optax.scale_by_adam(),
         rank=rank,
@@ -88,6 +92,14 @@ def test_the_tier_holds_within_its_block_alone():
         with lro.kernels.dispatch("auto"):  # on a CPU
             assert count() == 0
     assert count() == 0
+
+
+def test_pallas_is_not_imported_unless_it_is_used():
+    program = (
+        "import lowrank_optax, sys; print('jax.experimental.pallas' in sys.modules)"
+    )
+    command = [sys.executable, "-c", program]
+    assert subprocess.check_output(command, text=True) == "False\n"
 
 
 def test_kernels_are_refused_where_they_cannot_run():
@@ -168,8 +180,9 @@ def check_states(name, new, expected):
             codes, others = (getattr(s.inner_state, field) for s in (new, expected))
             for k in SHAPES:
                 product, wanted = (jnp.matmul(*x[k]) for x in (codes, others))
-                # The Gram matrix of a sketch magnifies what sums in another order.
-                assert relative(product, wanted) < 3e-5, (field, k)
+                # The inverse of a sketch magnifies what sums in another order, a
+                # thousandfold at most.
+                assert relative(product, wanted) < 1e-4, (field, k)
         return
     for x, y in zip(*map(jax.tree.leaves, (new, expected)), strict=True):
         if x.dtype == jnp.uint8:  # ties may be broken otherwise
@@ -215,7 +228,7 @@ def test_passes_at_a_rank_that_takes_matrix_products(name, platform):
         * (rng.choice([-1.0, 1.0]) if axes != "11" else 0.5)
         for axes in one.ins
     ]
-    whole = one.on("xla", False, *arrays)
+    whole = jax.vmap(one.whole)(*arrays)
     tiled = one.on(platform, True, *arrays)
     for x, y in zip(tiled, whole, strict=True):
         assert x.shape == y.shape and relative(x, y) < 1e-5

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax._src import compatible, engine, matrix, random, trees
-from lowrank_optax._src.kernels import int8
-from lowrank_optax._src.kernels.adam import recognize
+from lowrank_optax._src.kernels.adam import Adam, recognize
+from lowrank_optax._src.kernels.dispatch import active
 from lowrank_optax._src.matrix import MatrixView
 from lowrank_optax._src.transfer import FIRST_MOMENTS, SECOND_MOMENTS
 from lowrank_optax._src.typing import Codec
@@ -227,7 +227,7 @@ def compress_fields(
         keys = trees.leaf_keys(key, [v.path for v in views], state.step)
         old = layout.get(state.inner_state)
         # At these, one pass stands for the inner optimizer and both codecs.
-        in_one = int8.suited(adam, coded)
+        in_one = {} if adam is None else _passes(adam, coded)
         treedef = jax.tree.structure(updates)
         masks = {w: optax.MaskedNode() for w in coded if w[1] in in_one}
         whole = {
@@ -246,10 +246,9 @@ def compress_fields(
         )
         new = layout.get(inner_state)
         directions, given = map(treedef.flatten_up_to, (directions, updates))
-        for i in in_one:
-            codec, view = coded["mu", i]
-            direction, new["mu", i], new["nu", i] = int8.adam_in_blocks(
-                (adam, codec.block),
+        for i, adam_in_blocks in in_one.items():
+            _, view = coded["mu", i]
+            direction, new["mu", i], new["nu", i] = adam_in_blocks(
                 view.matrix(given[i], given[i].dtype),
                 old["mu", i],
                 old["nu", i],
@@ -280,6 +279,14 @@ def compress_fields(
         return treedef.unflatten(cast), new_state
 
     return engine.transformation(init, update)
+
+
+def _passes(adam: Adam, coded: Any) -> dict[int, Callable[..., Any]]:
+    if not active():
+        return {}
+    from lowrank_optax._src.kernels import int8
+
+    return int8.passes(adam, coded)
 
 
 @engine.compiled

@@ -21,10 +21,11 @@ def dispatch(tier: Tier) -> contextlib.AbstractContextManager[None]:
     of "xla", up to rounding.
 
     Args:
-      tier: "pallas" for the kernels where a pass has one that fits its shapes; GPU
-        (Triton) and TPU only. "xla" for none. "auto", the default, for the kernels on a
-        single GPU or TPU: XLA cannot partition a kernel over several devices. Within a
-        `jax.shard_map`, where it need not, choose "pallas".
+      tier: "pallas" for the kernels, on GPU (by Triton) and TPU, where a pass has one
+        that fits its shapes. "xla" for none. "auto", the default, for what is known to
+        be the faster: "xla" on every device so far, as no kernel was timed on one yet.
+        XLA cannot partition a kernel over several devices: there, choose "pallas"
+        within a `jax.shard_map` only.
 
     Returns:
       A context manager.
@@ -50,26 +51,23 @@ def interpreted(platform: str) -> contextlib.AbstractContextManager[None]:
 
 
 def active() -> bool:
-    """Whether kernels are wanted in what is being traced."""
-    if _tier.value == "auto":
-        return jax.default_backend() in ("gpu", "tpu") and jax.device_count() == 1
-    return _tier.value != "xla"
+    """Whether kernels are wanted in what is being traced.
+
+    Modules of kernels are imported only then: Pallas takes its time to import, and need
+    not be there otherwise.
+    """
+    return _tier.value not in ("auto", "xla")
 
 
 def by_platform(run: Callable[..., Any], *arrays: Any) -> list[Any]:
-    """The list of ``run(platform, interpret, *arrays)`` for what is compiled for.
-
-    ``platform`` is "cuda", "tpu", or "xla" for any other.
-    """
-    kind, _, platform = _tier.value.partition(" ")
+    """The list of ``run(platform, interpret, *arrays)`` for what is compiled for."""
 
     def on(platform, interpret=False):
         return lambda *arrays: list(run(platform, interpret, *arrays))
 
+    _, _, platform = _tier.value.partition("interpret ")
     if platform:
         return on(platform, True)(*arrays)
-    # Asked for by name, kernels are not silently left out: Pallas says what is wrong.
-    other = on("tpu" if kind == "pallas" else "xla")
-    return jax.lax.platform_dependent(
-        *arrays, cuda=on("cuda"), tpu=on("tpu"), default=other
-    )
+    # Elsewhere kernels are not silently left out: Pallas says what is wrong.
+    tpu = on("tpu")
+    return jax.lax.platform_dependent(*arrays, cuda=on("cuda"), tpu=tpu, default=tpu)

@@ -5,6 +5,8 @@ gather from one, and each of its seven decades is a linear grid. A number that l
 between two of the map to the last bit of float32 may go to the other of them.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +19,7 @@ from jax.experimental.pallas import triton
 from lowrank_optax._src import engine
 from lowrank_optax._src.codec import BlockInt8, BlockInt8Code, dynamic_map
 from lowrank_optax._src.kernels.adam import Adam, adam_step
-from lowrank_optax._src.kernels.dispatch import active, by_platform
+from lowrank_optax._src.kernels.dispatch import by_platform
 from lowrank_optax._src.kernels.plan import BUDGET, power_of_two
 from lowrank_optax._src.kernels.tiles import flat
 
@@ -28,28 +30,24 @@ _GPU_ROWS = 8  # blocks that a program takes
 _VALUES = 24  # arrays of 32 bits, of one block of each row, that the arithmetic keeps
 
 
-def suited(adam: Adam | None, coded: Any) -> list[int]:
-    """The leaves at which the pass stands for Adam between codecs.
+def passes(adam: Adam, coded: Any) -> dict[int, Callable[..., Any]]:
+    """`adam_in_blocks` for each leaf at which it stands for Adam between codecs.
 
     Args:
       adam: from `recognize`.
       coded: ``{(field, leaf): (codec, view)}``.
     """
-    if adam is None or not active():
-        return []
-    first = {i: x for (name, i), x in coded.items() if name == "mu"}
-    second = {i: x for (name, i), x in coded.items() if name == "nu"}
-
-    def suits(i):
-        (mu, view), (nu, _) = first[i], second[i]
-        bytes_both = isinstance(mu, BlockInt8) and isinstance(nu, BlockInt8)
-        return (
-            bytes_both
-            and (mu.signed, nu.signed, mu.block) == (True, False, nu.block)
+    found: dict[int, Callable[..., Any]] = {}
+    for (name, i), (mu, view) in coded.items():
+        nu, _ = coded.get(("nu", i), (None, None))
+        if (
+            name == "mu"
+            and mu == BlockInt8(True, getattr(mu, "block", 0))
+            and nu == BlockInt8(False, mu.block)
             and view.compute_dtype == jnp.float32
-        )
-
-    return [i for i in first if i in second and suits(i)]
+        ):
+            found[i] = functools.partial(adam_in_blocks, (adam, mu.block))
+    return found
 
 
 @engine.compiled
@@ -104,10 +102,7 @@ def _from_rows(x: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _on(platform: str, interpret: bool, block: int, *arrays: Array) -> list[Array]:
-    cols, dtype = arrays[0].shape[1], arrays[0].dtype
-    taken = 0
-    if platform != "xla":
-        taken = rows_at_once(platform, cols, block, dtype)
+    taken = rows_at_once(platform, arrays[0].shape[1], block, arrays[0].dtype)
     if platform == "tpu" and taken:
         return _on_tpu(taken, interpret, block, *arrays)
     single = [x.reshape(-1, block) for x in arrays[:3]]

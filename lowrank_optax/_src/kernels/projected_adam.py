@@ -15,8 +15,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lowrank_optax._src import engine
 from lowrank_optax._src.kernels import gpu, tpu
-from lowrank_optax._src.kernels.adam import Adam, adam_step
-from lowrank_optax._src.kernels.dispatch import active, by_platform
+from lowrank_optax._src.kernels.adam import adam_step
+from lowrank_optax._src.kernels.dispatch import by_platform
 from lowrank_optax._src.kernels.plan import Plan, moved, plan, sizes_of, upright
 from lowrank_optax._src.kernels.tiles import dot, flat, same_batch
 from lowrank_optax._src.matrix import MatrixView
@@ -27,14 +27,9 @@ _INS = ("mn", "mk", "kn", "kn", *["11"] * 9)  # gradient, basis, moments, number
 _OUTS = ("mn", "kn", "kn")
 
 
-def suits(adam: Adam | None, recovery: Any, view: MatrixView) -> bool:
-    """Whether the pass stands for an inner optimizer and a recovery at a leaf."""
-    return (
-        adam is not None
-        and active()
-        and type(recovery) is Drop
-        and view.compute_dtype == jnp.float32
-    )
+def suits(recovery: Any, view: MatrixView) -> bool:
+    """Whether the pass stands for Adam and a recovery at a leaf."""
+    return type(recovery) is Drop and view.compute_dtype == jnp.float32
 
 
 @engine.compiled
@@ -78,7 +73,7 @@ def moved_by(cut: Plan, dtype: Any) -> int:
 def _on(platform: str, interpret: bool, full: str, *arrays: Array) -> Sequence[Array]:
     """The pass on one platform; ``full`` are the axes of gradient and update."""
     sizes, dtype = sizes_of((full, *_INS[1:]), arrays), arrays[0].dtype
-    cut = None if platform == "xla" else cut_for(platform, sizes, dtype)
+    cut = cut_for(platform, sizes, dtype)
     if cut is None:
         grad, *rest = same_batch(arrays)
         update, *moments = jax.vmap(_whole)(upright(full, grad), *rest)

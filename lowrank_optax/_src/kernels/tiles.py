@@ -1,4 +1,4 @@
-"""A pass over the tiles of a matrix, described once for XLA, GPU and TPU.
+"""A pass over the tiles of a matrix, described once for GPU and TPU.
 
 A pass is a function of one tile. Its operands and results are arrays of two axes, named
 by letters: "m" and "n" are cut into tiles, any other is taken whole; "11" is a number.
@@ -73,15 +73,14 @@ class Pass:
         """The pass on one platform.
 
         Args:
-          platform: "cuda", "tpu", or "xla" for one tile that is the whole matrix, as
-            also where no tile fits.
+          platform: "cuda" or "tpu"; where no tile fits, XLA takes the matrix whole.
           interpret: whether to interpret the kernel.
           arrays: ``(batch or 1, ., .)``.
         """
         sizes, dtype = sizes_of(self.ins, arrays), arrays[0].dtype
-        cut = None if platform == "xla" else self.plan(platform, sizes, dtype)
+        cut = self.plan(platform, sizes, dtype)
         if cut is None:
-            return jax.vmap(self._whole)(*same_batch(arrays))
+            return jax.vmap(self.whole)(*same_batch(arrays))
         walk = gpu.walk if platform == "cuda" else tpu.walk
         shapes = [
             jax.ShapeDtypeStruct(
@@ -92,7 +91,8 @@ class Pass:
         ]
         return walk(cut, interpret, self.tile, self.ins, arrays, self.outs, shapes)
 
-    def _whole(self, *arrays: Array) -> list[Array]:
+    def whole(self, *arrays: Array) -> list[Array]:
+        """The pass over one matrix as a single tile."""
         blocks = map(upright, self.ins, arrays)
         return list(map(upright, self.outs, self.tile(*blocks)))
 

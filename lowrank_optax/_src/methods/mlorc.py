@@ -9,7 +9,7 @@ import optax
 
 from lowrank_optax._src import batching, engine
 from lowrank_optax._src.compress import by_moment, compress_fields
-from lowrank_optax._src.kernels import mlorc as kernels
+from lowrank_optax._src.kernels.dispatch import active
 from lowrank_optax._src.leafwise import leafwise
 from lowrank_optax._src.linalg import at_least_float32
 from lowrank_optax._src.low_rank import (
@@ -238,7 +238,7 @@ class MLorcAdam:
             self.mu.draw(key, state.mu),
             self.nu.draw(key, state.nu),
         )
-        if kernels.suits(grad, (self.mu, mu_omega), (self.nu, nu_omega)):
+        if kernels := _kernels(grad, (self.mu, mu_omega), (self.nu, nu_omega)):
             omegas = mu_omega, nu_omega
             return (yield from kernels.adam(self, step, grad, state, zeta, *omegas))
         grad = at_least_float32(grad)
@@ -272,7 +272,7 @@ class MLorcLion:
 
     def update(self, key, step, grad, state):
         omega = yield from self.mu.draw(key, state.mu)
-        if kernels.suits(grad, (self.mu, omega)):
+        if kernels := _kernels(grad, (self.mu, omega)):
             return (yield from kernels.lion(self, grad, state, omega))
         grad = at_least_float32(grad)
         b1 = batching.take_turn(self.b1, grad.dtype)
@@ -281,3 +281,12 @@ class MLorcLion:
         mu, finite = yield from self.mu.compress(omega, average, state.mu, True)
         new = engine.where(jnp.all(finite), MLorcLionState(mu), state)
         return jnp.sign(c), new
+
+
+def _kernels(grad, *sketches):
+    """The module of the kernels that stand for an update, if there are any."""
+    if not active():
+        return None
+    from lowrank_optax._src.kernels import mlorc
+
+    return mlorc if mlorc.suits(grad, *sketches) else None
