@@ -176,10 +176,11 @@ def text_of(counted: list[dict[str, Any]], timed: list[dict[str, Any]]) -> str:
             ]
     else:
         lines += [
-            "Not run on a device: none was at hand. The kernels were lowered by "
-            "`jax.export`, and their results compared with XLA's by interpreting "
-            "them on a CPU (`tests/test_kernels.py`). Whether they compile on a GPU "
-            "or TPU, and how fast they are there, is not known.",
+            "No GPU or TPU was at hand: the kernels were never run on one. They were "
+            "lowered by `jax.export`, and their results compared with XLA's by "
+            "interpreting them on a CPU (`tests/test_kernels.py`). Whether they "
+            "compile on a device, and how fast they are there, is not known; "
+            '`kernels.dispatch("auto")` therefore does not choose them.',
         ]
     lines += [
         "",
@@ -187,7 +188,9 @@ def text_of(counted: list[dict[str, Any]], timed: list[dict[str, Any]]) -> str:
         f"{plan.BUDGET['cuda'] // 1024} KiB) or VMEM (at most "
         f"{plan.BUDGET['tpu'] // 1024} KiB). Words are of 4 bytes for each weight, "
         "what is read again for each row or column of tiles included (on GPU most of "
-        "that comes from the cache). The ratio is that of the update and its "
+        "that comes from the cache); the small factorizations between the passes, and "
+        "zeta, which is made from the factors alone, are not. The ratio is that of the "
+        "update and its "
         "application to the 7 words of AdamW; the application takes 3, as Optax has "
         "it.",
         "",
