@@ -9,9 +9,10 @@ read and written). On a GPU or TPU the steps are timed too, in turns, beside
 `optax.adamw`.
 """
 
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,19 +59,35 @@ METHODS: dict[str, Callable[[int], optax.GradientTransformation]] = {
 }
 
 
+def moved(cut: plan.Plan, ins: Sequence[str], outs: Sequence[str], dtype: Any) -> int:
+    """Bytes that the tiles of a matrix read and write.
+
+    What is without the axis of the walk stays while that lasts; what is without the
+    other one is read again in each walk, on GPU most of it from the cache.
+    """
+    total = 0
+    for axes in [*ins, *outs]:
+        size = math.prod(cut.sizes[a] for a in axes) * plan.itemsize(axes, dtype)
+        again = cut.over in axes and cut.outer not in axes
+        total += size * (cut.steps(cut.outer) if again else 1)
+    return total
+
+
 def cuts(name: str, rank: int, shape: tuple[int, int], platform: str) -> list[Any]:
     """The tiles of each pass of a method: ``(rows, columns, KiB, bytes moved)``."""
     m, n = sorted(shape)
     if name == "8-bit Adam":
         rows = int8.rows_at_once(platform, n, BLOCK, jnp.float32)
-        moved = m * n * (2 * WORD + 4) + m * n // BLOCK * 4 * WORD
+        size = m * n * (2 * WORD + 4) + m * n // BLOCK * 4 * WORD
         if platform == "cuda":
-            return [(rows, BLOCK, 0, moved)]
-        return [(rows, n, int8.tpu_bytes(rows, n, BLOCK, jnp.float32), moved)]
+            return [(rows, BLOCK, 0, size)]
+        return [(rows, n, int8.tpu_bytes(rows, n, BLOCK, jnp.float32), size)]
     sizes = {"m": m, "n": n, "r": rank, "k": rank, "l": rank + 4, "1": 1}
     if name == "GaLore":
         cut = projected_adam.cut_for(platform, sizes, jnp.float32)
-        found = [(cut, projected_adam.moved_by(cut, jnp.float32))]
+        # The basis is read in both walks.
+        ins, outs = (*projected_adam.INS, "mk"), projected_adam.OUTS
+        found = [(cut, moved(cut, ins, outs, jnp.float32))]
     else:
         passes = {
             "MLorc-AdamW": (mlorc.ADAM, mlorc.ADAM_SKETCHES),
@@ -79,8 +96,8 @@ def cuts(name: str, rank: int, shape: tuple[int, int], platform: str) -> list[An
         found = []
         for one in passes:
             cut = one.plan(platform, sizes, jnp.float32)
-            found.append((cut, plan.moved(cut, one.ins, one.outs, jnp.float32)))
-    return [(cut.block["m"], cut.block["n"], cut.bytes, moved) for cut, moved in found]
+            found.append((cut, moved(cut, one.ins, one.outs, jnp.float32)))
+    return [(cut.block["m"], cut.block["n"], cut.bytes, size) for cut, size in found]
 
 
 def lowered_calls(name: str, rank: int, shape: tuple[int, int], platform: str) -> int:
@@ -110,7 +127,7 @@ def count(settings: Settings) -> list[dict[str, Any]]:
         shape = LAYERS[layer]
         tiles = cuts(name, rank, shape, platform)
         weights = shape[0] * shape[1]
-        moved = sum(x[-1] for x in tiles) / weights
+        per_weight = sum(x[-1] for x in tiles) / weights
         found.append(
             {
                 "method": name,
@@ -120,8 +137,8 @@ def count(settings: Settings) -> list[dict[str, Any]]:
                 "kernels": lowered_calls(name, rank, shape, platform),
                 "tiles": [x[:2] for x in tiles],
                 "fast_memory_bytes": max(x[2] for x in tiles),
-                "update_bytes_per_weight": moved,
-                "of_adamw": (moved + APPLY) / ADAMW,
+                "update_bytes_per_weight": per_weight,
+                "of_adamw": (per_weight + APPLY) / ADAMW,
             }
         )
     return found

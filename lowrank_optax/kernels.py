@@ -1,10 +1,4 @@
-"""Update passes as Pallas kernels for GPU and TPU, and the choice of them.
-
->>> import lowrank_optax as lro
->>> with lro.kernels.dispatch("xla"):
-...     ...  # what is traced here uses no kernel
-Ellipsis
-"""
+"""Update passes as Pallas kernels for GPU and TPU: the choice of them."""
 
 from lowrank_optax._src.kernels.dispatch import dispatch as dispatch
 

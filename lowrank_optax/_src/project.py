@@ -311,6 +311,7 @@ def project_gradients(
                     state.inner_state.count,
                 )
                 recovery_state = recoveries[i]
+                out[i] = view.leaf(new)
                 ok = engine.finite([new_moments[w] for w in own])
             else:
                 seen = hasattr(recovery_at[i], "observe")
@@ -326,10 +327,10 @@ def project_gradients(
                 # Told by the gradient, not by each of the moments: the choice is then
                 # made while they are computed, and costs no pass; but after the
                 # directions, which are made of the old ones too.
+                out[i] = view.leaf(new)
                 size = jnp.linalg.norm(coeffs[i])
-                ok = jnp.isfinite(batching.after(size, new))
+                ok = jnp.isfinite(batching.after(size, out[i]))
                 ok &= engine.finite(recovery_state)
-            out[i] = view.leaf(new)
             # What is not finite must not stay in the state for good; the moments of a
             # leaf belong together.
             recoveries[i] = engine.where(ok, recovery_state, recoveries[i])

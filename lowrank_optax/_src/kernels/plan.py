@@ -1,7 +1,6 @@
 """How a pass over a matrix is cut into tiles that fit the fast memory of a device."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -122,20 +121,6 @@ def _footprint(cut: Plan, ins: Sequence[str], outs: Sequence[str], dtype: Any) -
         elif is_thin(axes, cut.sizes):
             continue
         total += (1 + on_tpu) * rows * cols * itemsize(axes, dtype)
-    return total
-
-
-def moved(cut: Plan, ins: Sequence[str], outs: Sequence[str], dtype: Any) -> int:
-    """Bytes that the tiles of a matrix read and write.
-
-    What is without the axis of the walk stays while that lasts; what is without the
-    other one is read again in each walk, on GPU most of it from the cache.
-    """
-    total = 0
-    for axes in [*ins, *outs]:
-        size = math.prod(cut.sizes[a] for a in axes) * itemsize(axes, dtype)
-        again = cut.over in axes and cut.outer not in axes
-        total += size * (cut.steps(cut.outer) if again else 1)
     return total
 
 

@@ -17,14 +17,14 @@ from lowrank_optax._src import engine
 from lowrank_optax._src.kernels import gpu, tpu
 from lowrank_optax._src.kernels.adam import adam_step
 from lowrank_optax._src.kernels.dispatch import by_platform
-from lowrank_optax._src.kernels.plan import Plan, moved, plan, sizes_of, upright
+from lowrank_optax._src.kernels.plan import Plan, plan, sizes_of, upright
 from lowrank_optax._src.kernels.tiles import dot, flat, same_batch
 from lowrank_optax._src.matrix import MatrixView
 from lowrank_optax._src.recovery import Drop
 
 Array = jax.Array
-_INS = ("mn", "mk", "kn", "kn", *["11"] * 9)  # gradient, basis, moments, numbers
-_OUTS = ("mn", "kn", "kn")
+INS = ("mn", "mk", "kn", "kn", *["11"] * 9)  # gradient, basis, moments, numbers
+OUTS = ("mn", "kn", "kn")
 
 
 def suits(recovery: Any, view: MatrixView) -> bool:
@@ -62,17 +62,12 @@ def projected_adam(parts: Any, grad: Array, basis: Array, mu: Array, nu: Array, 
 
 def cut_for(platform: str, sizes: Mapping[str, int], dtype: Any) -> Plan | None:
     """The tiles of the pass, for sizes of "m", "n", "k" (the rank) and "1"."""
-    return plan(platform, _INS, (*_OUTS, "kn"), "m", sizes, dtype)  # with the sum
-
-
-def moved_by(cut: Plan, dtype: Any) -> int:
-    """Bytes that the pass reads and writes; the basis in both walks."""
-    return moved(cut, (*_INS, "mk"), _OUTS, dtype)
+    return plan(platform, INS, (*OUTS, "kn"), "m", sizes, dtype)  # with the sum
 
 
 def _on(platform: str, interpret: bool, full: str, *arrays: Array) -> Sequence[Array]:
     """The pass on one platform; ``full`` are the axes of gradient and update."""
-    sizes, dtype = sizes_of((full, *_INS[1:]), arrays), arrays[0].dtype
+    sizes, dtype = sizes_of((full, *INS[1:]), arrays), arrays[0].dtype
     cut = cut_for(platform, sizes, dtype)
     if cut is None:
         grad, *rest = same_batch(arrays)
@@ -105,7 +100,7 @@ def _on_tpu(cut: Plan, interpret: bool, full: str, arrays: Any) -> list[Array]:
         return {"n": i, "m": jnp.maximum(j - steps, 0)}
 
     def kernel(*refs):
-        sources, (update, mu_out, nu_out, low) = refs[: len(_INS)], refs[len(_INS) :]
+        sources, (update, mu_out, nu_out, low) = refs[: len(INS)], refs[len(INS) :]
         step = pl.program_id(2)
         at = {
             "n": pl.program_id(1) * cut.block["n"],
@@ -134,16 +129,16 @@ def _on_tpu(cut: Plan, interpret: bool, full: str, arrays: Any) -> list[Array]:
             new = sources[-1][...] * dot(basis, low[...])
             update[...] = upright(full, new).astype(update.dtype)
 
-    walks = [first_walk, *[both_walks] * (len(_INS) - 1)]
+    walks = [first_walk, *[both_walks] * (len(INS) - 1)]
     return pl.pallas_call(
         kernel,
         grid=(len(arrays[0]), cut.steps("n"), 2 * steps),
         in_specs=[
             tpu.block_spec(cut, axes, walk, len(x) > 1)
-            for axes, x, walk in zip((full, *_INS[1:]), arrays, walks, strict=True)
+            for axes, x, walk in zip((full, *INS[1:]), arrays, walks, strict=True)
         ],
         out_specs=[
-            tpu.block_spec(cut, axes, second_walk) for axes in (full, *_OUTS[1:])
+            tpu.block_spec(cut, axes, second_walk) for axes in (full, *OUTS[1:])
         ],
         out_shape=_shapes(*arrays),
         scratch_shapes=[pltpu.VMEM((cut.sizes["k"], cut.block["n"]), jnp.float32)],
@@ -157,7 +152,7 @@ def _on_gpu(cut: Plan, interpret: bool, full: str, arrays: Any) -> list[Array]:
     access, steps = gpu.Access(cut), cut.steps("m")
 
     def kernel(*refs):
-        (g, basis, *sources), results = refs[: len(_INS)], refs[len(_INS) :]
+        (g, basis, *sources), results = refs[: len(INS)], refs[len(INS) :]
         here = {"n": pl.program_id(1) * cut.block["n"]}
 
         def at(i):
@@ -171,7 +166,7 @@ def _on_gpu(cut: Plan, interpret: bool, full: str, arrays: Any) -> list[Array]:
         low = jax.lax.fori_loop(0, steps, project, zeros)
         mu, nu, *numbers = (
             access.load(ref, axes, here)
-            for ref, axes in zip(sources, _INS[2:], strict=True)
+            for ref, axes in zip(sources, INS[2:], strict=True)
         )
         direction, mu, nu = adam_step(low, mu, nu, *numbers[:-1])
         access.store(results[1], "kn", here, mu)

@@ -52,6 +52,15 @@ class Pass:
     outs: tuple[str, ...]
     over: str
 
+    @property
+    def turned(self) -> "Pass":
+        """The same pass over a matrix that lies transposed in memory."""
+        turn = {"mn": "nm"}
+        ins, outs = (
+            tuple(turn.get(a, a) for a in axes) for axes in (self.ins, self.outs)
+        )
+        return dataclasses.replace(self, ins=ins, outs=outs)
+
     def plan(self, platform: str, sizes: Mapping[str, int], dtype: Any) -> Plan | None:
         return plan(platform, self.ins, self.outs, self.over, sizes, dtype)
 
@@ -62,9 +71,9 @@ class Pass:
         which cancels with a transposition outside: nothing is moved in memory.
         """
         if turned:
-            this = dataclasses.replace(self, ins=turn(self.ins), outs=turn(self.outs))
-            results = this(*map(upright, this.ins, arrays))
-            return list(map(upright, this.outs, results))
+            other = self.turned
+            results = other(*map(upright, other.ins, arrays))
+            return list(map(upright, other.outs, results))
         batch = arrays[0].shape[:-2]
         results = by_platform(self.on, *map(flat, arrays))
         return [x.reshape(*batch, *x.shape[1:]) for x in results]
@@ -95,11 +104,6 @@ class Pass:
         """The pass over one matrix as a single tile."""
         blocks = map(upright, self.ins, arrays)
         return list(map(upright, self.outs, self.tile(*blocks)))
-
-
-def turn(axes: tuple[str, ...]) -> tuple[str, ...]:
-    """The same arrays, those of the matrix's shape transposed."""
-    return tuple("nm" if a == "mn" else a for a in axes)
 
 
 def flat(x: Any) -> Array:
