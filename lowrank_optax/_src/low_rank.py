@@ -125,16 +125,11 @@ class LowRank:
                 y = yield from batching.ask(linalg.range_basis, y)
                 z = x.join(*x.project(y)).mT
                 y, _ = x.sketch((yield from batching.ask(linalg.range_basis, z)))
-            y = yield from self.condition(y, old)
+            if y.shape[-1] == old.right.shape[-1]:  # the faint directions count too
+                y = yield from batching.ask(linalg.range_basis, y)
         # A is multiplied by the sketch as it is, not by its basis: no factorization
         # comes between the two products with A, which need not be kept in the meantime.
         return (yield from batching.ask(x.best_code, y, old.right, *x.project(y)))
-
-    def condition(self, y: Array, old: LowRankCode) -> batching.Steps:
-        """The sketch to multiply A by; a basis of it if all of its columns are kept."""
-        if y.shape[-1] > old.right.shape[-1]:
-            return y
-        return (yield from batching.ask(linalg.range_basis, y))  # the faint count too
 
 
 @functools.cache

@@ -25,7 +25,10 @@ def suits(grad: Array, *sketches: tuple[LowRank, Array | None]) -> bool:
       sketches: the codec and what it drew, of each moment.
     """
     return jnp.promote_types(grad.dtype, jnp.float32) == jnp.float32 and all(
-        codec.power_iters == 0 and omega is not None for codec, omega in sketches
+        codec.power_iters == 0
+        and omega is not None
+        and omega.shape[-1] < min(grad.shape[-2:])
+        for codec, omega in sketches
     )
 
 
@@ -40,10 +43,8 @@ def adam(
     rest = *mu, *wide, b1, eps, 1 - b1**t, 1 - b2**t
     update, g_omega, v_omega = ADAM(*source, *rest, turned=rule.turned)
     average = Average(b1, mu, grad)
-    mu_y, nu_y = yield from batching.together(
-        rule.mu.condition(average.sketch(omegas[0], g_omega)[0], mu),
-        rule.nu.condition(linalg.near_one(v_omega)[0], nu),
-    )
+    mu_y, _ = average.sketch(omegas[0], g_omega)
+    nu_y, _ = linalg.near_one(v_omega)
     mu_z, nu_z = ADAM_SKETCHES(*source, mu_y, nu_y, turned=rule.turned)
     (mu, mu_finite), (nu, nu_finite) = yield from batching.together(
         batching.ask(Average.best_code, mu_y, mu.right, *average.project(mu_y, mu_z)),
@@ -80,7 +81,7 @@ def lion(rule: Any, grad: Array, state: Any, omega: Array) -> batching.Steps:
     source = grad, *mu, omega.mT, rule.b1
     update, g_omega = LION(*source, turned=rule.turned)
     average = Average(rule.b2, mu, grad)
-    y = yield from rule.mu.condition(average.sketch(omega, g_omega)[0], mu)
+    y, _ = average.sketch(omega, g_omega)
     (z,) = LION_SKETCH(grad, y, turned=rule.turned)
     parts = average.project(y, z)
     mu, finite = yield from batching.ask(Average.best_code, y, mu.right, *parts)
