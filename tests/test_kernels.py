@@ -132,13 +132,14 @@ def test_adam_is_recognized_by_its_numbers():
     "tx",
     [
         lro.mlorc_scale_by_adam(2, power_iters=1),
+        lro.mlorc_scale_by_adam(2, compress=("mu",)),
         lro.mlorc_scale_by_adam(24),  # the whole space is its own range
         lro.galore_project(optax.scale_by_lion(), rank=2),
         lro.fira_project(optax.scale_by_adam(), rank=2),
         lro.quantize_state(optax.scale_by_lion()),
         lro.compress_state(optax.scale_by_adam(), {"mu": lro.BlockInt8(True)}),
     ],
-    ids=["power", "full", "lion", "fira", "int8 lion", "half int8"],
+    ids=["power", "mu", "full", "lion", "fira", "int8 lion", "half int8"],
 )
 def test_what_has_no_kernel_is_left_to_xla(tx):
     params = {"w": jnp.ones((24, 256))}

@@ -42,7 +42,8 @@ def passes(adam: Adam, coded: Any) -> dict[int, Callable[..., Any]]:
         nu, _ = coded.get(("nu", i), (None, None))
         if (
             name == "mu"
-            and mu == BlockInt8(True, getattr(mu, "block", 0))
+            and isinstance(mu, BlockInt8)
+            and mu.signed
             and nu == BlockInt8(False, mu.block)
             and view.compute_dtype == jnp.float32
         ):
