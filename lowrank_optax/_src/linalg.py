@@ -1,4 +1,4 @@
-"""Randomized and Gram-based factorizations over the last two axes, any batch axes.
+"""Gram-based factorizations over the last two axes, any batch axes.
 
 Everything tall is a matmul: the only factorizations are those of small (r, r)
 matrices, so rows may stay sharded (a Gram matrix costs one small all-reduce) and
@@ -11,9 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
-
-from lowrank_optax._src import random
+from jaxtyping import Array, Float
 
 _EPS = 1.1920929e-07  # float32; the laws below are promised at this precision
 
@@ -74,6 +72,12 @@ def power_of_two(x: Array) -> tuple[Array, Array]:
     # What is not a number stays so: 0 * inf.
     broken = jnp.where(exponent == top, x - x, 0.0).astype(x.dtype)
     return power(inverse) + broken, power(top - 1 - inverse)
+
+
+def near_one(y: Array) -> tuple[Array, Array]:
+    """``y / s`` with the power of two s at its largest magnitude, and the latter."""
+    largest = jnp.max(jnp.abs(y), (-2, -1), keepdims=True)
+    return y * power_of_two(largest)[0], largest
 
 
 def unit_columns(y: Array) -> Array:
@@ -158,7 +162,7 @@ def _polish(y: Array, gram: Array | None = None) -> Array:
     return matmul(y, 1.5 * jnp.eye(y.shape[-1], dtype=y.dtype) - 0.5 * gram)
 
 
-def _cholesky_pass(y: Array, gram: Array | None = None) -> Array:
+def cholesky_pass(y: Array, gram: Array | None = None) -> Array:
     """``y R^-1`` with ``R^T R = y^T y + shift``: same span, far better conditioned."""
     r = y.shape[-1]
     gram = _gram(y) if gram is None else gram
@@ -210,7 +214,6 @@ def orthonormalize(a: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
     largest = jnp.max(jnp.abs(y), axis=-2, keepdims=True)
     y = unit_columns(y / jnp.where(largest > 0, largest, 1.0))
     y = y + 1e-6 * m**-0.5 * filler(m, r).astype(y.dtype)
-
     tolerance = max(1e-3, 4 * r * _EPS)  # of a column; below is what the shift leaves
 
     def far(state):
@@ -220,7 +223,7 @@ def orthonormalize(a: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
 
     def lift(state):
         y, gram, passes = state
-        y = _cholesky_pass(y, gram)
+        y = cholesky_pass(y, gram)
         return y, _gram(y), passes + 1
 
     # Each pass lifts a small singular value at least a hundredfold: two are enough for
@@ -332,122 +335,3 @@ def gram_eigh(
     if m > n:
         vectors = orthonormalize(matmul(a, vectors))
     return vectors, jnp.sqrt(jnp.maximum(values, 0.0)) * scale[..., 0]
-
-
-def range_finder(
-    key: Key[Array, "*b"] | Key[Array, ""],
-    a: Float[Array, "*b m n"],
-    size: int,
-    power_iters: int = 0,
-    start: Float[Array, "*b n k"] | None = None,
-) -> Float[Array, "*b m l"]:
-    """An orthonormal basis of the approximate range of ``a`` (Halko et al. 2011, 4.4).
-
-    ``Q = orth((A A^T)^q A Omega)`` with a Gaussian ``Omega``; between the products the
-    sketch is re-conditioned, so that small singular values survive the powers.
-
-    Args:
-      key: for ``Omega``; one, or one for each matrix.
-      a: ``(*batch, m, n)``.
-      size: columns wanted; at most ``min(m, n)`` are returned.
-      power_iters: q; each costs two more passes over ``a``.
-      start: columns to use as the first ones of ``Omega`` (a warm start).
-
-    Returns:
-      ``(*batch, m, min(size, m, n))`` with orthonormal columns.
-    """
-    a, _ = unit_scale(a)
-    m, n = a.shape[-2:]
-    size = min(size, m, n)
-    known = 0 if start is None else min(start.shape[-1], size)
-    shape = (*a.shape[:-2], n, size - known)
-    omega = random.draw(jax.random.normal, key, shape, a.dtype)
-    if start is not None:
-        # Unit columns: a warm start on the scale of the Gaussian ones.
-        start = unit_columns(start[..., :known].astype(a.dtype)) * n**0.5
-        omega = jnp.concatenate([start, omega], axis=-1)
-    y = sketch(a, omega)
-    for _ in range(power_iters):
-        y = _cholesky_pass(unit_scale(y)[0])
-        y = _cholesky_pass(unit_scale(sketch(a.mT, y))[0])
-        y = sketch(a, y)
-    return orthonormalize(y)
-
-
-def rotate_to_singular(
-    basis: Float[Array, "*b m l"], a: Float[Array, "*b m n"], rank: int
-) -> Float[Array, "*b m r"]:
-    """The ``rank`` leading singular directions of ``a`` within a basis' span.
-
-    ``basis @ U`` with ``U`` the leading eigenvectors of ``B B^T``, ``B = basis^T a``.
-    """
-    b, _ = unit_scale(project(basis, at_least_float32(a)))
-    _, vectors = eigh(_gram(b.mT))
-    return matmul(basis, jnp.flip(vectors, -1)[..., :rank])
-
-
-def subspace_iteration(
-    key: Key[Array, "*b"] | Key[Array, ""],
-    a: Float[Array, "*b m n"],
-    rank: int,
-    iters: int = 2,
-    oversample: int = 8,
-    start: Float[Array, "*b m k"] | None = None,
-) -> Float[Array, "*b m r"]:
-    """Leading left singular vectors by randomized subspace iteration (Halko 4.4).
-
-    Args:
-      key: for the Gaussian start; one, or one for each matrix.
-      a: ``(*batch, m, n)``.
-      rank: columns returned, at most ``min(m, n)``.
-      iters: products with ``A A^T``.
-      oversample: extra columns carried along and dropped at the end.
-      start: an older basis ``(*batch, m, k)`` to begin from.
-
-    Returns:
-      ``(*batch, m, min(rank, m, n))``, orthonormal, in descending order.
-    """
-    warm = None if start is None else sketch(unit_scale(a)[0].mT, start)
-    basis = range_finder(key, a, rank + oversample, iters, warm)
-    return rotate_to_singular(basis, a, min(rank, *a.shape[-2:]))
-
-
-def randomized_svd(
-    key: Key[Array, "*b"] | Key[Array, ""],
-    a: Float[Array, "*b m n"],
-    rank: int,
-    oversample: int = 8,
-    power_iters: int = 1,
-) -> tuple[Float[Array, "*b m r"], Float[Array, "*b r"], Float[Array, "*b r n"]]:
-    """A rank-``rank`` SVD by a Gaussian sketch (Halko et al. 2011; MLorc Algorithm 3).
-
-    ``Q = range_finder(A, rank + oversample)``, then the exact SVD of ``Q^T A``,
-    truncated to ``rank`` (which MLorc's Algorithm 3 leaves out). For oversample
-    p >= 2 and no power iteration, the expected squared error is at most
-    ``(1 + rank / (p - 1))`` times that of the best rank-``rank`` approximation before
-    the truncation. Costs ``2 (power_iters + 1)`` products with ``A``.
-
-    Args:
-      key: for the sketch; one, or one for each matrix.
-      a: ``(*batch, m, n)``.
-      rank: at most ``min(m, n)`` are returned.
-      oversample: p.
-      power_iters: q.
-
-    Returns:
-      ``(u, s, vt)`` of shapes ``(*batch, m, r)``, ``(*batch, r)``, ``(*batch, r, n)``.
-
-    >>> import jax, jax.numpy as jnp, lowrank_optax as lro
-    >>> a = jnp.outer(jnp.arange(1.0, 6.0), jnp.arange(1.0, 8.0))
-    >>> u, s, vt = lro.linalg.randomized_svd(jax.random.key(0), a, rank=1)
-    >>> bool(jnp.allclose(u * s @ vt, a, rtol=1e-4))
-    True
-    """
-    rank = min(rank, *a.shape[-2:])
-    a, scale = unit_scale(a)
-    q = range_finder(key, a, rank + oversample, power_iters)
-    b = matmul(q.mT, a)
-    rows = orthonormalize(b.mT).mT
-    u, s, vt = svd(matmul(b, rows.mT))
-    u, s, vt = u[..., :rank], s[..., :rank], vt[..., :rank, :]
-    return matmul(q, u), s * scale[..., 0], matmul(vt, rows)
