@@ -115,7 +115,9 @@ def write_files(job: Job, trained: Mapping[str, Trained]) -> list[Path]:
         *_papers(job),
         *_tried(trained),
         Plot(
-            "scores", "Scores", partial(scores, percents, task.published, f"{axis} (%)")
+            "scores",
+            "Scores",
+            partial(scores, percents, task.published, f"{axis} (%)", 100 * constant),
         ),
         Plot("curves", "Along the run", partial(curves, groups, job.score, axis)),
         Plot(
