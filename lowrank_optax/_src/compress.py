@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax._src import compatible, engine, matrix, random, trees
+from lowrank_optax._src import compatible, engine, matrix, random, stack, trees
 from lowrank_optax._src.kernels.adam import Adam, recognize
 from lowrank_optax._src.kernels.dispatch import active
 from lowrank_optax._src.matrix import MatrixView
@@ -315,7 +315,7 @@ def _code_view(codec: Codec, view: Any, leaf: Any) -> MatrixView | None:
     if not jnp.issubdtype(moment.dtype, jnp.floating):
         return None
     if _elementwise(codec):
-        if moment.size < ELEMENTWISE_MIN_SIZE:
+        if moment.size * stack.parts() < ELEMENTWISE_MIN_SIZE:
             return None
     elif not isinstance(view, MatrixView) or moment.ndim < 2:
         return None
