@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -17,7 +17,6 @@ from tqdm import tqdm
 import lowrank_optax as lro
 from examples.common.interrupt import Interrupted, StopRequest
 from examples.common.metrics import MetricsLog, Record
-from examples.common.probe import Probe
 
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -91,13 +90,27 @@ class Timetable:
     shrink_every: int
 
 
+class Probe(Protocol):
+    """What is measured at each validation."""
+
+    def start(self, params: Any) -> list[jax.Array]:
+        """The arrays that the first measurement is given."""
+
+    @property
+    def measure(self) -> Callable[..., tuple[Record, list[jax.Array]]]:
+        """Called with the gradient, the optimizer's state and the arrays of before.
+
+        Returns what is put on record, zeros apart, and the arrays for the next time.
+        """
+
+
 class TrainState(NamedTuple):
     """Everything that a checkpoint holds.
 
     Attributes:
       params: the parameters.
       opt_state: the optimizer's state.
-      bases: the probe's last subspaces.
+      bases: the arrays that the probe keeps from one measurement to the next.
     """
 
     params: Any

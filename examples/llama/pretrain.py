@@ -96,7 +96,7 @@ class Job:
         s = self.settings
         train = Packed(self.tokens.train, s.seq_len)
         validation = Packed(self.tokens.validation, s.seq_len)
-        init, loss = _init_and_loss(self.model)
+        init, loss = init_and_loss(self.model)
         return Task(
             init=init,
             loss=loss,
@@ -110,7 +110,7 @@ class Job:
         """The task as the method has it: of the model that it trains."""
         if METHODS[method].linear is None:
             return self.task
-        init, loss = _init_and_loss(partial(self.model, method))
+        init, loss = init_and_loss(partial(self.model, method))
         gradient = jax.grad(self.task.loss)
 
         def probed(params: Any, rows: jax.Array) -> Any:
@@ -209,7 +209,7 @@ class Job:
         )
 
 
-def _init_and_loss(model: Callable[[], Llama]) -> tuple[Callable, Callable]:
+def init_and_loss(model: Callable[[], Llama]) -> tuple[Callable, Callable]:
     """`Task.init` and `Task.loss` of the model that is made by a call."""
     graph = nnx.graphdef(nnx.eval_shape(model))
 
