@@ -138,7 +138,8 @@ def _band(axes: Axes, steps: list[int], values: np.ndarray, label: str) -> None:
 
 
 def _by_matrix(dense: Run, names: Sequence[str]) -> tuple[Figure, str]:
-    steps, ranks = dense.series(f"gradient/rank@{RESIDUALS[0]:g}/", names)
+    left_out = min(RESIDUALS)  # at larger ones most matrices have rank 1 throughout
+    steps, ranks = dense.series(f"gradient/rank@{left_out:g}/", names)
     figure, axes = plt.subplots(
         figsize=(8, 1.6 + 0.22 * len(names)), layout="constrained"
     )
@@ -157,7 +158,7 @@ def _by_matrix(dense: Run, names: Sequence[str]) -> tuple[Figure, str]:
         image, label="effective rank of the gradient", ticks=MaxNLocator(integer=True)
     )
     return figure, (
-        f"The smallest rank that leaves out at most {RESIDUALS[0]:g} of the gradient's"
+        f"The smallest rank that leaves out at most {left_out:g} of the gradient's"
         " squared norm, matrix by matrix along full fine-tuning by AdamW. Compare"
         " AdaRankGrad's Figure 3."
     )
@@ -189,7 +190,7 @@ def _chosen(adaptive: Run, names: Sequence[str]) -> tuple[Figure, str]:
     _, saved = adaptive.series("memory_reduction", [""])
     right.plot(steps, saved[-len(steps) :], drawstyle="steps-post", color="C2")
     right.set(xlabel="step", ylabel="numbers saved, all matrices")
-    right.set_ylim(bottom=0)
+    right.set_ylim(0, 1.1 * saved.max() or 1)
     return figure, (
         "The ranks that AdaRankGrad chooses, each matrix thin and their mean weighted"
         " with m + n bold, and how many numbers all bases with one moment each have"
@@ -220,7 +221,7 @@ def write_files(
         ),
         "gradient": "of one fixed training batch",
         "effective rank": f"the smallest that leaves out at most {RESIDUALS[0]:g} of"
-        " the squared norm (AdaRankGrad, equation 2); by entropy where it says so",
+        " the squared norm (AdaRankGrad, equation 2) unless said otherwise",
         "means": f"over the measurements, at {len(dense.records)} steps of the run",
     }
     sections: list[str | Plot] = [
