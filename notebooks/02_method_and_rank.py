@@ -140,35 +140,32 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# The other way around: the largest rank that fits into a budget. MLorc pays for a rank
-# in both moments and on both sides of a matrix, GaLore for a basis and for moments in
-# the subspace.
+# The other way around: the largest rank that fits into a budget. State grows linearly
+# with the rank, so two sizes tell all others. MLorc pays for a rank in both moments and
+# on both sides of a matrix, GaLore for a basis and for moments in the subspace.
 
 # %%
 BUDGET = 0.3 if SMALL else 12.0  # GiB of optimizer state
 
-
-def largest_rank(name, budget, ranks):
-    fitting = [rank for rank in ranks if state_gib(name, rank) <= budget]
-    return max(fitting, default=None)
-
-
 for name in NAMES[:2]:
-    rank = largest_rank(name, BUDGET, RANKS)
-    print(f"{name:13} rank {rank} of {RANKS} fits into {BUDGET} GiB")
+    one, two = state_gib(name, 1), state_gib(name, 2)
+    rank = 1 + int((BUDGET - one) / (two - one))
+    size = state_gib(name, rank)
+    print(f"{name:13} rank {rank} fits into {BUDGET} GiB: it takes {size:.3f}")
 
 # %% [markdown]
 # ## Memory of every method
 #
-# Each at rank 128, but for the ones without a rank. Gray is what every method pays for
-# embeddings, head and norms.
+# Each at rank 128, but for APOLLO-Mini, which is of rank 1, and those without a rank.
+# Gray is what a method pays for embeddings, head and norms.
 
 # %%
 from examples.common.methods import matrix_state_bytes
 
 OPTIMIZERS = [name for name, method in METHODS.items() if method.linear is None]
 names = ["adamw", "galore_adamw"] if SMALL else OPTIMIZERS
-built = [optimizer(name, None if METHODS[name].rank is None else 128) for name in names]
+ranks = [{None: None, 1: 1}.get(METHODS[name].rank, 128) for name in names]
+built = [optimizer(name, rank) for name, rank in zip(names, ranks, strict=True)]
 matrices = np.array([matrix_state_bytes(tx, shapes) for tx in built]) / GIB
 totals = np.array([lro.state_bytes(tx, shapes) for tx in built]) / GIB
 order = np.argsort(-totals)
@@ -181,6 +178,7 @@ bars = axes.barh(rows, rest, left=matrices[order], color="lightgray", label="the
 axes.bar_label(bars, [f"{total:.1f}" for total in totals[order]], padding=3)
 axes.set(xlabel="optimizer state (GiB)", title=f"{MODEL}, rank 128")
 axes.grid(visible=False, axis="y")
+axes.invert_yaxis()
 axes.legend(loc="lower right")
 plt.show()
 
@@ -270,10 +268,11 @@ for name, layers in curves.items():
     print(f"rank {SHORT // 4} keeps {mean[MEASURED.index(SHORT // 4)]:.0%}")
 
 # %% [markdown]
-# That is why the two families are run at such different ranks. Moments are averages and
-# squares: a few directions hold nearly all of their energy, so MLorc stores *them*, at
-# rank 4 or so. A single gradient is noisier, so that GaLore and its relatives, which
-# project *it*, take a quarter of the width in pre-training, and less in fine-tuning.
+# The second moment is nearly of rank one: four directions hold almost all of it. The
+# gradient of one small batch needs more, and the first moment, an average over many
+# batches, more again. So MLorc, which stores the moments, can do with a rank of 4 where
+# gradients change little, as in fine-tuning; in pre-training from scratch a method is
+# better off with a quarter of the width, where nothing is lost here.
 #
 # ## A rule of thumb
 #
