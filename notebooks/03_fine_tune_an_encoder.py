@@ -93,9 +93,13 @@ settings = Glue(
 )
 if SMALL:
     settings = dataclasses.replace(
-        SMOKE, methods=METHODS[1:2], train_examples=32, validation_examples=16
+        SMOKE,
+        methods=METHODS[:1],
+        train_examples=32,
+        validation_examples=16,
+        max_length=16,
+        pretrain_steps=2,
     )
-    settings = dataclasses.replace(settings, max_length=16, pretrain_steps=2)
 job = prepare(settings, Path(tempfile.mkdtemp()))
 data = job.facts["data"]
 print(f"{job.settings.chosen_task.title}: {', '.join(data['labels'])}")

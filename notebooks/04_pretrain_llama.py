@@ -87,22 +87,20 @@ settings = Pretrain(
     model=MODEL,
     data=DATA,
     methods=METHODS,
-    steps=200,
+    steps=150,
     rank=32,
-    update_every=40,
-    eval_every=20,
+    update_every=30,
+    eval_every=15,
     shrink_every=50,
 )
 if SMALL:
     settings = dataclasses.replace(
         SMOKE,
         data=f"path:{sysconfig.get_paths()['stdlib']}/json",
-        methods=METHODS[1:],
-        steps=6,
+        methods=METHODS[1:2],
+        steps=4,
         seq_len=16,
-        rank=16,
-        update_every=3,
-        shrink_every=3,
+        update_every=2,
     )
 job = prepare(settings, Path(tempfile.mkdtemp()))
 print(f"{job.model_fact}, {len(job.tokens.train):,} tokens of text")
@@ -149,25 +147,18 @@ print(caption)
 MAX_RANK, STEPS = (16, 4) if SMALL else (64, 60)
 task, params = job.task, job.task.init()
 tx = lro.adarankgrad_adamw(1e-2, MAX_RANK, max_interval=STEPS // 4)
-
-
-def make_step(tx):
-    @jax.jit
-    def step(params, state, rows):
-        grads = jax.grad(task.loss)(params, rows)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return step
+gradient = jax.jit(jax.grad(task.loss))
 
 
 def nbytes(tree):
     return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
-state, step, used = tx.init(params), make_step(tx), []
+state, update, used = tx.init(params), jax.jit(tx.update), []
 for t in range(STEPS):
-    params, state = step(params, state, task.batch(t))
+    grads = gradient(params, task.batch(t))
+    updates, state = update(grads, state, params)
+    params = optax.apply_updates(params, updates)
     metrics = lro.diagnostics.state_metrics(state)
     used.append({k: float(v) for k, v in metrics.items() if k.startswith("rank/")})
 
@@ -190,9 +181,9 @@ plt.show()
 # Training goes on with the smaller state, compiled anew for its shapes.
 
 # %%
-step = make_step(tx)
-for t in range(STEPS, STEPS + 2):
-    params, state = step(params, state, task.batch(t))
+update = jax.jit(tx.update)
+updates, state = update(gradient(params, task.batch(STEPS)), state, params)
+params = optax.apply_updates(params, updates)
 held_out = float(jax.jit(task.loss)(params, task.validation[0]))
 print(f"loss on a batch held out: {held_out:.3f}")
 
@@ -207,8 +198,8 @@ print(f"loss on a batch held out: {held_out:.3f}")
 compared = dataclasses.replace(
     settings,
     methods=subspaces.METHODS,
-    steps=5 if SMALL else 120,
-    update_every=2 if SMALL else 10,
+    steps=3 if SMALL else 100,
+    update_every=1 if SMALL else 10,
     rank=4 if SMALL else 32,
 )
 job = dataclasses.replace(job, settings=compared)

@@ -63,6 +63,7 @@ def run(notebook: NotebookNode, small: bool = False) -> NotebookNode:
             resources={"metadata": {"path": str(HERE.parent)}},
         )
         client.execute(
+            cleanup_kc=True,  # else done for a kernel manager of its own only
             env={
                 **os.environ,
                 "IPYTHONDIR": scratch,
