@@ -74,13 +74,13 @@ WIDTH, CONTEXT = (32, 16) if SMALL else (512, 16)
 STEPS, BATCH = (10, 32) if SMALL else (400, 256)
 
 text = "".join(source for _, source in stdlib_documents()[:100])
-text = np.frombuffer(text.encode(), np.uint8)
+corpus = np.frombuffer(text.encode(), np.uint8)
 
 
 def batch(step):
     """Rows of 17 bytes, the same for every optimizer."""
-    starts = np.random.default_rng(step).integers(len(text) - CONTEXT, size=BATCH)
-    return text[starts[:, None] + np.arange(CONTEXT + 1)].astype(np.int32)
+    starts = np.random.default_rng(step).integers(len(corpus) - CONTEXT, size=BATCH)
+    return corpus[starts[:, None] + np.arange(CONTEXT + 1)].astype(np.int32)
 
 
 def init(key):

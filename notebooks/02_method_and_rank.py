@@ -133,9 +133,9 @@ for name in NAMES[:2] if SMALL else NAMES:
     axes.plot(RANKS, [state_gib(name, r) for r in RANKS], marker="o", label=name)
 axes.set(xlabel="rank", ylabel="optimizer state (GiB)", xscale="log", yscale="log")
 axes.set(title=f"{MODEL}, float32 state")
-axes.set_xticks(RANKS, RANKS)
+axes.set_xticks(RANKS, map(str, RANKS))
 axes.minorticks_off()
-axes.set_yticks([1, 3, 10, 30], [1, 3, 10, 30])
+axes.set_yticks([1, 3, 10, 30], ["1", "3", "10", "30"])
 axes.legend()
 plt.show()
 
@@ -256,7 +256,7 @@ for axes, (name, layers) in zip(panels, curves.items(), strict=True):
     for layer, values in layers.items():
         axes.plot(MEASURED, values, marker="o", ms=3, label=layer)
     axes.set(xlabel="rank", xscale="log", title=name, ylim=(0, 1.02))
-    axes.set_xticks(MEASURED, MEASURED)
+    axes.set_xticks(MEASURED, map(str, MEASURED))
     axes.minorticks_off()
 panels[0].set(ylabel="captured energy (share of squared norm)")
 panels[-1].legend(fontsize="small")

@@ -195,12 +195,13 @@ print(f"loss on a batch held out: {held_out:.3f}")
 # 1 for the same subspace, rank / width for random ones.
 
 # %%
+RANK = 4 if SMALL else 32
 compared = dataclasses.replace(
     settings,
     methods=subspaces.METHODS,
     steps=3 if SMALL else 100,
     update_every=1 if SMALL else 10,
-    rank=4 if SMALL else 32,
+    rank=RANK,
 )
 job = dataclasses.replace(job, settings=compared)
 overlaps, values = [], []
@@ -213,7 +214,7 @@ plt.show()
 
 # %%
 width = job.config.hidden_size
-print(f"random subspaces would overlap by {compared.rank / width:.2f}")
+print(f"random subspaces would overlap by {RANK / width:.2f}")
 last = max(row["step"] for row in overlaps)
 for method in subspaces.METHODS:
     end = [r for r in overlaps if r["method"] == method and r["step"] > last / 2]

@@ -151,7 +151,7 @@ for g in grads:
     u, state = update({"w": g}, state, params)
     updates.append(np.asarray(u["w"]))
 
-basis = np.asarray(state.basis["w"], np.float64)
+basis = np.asarray(optax.tree.get(state, "basis")["w"], np.float64)
 expected = list(formula(basis, grads.astype(np.float64)))
 np.testing.assert_allclose(updates, expected, rtol=1e-4, atol=1e-6)
 worst = max(np.abs(u - e).max() for u, e in zip(updates, expected, strict=True))

@@ -154,7 +154,7 @@ def transfers(tx):
     update = jax.jit(tx.update, out_shardings=(layout, places))
     program = update.lower(params, state, params).compile().as_text()
     found = {}
-    for match in COLLECTIVE.finditer(program):
+    for match in COLLECTIVE.finditer(program or ""):
         shapes = re.findall(r"\[([\d,]*)\]", match["result"])
         sizes = [math.prod(map(int, filter(None, x.split(",")))) for x in shapes]
         operation = match["operation"]
@@ -308,7 +308,7 @@ for name, tx in large.items():
     )
 axes.set(xlabel="devices", ylabel="GiB on each device", xscale="log", yscale="log")
 axes.set(title=f"{MODEL}: weights, gradients, state in float32")
-axes.set_xticks(COUNTS, COUNTS)
+axes.set_xticks(COUNTS, map(str, COUNTS))
 axes.minorticks_off()
 axes.legend()
 plt.show()

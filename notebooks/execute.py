@@ -12,6 +12,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jupytext
 import nbformat
@@ -30,7 +31,7 @@ _PROGRESS = re.compile(r"^[^|]*: *\d+/\d+ *\|.*\|.*$|^[^|]*\d+%\|.*\|.*$|^\s*$")
 
 def read(source: Path) -> NotebookNode:
     """The notebook of a Python file, without outputs; equal at every call."""
-    notebook = jupytext.read(source)
+    notebook: Any = jupytext.read(source)
     for index, cell in enumerate(notebook.cells):
         cell.id = f"cell-{index:02}"
     return notebook
@@ -68,7 +69,7 @@ def run(notebook: NotebookNode, small: bool = False) -> NotebookNode:
                 **os.environ,
                 "IPYTHONDIR": scratch,
                 "LOWRANK_OPTAX_SMALL": str(int(small)),
-            }
+            },
         )
     return notebook
 
