@@ -87,11 +87,11 @@ settings = Pretrain(
     model=MODEL,
     data=DATA,
     methods=METHODS,
-    steps=150,
+    steps=120,
     rank=32,
     update_every=30,
     eval_every=15,
-    shrink_every=50,
+    shrink_every=40,
 )
 if SMALL:
     settings = dataclasses.replace(
@@ -199,7 +199,7 @@ RANK = 4 if SMALL else 32
 compared = dataclasses.replace(
     settings,
     methods=subspaces.METHODS,
-    steps=3 if SMALL else 100,
+    steps=3 if SMALL else 80,
     update_every=1 if SMALL else 10,
     rank=RANK,
 )
