@@ -243,7 +243,7 @@ for index, name in enumerate(["galore_adamw"] if SMALL else OPTIMIZERS):
     steps, color = range(1, STEPS + 1), f"C{index}"
     axes.plot(steps, losses, color=color, lw=3, alpha=0.4, label=f"{name}, mesh")
     axes.plot(steps, single, color=color, ls="--", label=f"{name}, one device")
-axes.set(xlabel="step", ylabel="mean squared error", yscale="log")
+axes.set(xlabel="step", ylabel="mean squared error")
 axes.legend()
 plt.show()
 
@@ -262,8 +262,8 @@ for name, state in states.items():
     assert held == predicted.bytes_per_device
 
 # %% [markdown]
-# And LLaMA-7B, from shapes alone, fully sharded over more and more devices: rows of
-# each matrix along one axis.
+# And LLaMA-7B, from shapes alone, over more and more devices: once with the rows of
+# each matrix split, once with a mesh of two axes, as above.
 
 # %%
 MODEL = "smoke" if SMALL else "llama_7b"
@@ -272,48 +272,48 @@ shapes = jax.eval_shape(
     lambda: nnx.to_pure_dict(nnx.state(Llama(config, rngs=nnx.Rngs(0)), nnx.Param))
 )
 COUNTS = [n for n in (1, 2, 4, 8) if n <= len(devices)]
-large = {
-    "adamw": optax.adamw(1e-3),
-    "galore_adamw, rank 1024": lro.galore_adamw(1e-2, rank=1024),
-    "mlorc_adamw, rank 4": lro.mlorc_adamw(1e-3, rank=4),
-}
 
 
-def sharded(x, mesh):
-    return jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=NamedSharding(mesh, P("fsdp"))
+def gib_per_device(tx, rows, columns):
+    """Weights, gradients and state, the matrices split into so many parts each way."""
+    mesh = jax.make_mesh(
+        (rows, columns),
+        ("fsdp", "tensor"),
+        axis_types=(AxisType.Auto, AxisType.Auto),
+        devices=devices[: rows * columns],
     )
 
-
-figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-for name, tx in large.items():
-    gib = []
-    for count in COUNTS:
-        line = jax.make_mesh(
-            (count,),
-            ("fsdp",),
-            axis_types=(AxisType.Auto,),
-            devices=devices[:count],
+    def place(x):
+        spec = P("fsdp", "tensor") if x.ndim == 2 else P("fsdp")
+        return jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
         )
-        placed = jax.tree.map(lambda x, line=line: sharded(x, line), shapes)
-        report = lro.memory_report(tx, placed, line)
-        gib.append(sum(row.bytes_per_device for row in report) / 2**30)
-    axes.plot(COUNTS, gib, marker="o", label=name)
-    axes.annotate(
-        f"{gib[-1]:.1f}",
-        (COUNTS[-1], gib[-1]),
-        (0, 6),
-        textcoords="offset points",
-        ha="center",
-    )
+
+    report = lro.memory_report(tx, jax.tree.map(place, shapes), mesh)
+    return sum(row.bytes_per_device for row in report) / 2**30
+
+
+galore, mlorc = lro.galore_adamw(1e-2, rank=1024), lro.mlorc_adamw(1e-3, rank=4)
+figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+for name, tx, columns in (
+    ("adamw", optax.adamw(1e-3), 1),
+    ("galore_adamw, rank 1024, rows split", galore, 1),
+    ("galore_adamw, rank 1024, two axes", galore, 2),
+    ("mlorc_adamw, rank 4", mlorc, 1),
+):
+    counts = [n for n in COUNTS if n >= columns]
+    gib = [gib_per_device(tx, n // columns, columns) for n in counts]
+    axes.plot(counts, gib, marker="o", label=f"{name}: {gib[-1]:.1f} GiB")
 axes.set(xlabel="devices", ylabel="GiB on each device", xscale="log", yscale="log")
 axes.set(title=f"{MODEL}: weights, gradients, state in float32")
 axes.set_xticks(COUNTS, map(str, COUNTS))
+axes.set_yticks([5, 10, 20, 50, 100], ["5", "10", "20", "50", "100"])
 axes.minorticks_off()
-axes.legend()
+axes.legend(title=f"on {COUNTS[-1]} devices:")
 plt.show()
 
 # %% [markdown]
-# Split along one axis of the mesh only, one of a weight's two factors stays whole on
-# each device: at a high rank that is what remains, and a mesh of two axes, as in the
-# first part, splits it too.
+# Where only rows are split, one of a weight's two factors stays whole on each device.
+# At rank 4 that is nothing. At rank 1024 it is what remains: with enough devices AdamW,
+# whose moments are split to the last, keeps less on each. A mesh of two axes splits
+# both factors.
