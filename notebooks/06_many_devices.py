@@ -309,7 +309,7 @@ axes.set(title=f"{MODEL}: weights, gradients, state in float32")
 axes.set_xticks(COUNTS, map(str, COUNTS))
 axes.set_yticks([5, 10, 20, 50, 100], ["5", "10", "20", "50", "100"])
 axes.minorticks_off()
-axes.legend(title=f"on {COUNTS[-1]} devices:")
+axes.legend(title=f"on {COUNTS[-1]} devices:", loc="lower left", fontsize="small")
 plt.show()
 
 # %% [markdown]
