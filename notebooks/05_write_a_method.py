@@ -253,6 +253,9 @@ right.legend()
 plt.show()
 
 # %% [markdown]
+# On so small a model the choice of the subspace hardly shows, and one seed decides
+# nothing; that it trains at all is what this run tells.
+#
 # To bring a method into the library: put the part and the functions into one file of
 # `lowrank_optax/_src/methods`, add them to `tests/registry.py`, which runs the common
 # tests (`jit`, `scan`, sharding, checkpoints, bad gradients, ...), and to the README's
