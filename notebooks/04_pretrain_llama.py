@@ -225,7 +225,7 @@ for method in subspaces.METHODS:
 # From one choice to the next, GaLore's subspaces have more in common than I3S's, which
 # are drawn, and more as the run goes on: what lies outside stays outside for longer.
 # I3S adds to the weights in a few more directions, as the last panel shows. In the
-# paper's pre-training of LLaMA-60M GaLore's overlap becomes large after the early stage,
-# which this run does not leave.
+# paper's pre-training of LLaMA-60M GaLore's overlap becomes large after the early
+# stage, which this run does not go beyond.
 #
 # One seed, 120 steps and rates from a coarse search do not rank the methods above.
