@@ -169,11 +169,11 @@ plt.show()
 
 # %% [markdown]
 # These runs are kept short, so that a CPU does them while you read, and they show the
-# parts at work rather than what the methods can do: in 100 steps none beats the constant
-# answer on files that it has not seen, and 300 steps of pre-training are not worth more
-# than random weights. `Glue()` without arguments has the command's own settings, ten
-# times the work; with a pre-trained `MODEL` the same steps go much further. A single
-# seed tells methods apart only roughly; `seeds=(0, 1, 2)` runs more, and the plots then
+# parts at work rather than what the methods can do: in 100 steps none beats the
+# constant answer on files that it has not seen, and 300 steps of pre-training are not
+# worth more than random weights. `Glue()` without arguments has the command's own
+# settings, several times the work; with a pre-trained `MODEL` the same steps go much
+# further. One seed tells methods apart only roughly: with `seeds=(0, 1, 2)` the plots
 # show their spread.
 #
 # ## The fine-tuned model
