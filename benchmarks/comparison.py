@@ -254,7 +254,7 @@ def refresh_times(rounds: int = 5) -> dict[str, float]:
 
     The difference between the medians of steps with and of steps without it.
     """
-    shapes = matrices(1)
+    shapes = matrices("60m", 1)
     rng = np.random.default_rng(0)
     grads = jax.tree.map(
         lambda s: np.float32(rng.standard_normal(s)),

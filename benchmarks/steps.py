@@ -1,21 +1,23 @@
 """Step time, compile time and memory of the methods beside Optax's, in one run.
 
     python -m benchmarks.steps
+    python -m benchmarks.steps --shapes 7b --layers 1
 
-Update and application to the 56 matrices of LLaMA-60M, float32, with donated buffers.
-The methods take turns, one step each, so that what else the machine does meets all of
-them; a ratio is that of two medians of the same rounds. Where there are bases, all of
-them are found at the first step (reported on its own as the refresh, the median of a
-few from the same state) and at none of the others.
+Update and application to the 56 matrices of LLaMA-60M, or to layers of LLaMA-7B, in
+float32 with donated buffers. The methods take turns, one step each, so that what else
+the machine does meets all of them; a ratio is that of two medians of the same rounds.
+Where there are bases, none is renewed at these steps; but in "staggered", where one
+leaf after the other is, along 50 steps. The refresh is a step at which all are, from
+the old ones: the median of a few.
 """
 
-import functools
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +29,14 @@ from tqdm import tqdm
 
 import lowrank_optax as lro
 from benchmarks.record import RECORDS, write_record
+from examples.common.methods import METHODS as NAMED
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
 _NEVER = 1_000_000_000  # between two refreshes
 _LR = 1e-3
+_STAGGERED = 50  # steps in which each leaf is refreshed once
 
 
 @dataclass(frozen=True)
@@ -41,20 +45,28 @@ class Settings:
 
     methods: tuple[str, ...] = ()
     """Some of the methods; default all of them."""
-    rounds: int = 24
+    rounds: int = 60
     """Steps of each method that are timed."""
     refreshes: int = 3
     """Refreshes of each method that are timed."""
+    shapes: Literal["60m", "7b"] = "60m"
+    """Whose layers."""
     layers: int = 8
     """Layers of seven matrices each."""
     out: Path | None = None
     """Directory of the record; default benchmarks/records."""
 
 
-def matrices(layers: int) -> dict[str, Any]:
-    """Shapes of the linear kernels of LLaMA-60M."""
-    shapes = {name: (512, 512) for name in ("q", "k", "v", "o")}
-    shapes |= {"gate": (512, 1376), "up": (512, 1376), "down": (1376, 512)}
+_WIDTHS = {"60m": (512, 1376), "7b": (4096, 11008)}
+_HEADS = {"60m": 8, "7b": 32}
+
+
+def matrices(model: str, layers: int) -> dict[str, Any]:
+    """Shapes of the linear kernels of a LLaMA."""
+    d, hidden = _WIDTHS[model]
+    shapes = {f"{name}_proj": (d, d) for name in "qkvo"}
+    shapes |= {"gate_proj": (d, hidden), "up_proj": (d, hidden)}
+    shapes |= {"down_proj": (hidden, d)}
     return {f"layer{i}": shapes for i in range(layers)}
 
 
@@ -103,28 +115,50 @@ def naive_mlorc(rank: int = 4) -> optax.GradientTransformation:
     return optax.chain(optax.GradientTransformation(init, update), scale)
 
 
-def _galore(method: str) -> optax.GradientTransformation:
-    return lro.galore_adamw(
-        _LR, rank=128, update_every=_NEVER, subspace=lro.TopSingular(method)
+def _named(name: str, heads: int) -> optax.GradientTransformation:
+    """A method of the examples, at the paper's rank for models of this width."""
+    known = {"heads": (heads, heads), "steps": _NEVER}
+    more = {x: known[x] for x in NAMED[name].needs}
+    return NAMED[name].build(_LR, _rank(name), _NEVER, 0.0, **more)
+
+
+def _rank(name: str) -> int | None:
+    own = NAMED[name].rank
+    return 128 if own == 32 else own
+
+
+def _galore(**parts: Any) -> optax.GradientTransformation:
+    method = lro.project_gradients(
+        optax.scale_by_adam(),
+        **{"rank": 128, "scale": 0.25, "refresh": lro.Every(_NEVER)} | parts,
     )
+    return optax.chain(method, optax.scale_by_learning_rate(_LR))
 
 
-METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
-    "optax.adamw": lambda: optax.adamw(_LR),
-    "optax.lion": lambda: optax.lion(_LR),
-    "optax.contrib.muon": lambda: optax.contrib.muon(_LR),
-    "optax.contrib.galore r=128": lambda: optax.contrib.galore(
-        _LR, rank=128, update_proj_gap=_NEVER
-    ),
-    "MLorc-AdamW r=4, naive": naive_mlorc,
-    "mlorc_adamw r=4": lambda: lro.mlorc_adamw(_LR, rank=4),
-    "mlorc_lion r=4": lambda: lro.mlorc_lion(_LR, rank=4),
-    "galore_adamw r=128, svd": functools.partial(_galore, "svd"),
-    "galore_adamw r=128, gram_eigh": functools.partial(_galore, "gram_eigh"),
-    "galore_adamw r=128, subspace_iteration": functools.partial(
-        _galore, "subspace_iteration"
-    ),
-}
+def methods(shapes: str) -> dict[str, Callable[[], optax.GradientTransformation]]:
+    """Whatever is compared, by the name in the record."""
+    peers = {
+        "optax.adamw": lambda: optax.adamw(_LR),
+        "optax.lion": lambda: optax.lion(_LR),
+        "optax.contrib.muon": lambda: optax.contrib.muon(_LR),
+        "optax.contrib.galore r=128": lambda: optax.contrib.galore(
+            _LR, rank=128, update_proj_gap=_NEVER
+        ),
+        "MLorc-AdamW r=4, naive": naive_mlorc,
+    }
+    own = {
+        name + (f" r={_rank(name)}" if _rank(name) else ""): partial(
+            _named, name, _HEADS[shapes]
+        )
+        for name, method in NAMED.items()
+        if method.linear is None and name != "adamw"
+    }
+    refreshes = {
+        f"GaLore r=128, {method}": partial(_galore, subspace=lro.TopSingular(method))
+        for method in ("svd", "gram_eigh", "subspace_iteration", "warm")
+    }
+    staggered = partial(_galore, refresh=lro.Staggered(_STAGGERED))
+    return peers | own | refreshes | {"GaLore r=128, staggered": staggered}
 
 
 @dataclass
@@ -132,41 +166,59 @@ class Contender:
     """A compiled step with what it works on."""
 
     step: Any
-    start: Any
     params: Any
     state: Any
     facts: dict[str, Any]
     times: list[float]
 
-    def run(self, grads: Any) -> float:
+    def run(self, batch: Any) -> float:
+        """One step; how many seconds it took."""
         start = time.perf_counter()
-        self.params, self.state = self.step(self.params, self.state, grads)
+        self.params, self.state = self.step(self.params, self.state, batch)
         jax.block_until_ready(self.params)
         return time.perf_counter() - start
 
 
-def enter(name: str, params: Any, grads: Any) -> Contender:
-    tx = METHODS[name]()
+def enter(
+    tx: optax.GradientTransformation,
+    params: Any,
+    batch: Any,
+    gradient: Callable[[Any, Any], Any] | None = None,
+) -> Contender:
+    """A method, ready for its first step.
 
-    def step(params, state, grads):
+    Args:
+      tx: the method.
+      params: copied.
+      batch: what `gradient` is called with; the gradients themselves without it.
+      gradient: of the parameters and a batch.
+    """
+
+    def step(params, state, batch):
+        grads = batch if gradient is None else gradient(params, batch)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
     state = jax.jit(tx.init)(params)
     jitted = jax.jit(step, donate_argnums=(0, 1))
     began = time.perf_counter()
-    compiled = jitted.lower(params, state, grads).compile()
+    compiled = jitted.lower(params, state, batch).compile()
     facts = {
         "compile_s": time.perf_counter() - began,
         "temporaries_bytes": compiled.memory_analysis().temp_size_in_bytes,
         "state_bytes": sum(x.nbytes for x in jax.tree.leaves(state)),
     }
-    mine = jax.tree.map(jnp.copy, params)
-    return Contender(compiled, state, mine, _copy(state), facts, [])
+    return Contender(compiled, jax.tree.map(jnp.copy, params), state, facts, [])
 
 
-def _copy(tree: Any) -> Any:
-    return jax.tree.map(jnp.copy, tree)
+def _rewound(state: Any) -> Any:
+    """The state at step 0, at which every basis is chosen anew, from the old one."""
+
+    def at_zero(x):
+        counts = x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.integer)
+        return jnp.zeros_like(x) if counts else x
+
+    return jax.tree.map(at_zero, state)
 
 
 def main(settings: Settings) -> None:
@@ -179,21 +231,23 @@ def main(settings: Settings) -> None:
     def is_shape(x):
         return isinstance(x, tuple)
 
-    shapes = matrices(settings.layers)
+    shapes = matrices(settings.shapes, settings.layers)
     params = jax.tree.map(lambda s: normal(s, 0.02), shapes, is_leaf=is_shape)
     grads = [jax.tree.map(normal, shapes, is_leaf=is_shape) for _ in range(2)]
 
-    names = settings.methods or tuple(METHODS)
+    known = methods(settings.shapes)
+    names = settings.methods or tuple(known)
     contenders = {}
-    for name in tqdm(names, desc="compile"):
-        contenders[name] = enter(name, params, grads[0])
-    for contender in tqdm(contenders.values(), desc="first steps"):
-        firsts = []
-        for _ in range(settings.refreshes):
-            contender.state = _copy(contender.start)
-            firsts.append(contender.run(grads[0]))
-        contender.facts["first_step_s"] = statistics.median(firsts)
-        contender.run(grads[1])
+    for name in (bar := tqdm(names)):
+        bar.set_description(name)
+        contender = contenders[name] = enter(known[name](), params, grads[0])
+        contender.facts["first_step_s"] = contender.run(grads[0])
+        refreshes = []
+        for i in range(settings.refreshes):
+            contender.state = _rewound(contender.state)
+            refreshes.append(contender.run(grads[(i + 1) % 2]))
+        contender.facts["refresh_s"] = statistics.median(refreshes)
+        contender.run(grads[0])
     for i in tqdm(range(settings.rounds), desc="rounds"):
         for contender in contenders.values():
             contender.times.append(contender.run(grads[i % 2]))
@@ -207,20 +261,22 @@ def main(settings: Settings) -> None:
         }
     base = figures.get("optax.adamw", next(iter(figures.values())))["step_s"]
     rows = [
-        "| method | step, ms | / adamw | p99, ms | first step, ms | compile, s "
-        "| temporaries, MiB | state, MiB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | step, ms | / adamw | p99, ms | refresh, ms | / step "
+        "| compile, s | temporaries, MiB | state, MiB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, x in figures.items():
         x["ratio"] = x["step_s"] / base
         rows.append(
             f"| {name} | {1e3 * x['step_s']:.1f} | {x['ratio']:.2f} "
-            f"| {1e3 * x['p99_s']:.1f} | {1e3 * x['first_step_s']:.1f} "
+            f"| {1e3 * x['p99_s']:.1f} | {1e3 * x['refresh_s']:.1f} "
+            f"| {x['refresh_s'] / x['step_s']:.1f} "
             f"| {x['compile_s']:.1f} | {x['temporaries_bytes'] / 2**20:.1f} "
             f"| {x['state_bytes'] / 2**20:.1f} |"
         )
-    write_record("steps", settings, figures, "\n".join(rows), settings.out)
-    plot(figures, (settings.out or RECORDS) / "steps.png")
+    name = "steps" if settings.shapes == "60m" else f"steps_{settings.shapes}"
+    write_record(name, settings, figures, "\n".join(rows), settings.out)
+    plot(figures, (settings.out or RECORDS) / f"{name}.png")
 
 
 def plot(figures: dict[str, Any], path: Path) -> None:

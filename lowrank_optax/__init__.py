@@ -7,6 +7,8 @@ methods without a learning rate, and whole optimizers. Please do not use names f
 
 from lowrank_optax import adapters as adapters
 from lowrank_optax import diagnostics as diagnostics
+from lowrank_optax import kernels as kernels
+from lowrank_optax import layerwise as layerwise
 from lowrank_optax import linalg as linalg
 from lowrank_optax import rank as rank
 from lowrank_optax._src.accumulate import AccumulateState as AccumulateState
@@ -174,6 +176,8 @@ __all__ = [
     "i3s_adamw",
     "i3s_subspace",
     "inject_hyperparams",
+    "kernels",
+    "layerwise",
     "ldadamw",
     "leafwise",
     "linalg",

@@ -16,6 +16,7 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -170,6 +171,24 @@ def test_there_is_a_progress_bar(smoke):
         assert re.search(rf"{method}: 20/20.*ETA.*loss \d.*tokens/s", printed)
 
 
+# Per-layer updates
+
+
+def test_a_layerwise_run_takes_the_same_steps_in_less_memory(smoke, tmp_path):
+    out = tmp_path / "run"
+    flags = ["--smoke", "--layerwise", "--methods", "adamw", "--out", str(out)]
+    assert main(flags) == 0
+    expected, got = metrics_of(smoke, "adamw"), metrics_of(out, "adamw")
+    assert got[0]["peak_bytes"] < expected[0]["peak_bytes"]
+    for a, b in zip(got[1:], expected[1:], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    # The saved models do not tell one from the other.
+    models = (load_llama(run / "adamw" / "model") for run in (smoke, out))
+    weights = [nnx.to_pure_dict(nnx.state(model, nnx.Param)) for model in models]
+    chex.assert_trees_all_close(*weights, rtol=1e-4, atol=1e-5)
+
+
 # Stopping and resuming
 
 
@@ -309,6 +328,8 @@ def broken_config(tmp_path):
         (["--learning-rate", "-1"], "learning_rate must be above 0"),
         (["--weight-decay", "-1"], "weight_decay must be at least 0"),
         (["--resume"], "no run"),
+        (["--layerwise", "--methods", "lora"], "Cannot train lora layerwise"),
+        (["--layerwise", "--methods", "adarankgrad_adamw"], "once for a whole stack"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

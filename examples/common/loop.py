@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -17,7 +17,6 @@ from tqdm import tqdm
 import lowrank_optax as lro
 from examples.common.interrupt import Interrupted, StopRequest
 from examples.common.metrics import MetricsLog, Record
-from examples.common.probe import Probe
 
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -45,6 +44,8 @@ class Task:
       shapes: a batch of each shape that `batch` may give, the values being of no
         matter; empty where it gives only one.
       unit: what `tokens_per_step` counts.
+      step_of: of an optimizer, its training step, parameters, state and a batch to the
+        new ones and a record; None for the ordinary one, by the gradient of the loss.
     """
 
     init: Callable[[], Any]
@@ -56,6 +57,7 @@ class Task:
     evaluate: Callable[[Any], Record] | None = None
     shapes: Sequence[Any] = ()
     unit: str = "tokens"
+    step_of: Callable[[optax.GradientTransformation], Callable[..., Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,13 +90,27 @@ class Timetable:
     shrink_every: int
 
 
+class Probe(Protocol):
+    """What is measured at each validation."""
+
+    def start(self, params: Any) -> list[jax.Array]:
+        """The arrays that the first measurement is given."""
+
+    @property
+    def measure(self) -> Callable[..., tuple[Record, list[jax.Array]]]:
+        """Called with the gradient, the optimizer's state and the arrays of before.
+
+        Returns what is put on record, zeros apart, and the arrays for the next time.
+        """
+
+
 class TrainState(NamedTuple):
     """Everything that a checkpoint holds.
 
     Attributes:
       params: the parameters.
       opt_state: the optimizer's state.
-      bases: the probe's last subspaces.
+      bases: the arrays that the probe keeps from one measurement to the next.
     """
 
     params: Any
@@ -233,7 +249,7 @@ def _compiled(
     batches: Sequence[Any],
 ) -> dict[Hashable, Any]:
     """The step for each shape of a batch."""
-    step = _step(task.loss, tx)
+    step = _step(task.loss, task.step_of, tx)
     return {
         _shape_of(batch): step.lower(*state[:2], batch).compile() for batch in batches
     }
@@ -257,7 +273,9 @@ def _peak_bytes(compiled: Any) -> int:
 # Kept, so that the runs of several seeds, which share loss and optimizer, compile once.
 @lru_cache(maxsize=8)
 def _step(
-    loss_of: Callable[[Any, Any], jax.Array], tx: optax.GradientTransformation
+    loss_of: Callable[[Any, Any], jax.Array],
+    step_of: Callable[[optax.GradientTransformation], Callable[..., Any]] | None,
+    tx: optax.GradientTransformation,
 ) -> Any:
     def step(params: Any, opt_state: Any, batch: Any) -> tuple[Any, Any, Record]:
         loss, grads = jax.value_and_grad(loss_of)(params, batch)
@@ -265,7 +283,7 @@ def _step(
         measured = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return optax.apply_updates(params, updates), opt_state, measured
 
-    return jax.jit(step, donate_argnums=(0, 1))
+    return jax.jit(step_of(tx) if step_of else step, donate_argnums=(0, 1))
 
 
 def _shrink(tx: Any, state: TrainState) -> tuple[Any, TrainState, int]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -16,6 +17,26 @@ from examples.common.adapters import (
     freeze,
 )
 from examples.common.relora import relora_adamw
+
+
+def matrices(params: Any) -> Any:
+    """Which parameters are matrices: those of the library's rule, and stacks of them.
+
+    Where all layers are held as one, each kernel has a leading axis, and what has two
+    axes are vectors.
+    """
+
+    def axes(path: Any, by_rule: Any) -> Any:
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        if not any(a == "layers" and not b.isdigit() for a, b in pairwise(names)):
+            return by_rule
+        return lro.MatrixAxes() if names[-1] == "kernel" else None
+
+    def is_spec(x: Any) -> bool:
+        return x is None or isinstance(x, lro.MatrixAxes)
+
+    rule = lro.default_matrices(params)
+    return jax.tree_util.tree_map_with_path(axes, rule, is_leaf=is_spec)
 
 
 @dataclass(frozen=True)
@@ -47,42 +68,42 @@ METHODS = {
     ),
     "galore_adamw": Method(
         lambda lr, rank, every, decay: lro.galore_adamw(
-            lr, rank=rank, update_every=every, weight_decay=decay
+            lr, rank=rank, update_every=every, weight_decay=decay, matrices=matrices
         ),
         1e-2,
         rank=32,
     ),
     "galore_adafactor": Method(
         lambda lr, rank, every, decay: lro.galore_adafactor(
-            lr, rank=rank, update_every=every, weight_decay=decay
+            lr, rank=rank, update_every=every, weight_decay=decay, matrices=matrices
         ),
         1e-2,
         rank=32,
     ),
     "mlorc_adamw": Method(
         lambda lr, rank, every, decay: lro.mlorc_adamw(
-            lr, rank=rank, weight_decay=decay
+            lr, rank=rank, weight_decay=decay, matrices=matrices
         ),
         3e-3,
         rank=4,
     ),
     "mlorc_lion": Method(
         lambda lr, rank, every, decay: lro.mlorc_lion(
-            lr, rank=rank, weight_decay=decay
+            lr, rank=rank, weight_decay=decay, matrices=matrices
         ),
         1e-3,
         rank=4,
     ),
     "fira_adamw": Method(
         lambda lr, rank, every, decay: lro.fira_adamw(
-            lr, rank=rank, update_every=every, weight_decay=decay
+            lr, rank=rank, update_every=every, weight_decay=decay, matrices=matrices
         ),
         1e-2,
         rank=32,
     ),
     "i3s_adamw": Method(
         lambda lr, rank, every, decay: lro.i3s_adamw(
-            lr, rank=rank, update_every=every, weight_decay=decay
+            lr, rank=rank, update_every=every, weight_decay=decay, matrices=matrices
         ),
         1e-2,
         rank=32,
@@ -94,6 +115,7 @@ METHODS = {
             update_every=every,
             weight_decay=decay,
             subspace=lro.ImportanceSampled(),
+            matrices=matrices,
         ),
         1e-2,
         rank=32,
@@ -106,13 +128,16 @@ METHODS = {
             update_every=every,
             scale=0.25,
             weight_decay=decay,
+            matrices=matrices,
         ),
         1e-2,
         rank=32,
         needs=("steps",),
     ),
     "ldadamw": Method(
-        lambda lr, rank, every, decay: lro.ldadamw(lr, rank=rank, weight_decay=decay),
+        lambda lr, rank, every, decay: lro.ldadamw(
+            lr, rank=rank, weight_decay=decay, matrices=matrices
+        ),
         3e-3,
         rank=32,
     ),
@@ -121,14 +146,14 @@ METHODS = {
     ),
     "galore_adamw_8bit": Method(
         lambda lr, rank, every, decay: lro.galore_adamw_8bit(
-            lr, rank=rank, update_every=every, weight_decay=decay
+            lr, rank=rank, update_every=every, weight_decay=decay, matrices=matrices
         ),
         1e-2,
         rank=32,
     ),
     "adarankgrad_adamw": Method(
         lambda lr, rank, every, decay: lro.adarankgrad_adamw(
-            lr, max_rank=rank, max_interval=every, weight_decay=decay
+            lr, max_rank=rank, max_interval=every, weight_decay=decay, matrices=matrices
         ),
         1e-2,
         rank=32,
@@ -142,7 +167,7 @@ METHODS = {
     ),
     "apollo_adamw": Method(
         lambda lr, rank, every, decay: lro.apollo_adamw(
-            lr, rank=rank, update_every=every, weight_decay=decay
+            lr, rank=rank, update_every=every, weight_decay=decay, matrices=matrices
         ),
         1e-2,
         rank=32,
@@ -155,20 +180,26 @@ METHODS = {
             scale=128**0.5,
             weight_decay=decay,
             per="tensor",
+            matrices=matrices,
         ),
         1e-2,
         rank=1,
     ),
     "flora": Method(
         lambda lr, rank, every, decay: lro.flora(
-            lr, rank=rank, update_every=every, weight_decay=decay
+            lr, rank=rank, update_every=every, weight_decay=decay, matrices=matrices
         ),
         1e-2,
         rank=32,
     ),
     "galore_plus_adamw": Method(
         lambda lr, rank, every, decay, heads: lro.galore_plus_adamw(
-            lr, rank=rank, update_every=every, weight_decay=decay, num_heads=heads
+            lr,
+            rank=rank,
+            update_every=every,
+            weight_decay=decay,
+            num_heads=heads,
+            matrices=matrices,
         ),
         1e-2,
         rank=32,
@@ -176,7 +207,7 @@ METHODS = {
     ),
     "q_galore_adamw_8bit": Method(
         lambda lr, rank, every, decay: lro.q_galore_adamw_8bit(
-            lr, rank=rank, update_every=every, weight_decay=decay
+            lr, rank=rank, update_every=every, weight_decay=decay, matrices=matrices
         ),
         1e-2,
         rank=32,
@@ -186,7 +217,7 @@ METHODS = {
     ),
     "galore_adam_mini": Method(
         lambda lr, rank, every, decay: lro.galore_adam_mini(
-            lr, rank=rank, update_every=every, weight_decay=decay
+            lr, rank=rank, update_every=every, weight_decay=decay, matrices=matrices
         ),
         1e-2,
         rank=32,
@@ -247,5 +278,4 @@ def matrix_state_bytes(tx: optax.GradientTransformation, params: Any) -> int:
     def keep(leaf: Any, view: Any) -> Any:
         return None if view is None else leaf
 
-    matrices = lro.default_matrices(params)
-    return lro.state_bytes(tx, jax.tree.map(keep, params, matrices))
+    return lro.state_bytes(tx, jax.tree.map(keep, params, matrices(params)))

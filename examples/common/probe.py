@@ -10,7 +10,7 @@ import optax
 
 import lowrank_optax as lro
 
-_LEADING = 8  # singular values counted as the top, as in MLorc's Figure 1
+LEADING = 8  # singular values counted as the top, as in MLorc's Figure 1
 _MATRICES = 8  # a full SVD of every matrix of a large model would take hours
 
 
@@ -64,10 +64,8 @@ class Probe:
             "overlap": _mean([overlap(u, b) for u, b in zip(new, bases, strict=True)]),
             "gradient": _mean([_top_share(g) for g in picked]),
         }
-        for name, field in (("first_moment", "mu"), ("second_moment", "nu")):
-            for _, moment in optax.tree.get_all_with_path(opt_state, field):
-                if jax.tree.map(jnp.shape, moment) == jax.tree.map(jnp.shape, grads):
-                    record[name] = _mean([_top_share(x) for x in self._pick(moment)])
+        for name, moment in full_moments(opt_state, grads).items():
+            record[name] = _mean([_top_share(x) for x in self._pick(moment)])
         return record, new
 
     def _pick(self, tree: Any) -> list[jax.Array]:
@@ -75,8 +73,23 @@ class Probe:
         return [leaves[path] for path in self.paths]
 
 
+def full_moments(opt_state: Any, params: Any) -> dict[str, Any]:
+    """The moments that a state keeps at full size, as trees like the parameters.
+
+    Returns:
+      `first_moment` and `second_moment`, as far as there are any.
+    """
+    shapes = jax.tree.map(jnp.shape, params)
+    return {
+        name: moment
+        for name, field in (("first_moment", "mu"), ("second_moment", "nu"))
+        for _, moment in optax.tree.get_all_with_path(opt_state, field)
+        if jax.tree.map(jnp.shape, moment) == shapes
+    }
+
+
 def _top_share(x: jax.Array) -> jax.Array:
-    return lro.diagnostics.singular_value_ratio(x, _LEADING)
+    return lro.diagnostics.singular_value_ratio(x, LEADING)
 
 
 def _mean(values: list[jax.Array]) -> jax.Array:

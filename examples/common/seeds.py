@@ -62,6 +62,7 @@ def scores(
     values: Mapping[str, Sequence[float]],
     published: Mapping[str, Mapping[str, float]],
     score_name: str,
+    constant: float | None = None,
 ) -> tuple[Figure, str]:
     """A row a method: every seed, their mean, and what papers report.
 
@@ -70,6 +71,7 @@ def scores(
       published: what each source reports of each method, in the unit of the values.
         Methods that are not in `values` are left out.
       score_name: what the axis says.
+      constant: the best score of an answer that is always the same, to be marked.
 
     Returns:
       The figure and its caption.
@@ -95,6 +97,8 @@ def scores(
             mfc="none",
             label=source,
         )
+    if constant is not None:
+        axes.axvline(constant, color="gray", ls=":", label="always the same answer")
     axes.set(xlabel=score_name)
     axes.set_yticks(list(rows.values()), list(rows))
     axes.margins(y=0.5 / max(1, len(rows)))

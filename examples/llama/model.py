@@ -105,11 +105,20 @@ class Attention(nnx.Module):
         table: tuple[jax.Array, jax.Array],
         attend: Attend = causal,
     ) -> jax.Array:
+        return self.joined(attend(*self.heads(x, table)))
+
+    def heads(
+        self, x: jax.Array, table: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values of each head, rotated by position."""
         heads = (*x.shape[:2], -1, self.width)
         q = rotate(self.q_proj(x).reshape(heads), table)  # B T N H
         k = rotate(self.k_proj(x).reshape(heads), table)  # B T K H
-        v = self.v_proj(x).reshape(heads)  # B T K H
-        return self.o_proj(attend(q, k, v).reshape(*x.shape[:2], -1))
+        return q, k, self.v_proj(x).reshape(heads)  # B T K H
+
+    def joined(self, mixed: jax.Array) -> jax.Array:
+        """The output of all heads `(B, T, N, H)`."""
+        return self.o_proj(mixed.reshape(*mixed.shape[:2], -1))
 
 
 class FeedForward(nnx.Module):

@@ -46,6 +46,7 @@ from examples.common.settings import RECORD, parse_settings, settings_record
 from examples.common.tokens import END_OF_TEXT, Packed, TokenizedCorpus, tokenize
 from examples.llama.config import CONFIGS as CONFIGS
 from examples.llama.config import LlamaConfig, config_names, config_path
+from examples.llama.layerwise import step_of
 from examples.llama.model import Llama
 from examples.llama.pretrain_settings import SMOKE, Pretrain
 from examples.llama.weights import save_llama
@@ -53,6 +54,7 @@ from examples.llama.weights import save_llama
 RESULT = "result.json"
 MODEL = "model"
 
+_CLIP = 1.0  # the largest norm of the gradient
 _VALIDATION_BATCHES = 8
 _PROBE_RANK = 8
 # More than a token takes on average, so that what is read of a hub dataset lasts for
@@ -94,20 +96,21 @@ class Job:
         s = self.settings
         train = Packed(self.tokens.train, s.seq_len)
         validation = Packed(self.tokens.validation, s.seq_len)
-        init, loss = _init_and_loss(self.model)
+        init, loss = init_and_loss(self.model)
         return Task(
             init=init,
             loss=loss,
             batch=lambda step: train.batch(s.seed, step, s.batch_size),
             validation=validation.fixed_batches(_VALIDATION_BATCHES, s.batch_size),
             tokens_per_step=s.batch_size * s.seq_len,
+            step_of=step_of(self.config, _CLIP) if s.layerwise else None,
         )
 
     def task_of(self, method: str) -> Task:
         """The task as the method has it: of the model that it trains."""
         if METHODS[method].linear is None:
             return self.task
-        init, loss = _init_and_loss(partial(self.model, method))
+        init, loss = init_and_loss(partial(self.model, method))
         gradient = jax.grad(self.task.loss)
 
         def probed(params: Any, rows: jax.Array) -> Any:
@@ -143,7 +146,7 @@ class Job:
         return lr, rank
 
     def optimizer(self, method: str) -> optax.GradientTransformation:
-        """The method under its schedule, behind a clip of the gradient's norm at 1."""
+        """The method under its schedule, behind a clip of the gradient's norm."""
         s = self.settings
         lr, rank = self.hyperparameters(method)
         schedule = warmup_cosine(lr, s.steps)
@@ -152,15 +155,20 @@ class Job:
         known = {"heads": heads, "steps": s.steps}
         more = {name: known[name] for name in own.needs}
         tx = own.build(schedule, rank, s.update_every, s.weight_decay, **more)
-        return optax.chain(optax.clip_by_global_norm(1.0), tx)
+        if s.layerwise:
+            return tx  # the step clips
+        return optax.chain(optax.clip_by_global_norm(_CLIP), tx)
 
     def check(self) -> None:
         """Raises ValueError for what would fail later: too little text, a method
         that does not fit the model."""
         self.task.batch(0)
         for method in self.settings.methods:
-            params = jax.eval_shape(self.task_of(method).init)
-            jax.eval_shape(self.optimizer(method).init, params)
+            task, tx = self.task_of(method), self.optimizer(method)
+            params = jax.eval_shape(task.init)
+            state = jax.eval_shape(tx.init, params)
+            if task.step_of is not None:
+                jax.eval_shape(task.step_of(tx), params, state, task.batch(0))
 
     def save(self) -> None:
         """Makes the directory, with what `--resume` needs."""
@@ -179,7 +187,8 @@ class Job:
         timetable = Timetable(
             s.steps, s.log_every, s.eval_every, s.checkpoint_every, s.shrink_every
         )
-        probe = Probe.of(self.params, _PROBE_RANK)
+        # Which would need the whole gradient.
+        probe = None if s.layerwise else Probe.of(self.params, _PROBE_RANK)
         state = train(task, tx, timetable, probe, directory, method, stop)
         model = self.trained(method, state.params)
         save_llama(model, directory / MODEL, self.tokens.tokenizer)
@@ -200,7 +209,7 @@ class Job:
         )
 
 
-def _init_and_loss(model: Callable[[], Llama]) -> tuple[Callable, Callable]:
+def init_and_loss(model: Callable[[], Llama]) -> tuple[Callable, Callable]:
     """`Task.init` and `Task.loss` of the model that is made by a call."""
     graph = nnx.graphdef(nnx.eval_shape(model))
 
@@ -266,7 +275,7 @@ def read_config(settings: Pretrain) -> LlamaConfig:
             f"Unknown model {settings.model!r}: choose from {config_names()}, or give"
             " the path of a config.json."
         )
-    config = LlamaConfig.from_json(path)
+    config = LlamaConfig.from_json(path, scan_layers=settings.layerwise)
     if settings.seq_len > config.max_position_embeddings:
         raise ValueError(
             f"Cannot train on sequences of {settings.seq_len} tokens: the model takes"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from examples.common.methods import check_methods
+from examples.common.methods import METHODS, check_methods
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,9 @@ class Pretrain:
     shrink_every: int = 100
     """Steps between two searches for ranks that are no longer used, in methods that
     adapt them; the memory of these is freed."""
+    layerwise: bool = False
+    """Update each layer inside of the backward pass, so that no gradient of the whole
+    model exists. Layers are held as one; the gradient is not probed."""
     smoke: bool = False
     """Smaller defaults: all of it in less than a minute, to see that it works."""
 
@@ -75,6 +78,12 @@ class Pretrain:
                 raise ValueError(
                     f"{name} must be at least 1, not {getattr(self, name)}"
                 )
+        adapted = [name for name in self.methods if METHODS[name].linear]
+        if self.layerwise and adapted:
+            raise ValueError(
+                f"Cannot train {adapted[0]} layerwise: its layers are not the model's."
+                " Choose optimizers as methods, or leave --layerwise out."
+            )
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be above 0, not {self.learning_rate}")
         if not self.weight_decay >= 0:

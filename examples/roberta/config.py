@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from examples.common.files import write_json
+
 MODEL_TYPES = ("roberta", "bert")
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -176,8 +178,7 @@ class EncoderConfig:
         raw["label2id"] = {name: i for i, name in enumerate(self.labels)}
         # transformers 4 reads `torch_dtype`, transformers 5 `dtype`.
         raw["torch_dtype"] = raw["dtype"] = self.param_dtype
-        text = json.dumps(raw, indent=2, sort_keys=True) + "\n"
-        Path(path).write_text(text, encoding="utf-8")
+        write_json(Path(path), raw)
 
 
 # Labels are written in Hugging Face's way; how this model is computed is no property

@@ -152,24 +152,25 @@ def _check_unchanged(facts: dict[str, Any], out: Path) -> None:
     facts |= recorded
 
 
+def begin(job: Job) -> None:
+    """Says what is run, and puts it on record unless it is resumed."""
+    model, data = job.facts["model"], job.facts["data"]
+    print(f"{model['source']}, {model['start']}; on {job.settings.chosen_task.title},")
+    print(f"{data['train_examples']:,} examples of {data['source']}; run in {job.out}")
+    if not job.settings.resume:
+        job.out.mkdir(parents=True, exist_ok=True)
+        # The record last: what it is missing from is no run.
+        job.tokenizer.save(str(job.out / TOKENIZER))
+        write_json(job.out / RECORD, job.facts)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the job; returns the exit status: 0, 2 for bad settings, 130 if stopped."""
     began = time.perf_counter()
     argv = sys.argv[1:] if argv is None else argv
     try:
         job = prepare(*parse_settings(argv, "glue", Glue(), SMOKE))
-        model, data = job.facts["model"], job.facts["data"]
-        print(
-            f"{model['source']}, {model['start']}; on {job.settings.chosen_task.title},"
-        )
-        print(
-            f"{data['train_examples']:,} examples of {data['source']}; run in {job.out}"
-        )
-        if not job.settings.resume:
-            job.out.mkdir(parents=True, exist_ok=True)
-            # The record last: what it is missing from is no run.
-            job.tokenizer.save(str(job.out / TOKENIZER))
-            write_json(job.out / RECORD, job.facts)
+        begin(job)
     except (ValueError, OSError) as error:
         print("glue:", one_line(error), file=sys.stderr)
         return 2
@@ -190,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
             resume = f"python -m examples.roberta.glue --resume --out {job.out}"
             print(f"{stopped}; go on with: {resume}", file=sys.stderr)
             return 130
-        paths = write_files(job, model["start"], trained)
+        paths = write_files(job, trained)
     print(comparison(job, trained))
     print(f"{time.perf_counter() - began:.0f} seconds in all; written:")
     for path in paths:

@@ -48,7 +48,7 @@ from examples.roberta.weights import Weights, load_classifier, save_model
 
 PRETRAINED = "pretrained"
 BEST = "best"
-_SUMMARY = "summary.json"
+SUMMARY = "summary.json"
 
 # In these nothing but adapters and head is trained, as fine-tuning has it; the others
 # that take the linear maps' place train the rest too.
@@ -133,26 +133,15 @@ class Job:
 
     def model(self, method: str, seed: int, weights: Weights) -> Classifier:
         """The initial classifier, as the method trains it."""
-        if method == SCRATCH:
-            weights = Weights(weights.config, {})
-        rngs = nnx.Rngs(seed)
-        model, rank = weights.model(rngs), self.settings.rank_of(method)
-        kind = None if method == SCRATCH else METHODS[method].linear
-        if kind is not None and rank is not None:
-            if method in _ADAPTERS_ONLY:
-                kind = partial(kind, alpha=_ALPHA)
-            adapt(model.encoder, kind, rank, rngs=rngs)
-        return model
+        return _initial(method, self.settings.rank_of(method), seed, weights)
 
     def graph(self, method: str) -> nnx.GraphDef:
         """The classifier as the method trains it, without its weights."""
-        blank = Weights(self.config, {})
-        return nnx.graphdef(nnx.eval_shape(lambda: self.model(method, 0, blank)))
+        return _abstract(method, self.settings.rank_of(method), self.config)[0]
 
     def shapes(self, method: str) -> Any:
         """Shapes and types of the parameters that the method starts from."""
-        blank = Weights(self.config, {})
-        return jax.eval_shape(lambda: params_of(self.model(method, 0, blank)))
+        return _abstract(method, self.settings.rank_of(method), self.config)[1]
 
     def check(self) -> None:
         """Raises ValueError for a method that does not fit the model."""
@@ -181,6 +170,30 @@ class Job:
         )
         return load_classifier(directory, self.config.labels)
 
+    def loss(self, method: str) -> Callable[[Any, Batch], jax.Array]:
+        """The mean loss of a training batch, with dropout."""
+        return partial(weighted_loss, self.graph(method), method in _ADAPTERS_ONLY)
+
+    def task(
+        self,
+        method: str,
+        weights: Weights,
+        loss: Callable[[Any, Batch], jax.Array],
+        seed: int,
+    ) -> Task:
+        """What a run trains, from the weights on; `loss` is the method's."""
+        size = self.batch_size
+        return Task(
+            init=lambda: params_of(self.model(method, seed, weights)),
+            loss=loss,
+            batch=lambda step: self.train.training_batch(seed, step, size),
+            validation=(),
+            tokens_per_step=size,
+            evaluate=partial(self.evaluate, self.graph(method)),
+            shapes=self.train.shapes(size),
+            unit="examples",
+        )
+
     def run(self, method: str, weights: Weights, stop: StopRequest) -> Trained:
         """Trains with one method, or goes on with it: each rate, then each seed.
 
@@ -188,8 +201,7 @@ class Job:
           Interrupted: on request of `stop`.
         """
         first, *other_seeds = self.settings.seeds
-        graph = self.graph(method)
-        loss = partial(weighted_loss, graph, method in _ADAPTERS_ONLY)
+        loss = self.loss(method)
         optimizers = {
             rate: self.optimizer(method, rate) for rate in self.settings.rates(method)
         }
@@ -198,7 +210,7 @@ class Job:
             # Of the same objects, so that runs share what is compiled for them.
             return {
                 seed: self._run(
-                    method, graph, weights, loss, optimizers[rate], rate, seed, stop
+                    method, weights, loss, optimizers[rate], rate, seed, stop
                 )
                 for seed in seeds
             }
@@ -226,7 +238,6 @@ class Job:
     def _run(
         self,
         method: str,
-        graph: nnx.GraphDef,
         weights: Weights,
         loss: Callable[[Any, Batch], jax.Array],
         tx: optax.GradientTransformation,
@@ -235,38 +246,30 @@ class Job:
         stop: StopRequest,
     ) -> Run:
         """One run, or what is on disk of it if it is done."""
-        s, size = self.settings, self.batch_size
+        s = self.settings
         directory = self._directory(method, rate, seed)
-        task = Task(
-            init=lambda: params_of(self.model(method, seed, weights)),
-            loss=loss,
-            batch=lambda step: self.train.training_batch(seed, step, size),
-            validation=(),
-            tokens_per_step=size,
-            evaluate=partial(self._evaluate, graph),
-            shapes=self.train.shapes(size),
-            unit="examples",
-        )
+        task = self.task(method, weights, loss, seed)
         timetable = Timetable(
             self.steps,
             s.log_every,
-            self.train.steps(size),
+            self.train.steps(self.batch_size),
             s.checkpoint_every,
             s.shrink_every,
         )
-        best = Best(self.score, partial(self._save, graph, directory / BEST))
+        save = partial(self._save, self.graph(method), directory / BEST)
+        best = Best(self.score, save)
 
         def summary() -> dict[str, Any]:
             label = f"{method}, rate {rate:g}, seed {seed}"
             train(task, tx, timetable, None, directory, label, stop, best)
             return self._sum_up(method, rate, tx, directory)
 
-        found = read_or_make(directory / _SUMMARY, summary)
+        found = read_or_make(directory / SUMMARY, summary)
         # Of use only to a run that is under way, and larger than all else.
         shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
         return Run(**found, records=read_metrics(directory / METRICS_FILE))
 
-    def _evaluate(self, graph: nnx.GraphDef, params: Any) -> dict[str, float]:
+    def evaluate(self, graph: nnx.GraphDef, params: Any) -> dict[str, float]:
         """Loss and scores over all validation sets, and of each if there are more."""
         predictions = {
             name: _predict(graph, params, part, self.batch_size)
@@ -306,6 +309,30 @@ class Job:
             "matrix_state_bytes": matrix_state_bytes(tx, params) - freed,
             "tokens_per_step": self.batch_size,
         }
+
+
+def _initial(method: str, rank: int | None, seed: int, weights: Weights) -> Classifier:
+    if method == SCRATCH:
+        weights = Weights(weights.config, {})
+    rngs = nnx.Rngs(seed)
+    model = weights.model(rngs)
+    kind = None if method == SCRATCH else METHODS[method].linear
+    if kind is not None and rank is not None:
+        if method in _ADAPTERS_ONLY:
+            kind = partial(kind, alpha=_ALPHA)
+        adapt(model.encoder, kind, rank, rngs=rngs)
+    return model
+
+
+@lru_cache
+def _abstract(
+    method: str, rank: int | None, config: EncoderConfig
+) -> tuple[nnx.GraphDef, Any]:
+    model = nnx.eval_shape(lambda: _initial(method, rank, 0, Weights(config, {})))
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params_of(model)
+    )
+    return nnx.graphdef(model), shapes
 
 
 def params_of(model: nnx.Module) -> Any:

@@ -112,20 +112,20 @@ def pretrain(
       ValueError: too little text.
       Interrupted: on request of `stop`.
     """
-    if (directory / CONFIG).exists():
-        return
-    task = _task(config, tokenizer, texts, batch_size, seed)
-    rate = warmup_linear(_LEARNING_RATE, steps, _WARMUP)
-    tx = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=_WEIGHT_DECAY)
-    )
-    often = max(1, steps // _VALIDATIONS)
-    timetable = Timetable(steps, 1, often, often, steps)
-    state = train(task, tx, timetable, None, directory, "masked tokens", stop)
-    model = MaskedLM(config, rngs=nnx.Rngs(seed))
-    nnx.update(model, state.params)
-    save_model(model.encoder, directory, tokenizer)
-    shutil.rmtree(directory / CHECKPOINTS)
+    if not (directory / CONFIG).exists():
+        task = _task(config, tokenizer, texts, batch_size, seed)
+        rate = warmup_linear(_LEARNING_RATE, steps, _WARMUP)
+        tx = optax.chain(
+            optax.clip_by_global_norm(1.0),
+            optax.adamw(rate, weight_decay=_WEIGHT_DECAY),
+        )
+        often = max(1, steps // _VALIDATIONS)
+        timetable = Timetable(steps, 1, often, often, steps)
+        state = train(task, tx, timetable, None, directory, "masked tokens", stop)
+        model = MaskedLM(config, rngs=nnx.Rngs(seed))
+        nnx.update(model, state.params)
+        save_model(model.encoder, directory, tokenizer)
+    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
 
 
 def _task(

@@ -20,7 +20,7 @@ RESULT = "result.json"
 _NOTES = {
     "lora": "trains adapters and head only",
     "dora": "trains adapters and head only",
-    SCRATCH: "adamw from random weights",
+    SCRATCH: "adamw from random weights, so from scratch",
 }
 
 
@@ -72,25 +72,32 @@ def constant_score(job: Job) -> float:
     )
 
 
-def write_files(job: Job, start: str, trained: Mapping[str, Trained]) -> list[Path]:
-    """Writes report.md with its plots and, last, result.json; returns the paths."""
-    s, task, data = job.settings, job.settings.chosen_task, job.facts["data"]
-    preset, constant = task.preset, constant_score(job)
-    lines = {
+def setting(job: Job) -> dict[str, str]:
+    """What was trained, how and where, as named facts."""
+    s, task, facts = job.settings, job.settings.chosen_task, job.facts
+    data, preset = facts["data"], task.preset
+    return {
         "task": f"{task.title}, {data['source']} (SHA-256 {data['sha256'][:16]}):"
         f" {data['train_examples']:,} examples to train on,"
         f" {data['validation_examples']:,} to validate on",
-        "model": f"{job.facts['model']['source']}, {start}",
+        "model": f"{facts['model']['source']}, {facts['model']['start']}",
         "training": f"{job.steps} steps ({preset.epochs:g} epochs) of"
         f" {preset.batch_size} examples of at most {preset.max_length} tokens, weight"
         f" decay {s.weight_decay:g}, warm-up over {s.warmup:.0%} of the steps, then"
         f" linear decay; seeds {', '.join(map(str, s.seeds))}",
+        "machine": facts["device"],
+        "versions": ", ".join(f"{k} {v}" for k, v in facts["versions"].items()),
+    }
+
+
+def write_files(job: Job, trained: Mapping[str, Trained]) -> list[Path]:
+    """Writes report.md with its plots and, last, result.json; returns the paths."""
+    s, task, constant = job.settings, job.settings.chosen_task, constant_score(job)
+    lines = setting(job) | {
         "scores": f"in percent, at the validation with the best {job.score}, the mean"
         " and, of several seeds, the standard deviation; the best answer that is always"
         f" the same has {100 * constant:.2f}",
         "peak memory": "of the compiled step: weights, gradients, state, activations",
-        "machine": job.facts["device"],
-        "versions": ", ".join(f"{k} {v}" for k, v in job.facts["versions"].items()),
     }
     if s.grid:
         lines["learning rates"] = (
@@ -108,7 +115,9 @@ def write_files(job: Job, start: str, trained: Mapping[str, Trained]) -> list[Pa
         *_papers(job),
         *_tried(trained),
         Plot(
-            "scores", "Scores", partial(scores, percents, task.published, f"{axis} (%)")
+            "scores",
+            "Scores",
+            partial(scores, percents, task.published, f"{axis} (%)", 100 * constant),
         ),
         Plot("curves", "Along the run", partial(curves, groups, job.score, axis)),
         Plot(
@@ -118,6 +127,7 @@ def write_files(job: Job, start: str, trained: Mapping[str, Trained]) -> list[Pa
         ),
     ]
     paths = write_page(job.out, f"Fine-tuning on {task.title}", lines, sections)
+    start = job.facts["model"]["start"]
     result = {
         **job.facts,
         "start": start,

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax._src import compatible, engine, matrix, random, trees
+from lowrank_optax._src import compatible, engine, matrix, random, stack, trees
+from lowrank_optax._src.kernels.adam import Adam, recognize
+from lowrank_optax._src.kernels.dispatch import active
 from lowrank_optax._src.matrix import MatrixView
 from lowrank_optax._src.transfer import FIRST_MOMENTS, SECOND_MOMENTS
 from lowrank_optax._src.typing import Codec
@@ -141,6 +143,7 @@ def compress_fields(
     key: int | jax.Array,
 ) -> optax.GradientTransformationExtraArgs:
     """`compress_state`, with the codecs chosen once the state's fields are known."""
+    adam = recognize(inner)
     inner = optax.with_extra_args_support(inner)
     fields = engine.StateFields(inner)
 
@@ -223,15 +226,38 @@ def compress_fields(
         views, coded = see(updates, layout.names, layout.abstract)
         keys = trees.leaf_keys(key, [v.path for v in views], state.step)
         old = layout.get(state.inner_state)
-        whole = {w: view.leaf(_decode(c, old[w])) for w, (c, view) in coded.items()}
+        # At these, one pass stands for the inner optimizer and both codecs.
+        in_one = {} if adam is None else _passes(adam, coded)
+        treedef = jax.tree.structure(updates)
+        masks = {w: optax.MaskedNode() for w in coded if w[1] in in_one}
+        whole = {
+            w: view.leaf(_decode(codec, old[w]))
+            for w, (codec, view) in coded.items()
+            if w not in masks
+        }
         directions, inner_state = inner.update(
-            grads,
-            layout.set(state.inner_state, whole),
+            treedef.unflatten(
+                optax.MaskedNode() if i in in_one else g
+                for i, g in enumerate(treedef.flatten_up_to(grads))
+            ),
+            layout.set(state.inner_state, whole | masks),
             None if params is None else jax.tree.map(trees.full_precision, params),
             **extra,
         )
         new = layout.get(inner_state)
+        directions, given = map(treedef.flatten_up_to, (directions, updates))
+        for i, adam_in_blocks in in_one.items():
+            _, view = coded["mu", i]
+            direction, new["mu", i], new["nu", i] = adam_in_blocks(
+                view.matrix(given[i], given[i].dtype),
+                old["mu", i],
+                old["nu", i],
+                state.inner_state.count,
+            )
+            directions[i] = view.leaf(direction, given[i].dtype)
         for (name, i), (codec, view) in coded.items():
+            if i in in_one:
+                continue
             x = new[name, i]
             own_keys = _own_keys(codec, keys[i], name, view)
             new[name, i] = _encode(codec, own_keys, view.matrix(x), old[name, i])
@@ -249,10 +275,18 @@ def compress_fields(
             inner_state=layout.set(inner_state, new),
             own=state.own,
         )
-        cast = jax.tree.map(lambda d, g: d.astype(g.dtype), directions, updates)
-        return cast, new_state
+        cast = (d.astype(g.dtype) for d, g in zip(directions, given, strict=True))
+        return treedef.unflatten(cast), new_state
 
     return engine.transformation(init, update)
+
+
+def _passes(adam: Adam, coded: Any) -> dict[int, Callable[..., Any]]:
+    if not active():
+        return {}
+    from lowrank_optax._src.kernels import int8
+
+    return int8.passes(adam, coded)
 
 
 @engine.compiled
@@ -281,7 +315,7 @@ def _code_view(codec: Codec, view: Any, leaf: Any) -> MatrixView | None:
     if not jnp.issubdtype(moment.dtype, jnp.floating):
         return None
     if _elementwise(codec):
-        if moment.size < ELEMENTWISE_MIN_SIZE:
+        if moment.size * stack.parts() < ELEMENTWISE_MIN_SIZE:
             return None
     elif not isinstance(view, MatrixView) or moment.ndim < 2:
         return None

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lowrank_optax._src import matrix, trees
+from lowrank_optax._src import matrix, stack, trees
 from lowrank_optax._src.box import ParamBox, is_box
 
 Where = tuple[str, int]  # a field of a state, and the number of a parameter's leaf
@@ -137,7 +137,8 @@ class StateFields:
         )
         values = [matrix.value_of(x) for _, x in flat]
         shapes = tuple((tuple(x.shape), jnp.dtype(x.dtype)) for x in values)
-        seen = (treedef, shapes, trees.limits(), accumulating() is not None)
+        within = accumulating() is not None, stack.parts()
+        seen = (treedef, shapes, trees.limits(), *within)
         if seen not in self._layouts:
             boxes = [
                 ParamBox(jax.ShapeDtypeStruct(*shape), path=str(i))

@@ -118,16 +118,14 @@ def leafwise(
 
         old = {i: load(i) for i in at_matrix}
         keys = trees.leaf_keys(key, [v.path for v in views], state.step)
-        steps = [
-            _steps(
-                rule,
-                random.matrix_keys(keys[i], view.batch_shape),
-                state.step,
-                view.matrix(grads[i]),
-                old[i],
-            )
-            for i, view in at_matrix.items()
-        ]
+        steps = []
+        for i, view in at_matrix.items():
+            here, dtype = rule, None
+            if hasattr(rule, "at"):
+                here, dtype = rule.at(view), grads[i].dtype
+            grad = view.matrix(grads[i], dtype)
+            own_keys = random.matrix_keys(keys[i], view.batch_shape)
+            steps.append(_steps(here, own_keys, state.step, grad, old[i]))
         results = dict(
             zip(at_matrix, batching.drive(*steps, count=state.step), strict=True)
         )

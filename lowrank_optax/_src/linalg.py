@@ -1,4 +1,4 @@
-"""Randomized and Gram-based factorizations over the last two axes, any batch axes.
+"""Gram-based factorizations over the last two axes, any batch axes.
 
 Everything tall is a matmul: the only factorizations are those of small (r, r)
 matrices, so rows may stay sharded (a Gram matrix costs one small all-reduce) and
@@ -11,9 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
-
-from lowrank_optax._src import random
+from jaxtyping import Array, Float
 
 _EPS = 1.1920929e-07  # float32; the laws below are promised at this precision
 
@@ -30,6 +28,11 @@ def project(basis: Array, a: Array) -> Array:
     and there transpose ``a``, at up to twice the time where ``a`` is a transposed view.
     """
     return matmul(jax.lax.optimization_barrier(basis.mT), a)
+
+
+def sketch(a: Array, w: Array) -> Array:
+    """``a w`` for a thin ``w``, whichever way ``a`` lies in memory; see `project`."""
+    return jax.lax.optimization_barrier(project(w, a.mT)).mT
 
 
 def at_least_float32(x: Array) -> Array:
@@ -69,6 +72,12 @@ def power_of_two(x: Array) -> tuple[Array, Array]:
     # What is not a number stays so: 0 * inf.
     broken = jnp.where(exponent == top, x - x, 0.0).astype(x.dtype)
     return power(inverse) + broken, power(top - 1 - inverse)
+
+
+def near_one(y: Array) -> tuple[Array, Array]:
+    """``y / s`` with the power of two s at its largest magnitude, and the latter."""
+    largest = jnp.max(jnp.abs(y), (-2, -1), keepdims=True)
+    return y * power_of_two(largest)[0], largest
 
 
 def unit_columns(y: Array) -> Array:
@@ -147,15 +156,16 @@ def _gram(y: Array) -> Array:
     return matmul(y.mT, y)
 
 
-def _polish(y: Array) -> Array:
+def _polish(y: Array, gram: Array | None = None) -> Array:
     """One Newton-Schulz step: squares a small orthonormality error, keeps zeros."""
-    return matmul(y, 1.5 * jnp.eye(y.shape[-1], dtype=y.dtype) - 0.5 * _gram(y))
+    gram = _gram(y) if gram is None else gram
+    return matmul(y, 1.5 * jnp.eye(y.shape[-1], dtype=y.dtype) - 0.5 * gram)
 
 
-def _cholesky_pass(y: Array) -> Array:
+def cholesky_pass(y: Array, gram: Array | None = None) -> Array:
     """``y R^-1`` with ``R^T R = y^T y + shift``: same span, far better conditioned."""
     r = y.shape[-1]
-    gram = _gram(y)
+    gram = _gram(y) if gram is None else gram
     # The absolute floor is for the zero matrix, which must come out zero.
     shift = 2 * r * _EPS * jnp.max(jnp.diagonal(gram, axis1=-2, axis2=-1), -1) + 1e-30
     eye = jnp.eye(r, dtype=y.dtype)
@@ -204,9 +214,22 @@ def orthonormalize(a: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
     largest = jnp.max(jnp.abs(y), axis=-2, keepdims=True)
     y = unit_columns(y / jnp.where(largest > 0, largest, 1.0))
     y = y + 1e-6 * m**-0.5 * filler(m, r).astype(y.dtype)
-    for _ in range(6):  # each lifts a small singular value at least a hundredfold
-        y = _cholesky_pass(y)
-    return _polish(_polish(y))
+    tolerance = max(1e-3, 4 * r * _EPS)  # of a column; below is what the shift leaves
+
+    def far(state):
+        _, gram, passes = state
+        error = jnp.linalg.norm(gram - jnp.eye(r, dtype=y.dtype), axis=-1)
+        return (passes < 8) & jnp.any(error > tolerance)
+
+    def lift(state):
+        y, gram, passes = state
+        y = cholesky_pass(y, gram)
+        return y, _gram(y), passes + 1
+
+    # Each pass lifts a small singular value at least a hundredfold: two are enough for
+    # most, and six for dependent columns.
+    y, gram, _ = jax.lax.while_loop(far, lift, (y, _gram(y), 0))
+    return _polish(_polish(y, gram))
 
 
 def _whiten(y: Array) -> tuple[Array, Array]:
@@ -312,122 +335,3 @@ def gram_eigh(
     if m > n:
         vectors = orthonormalize(matmul(a, vectors))
     return vectors, jnp.sqrt(jnp.maximum(values, 0.0)) * scale[..., 0]
-
-
-def range_finder(
-    key: Key[Array, "*b"] | Key[Array, ""],
-    a: Float[Array, "*b m n"],
-    size: int,
-    power_iters: int = 0,
-    start: Float[Array, "*b n k"] | None = None,
-) -> Float[Array, "*b m l"]:
-    """An orthonormal basis of the approximate range of ``a`` (Halko et al. 2011, 4.4).
-
-    ``Q = orth((A A^T)^q A Omega)`` with a Gaussian ``Omega``; between the products the
-    sketch is re-conditioned, so that small singular values survive the powers.
-
-    Args:
-      key: for ``Omega``; one, or one for each matrix.
-      a: ``(*batch, m, n)``.
-      size: columns wanted; at most ``min(m, n)`` are returned.
-      power_iters: q; each costs two more passes over ``a``.
-      start: columns to use as the first ones of ``Omega`` (a warm start).
-
-    Returns:
-      ``(*batch, m, min(size, m, n))`` with orthonormal columns.
-    """
-    a, _ = unit_scale(a)
-    m, n = a.shape[-2:]
-    size = min(size, m, n)
-    known = 0 if start is None else min(start.shape[-1], size)
-    shape = (*a.shape[:-2], n, size - known)
-    omega = random.draw(jax.random.normal, key, shape, a.dtype)
-    if start is not None:
-        # Unit columns: a warm start on the scale of the Gaussian ones.
-        start = unit_columns(start[..., :known].astype(a.dtype)) * n**0.5
-        omega = jnp.concatenate([start, omega], axis=-1)
-    y = matmul(a, omega)
-    for _ in range(power_iters):
-        y = _cholesky_pass(unit_scale(y)[0])
-        y = _cholesky_pass(unit_scale(matmul(a.mT, y))[0])
-        y = matmul(a, y)
-    return orthonormalize(y)
-
-
-def rotate_to_singular(
-    basis: Float[Array, "*b m l"], a: Float[Array, "*b m n"], rank: int
-) -> Float[Array, "*b m r"]:
-    """The ``rank`` leading singular directions of ``a`` within a basis' span.
-
-    ``basis @ U`` with ``U`` the leading eigenvectors of ``B B^T``, ``B = basis^T a``.
-    """
-    b, _ = unit_scale(matmul(basis.mT, at_least_float32(a)))
-    _, vectors = eigh(_gram(b.mT))
-    return matmul(basis, jnp.flip(vectors, -1)[..., :rank])
-
-
-def subspace_iteration(
-    key: Key[Array, "*b"] | Key[Array, ""],
-    a: Float[Array, "*b m n"],
-    rank: int,
-    iters: int = 2,
-    oversample: int = 8,
-    start: Float[Array, "*b m k"] | None = None,
-) -> Float[Array, "*b m r"]:
-    """Leading left singular vectors by randomized subspace iteration (Halko 4.4).
-
-    Args:
-      key: for the Gaussian start; one, or one for each matrix.
-      a: ``(*batch, m, n)``.
-      rank: columns returned, at most ``min(m, n)``.
-      iters: products with ``A A^T``.
-      oversample: extra columns carried along and dropped at the end.
-      start: an older basis ``(*batch, m, k)`` to begin from.
-
-    Returns:
-      ``(*batch, m, min(rank, m, n))``, orthonormal, in descending order.
-    """
-    warm = None if start is None else matmul(unit_scale(a)[0].mT, start)
-    basis = range_finder(key, a, rank + oversample, iters, warm)
-    return rotate_to_singular(basis, a, min(rank, *a.shape[-2:]))
-
-
-def randomized_svd(
-    key: Key[Array, "*b"] | Key[Array, ""],
-    a: Float[Array, "*b m n"],
-    rank: int,
-    oversample: int = 8,
-    power_iters: int = 1,
-) -> tuple[Float[Array, "*b m r"], Float[Array, "*b r"], Float[Array, "*b r n"]]:
-    """A rank-``rank`` SVD by a Gaussian sketch (Halko et al. 2011; MLorc Algorithm 3).
-
-    ``Q = range_finder(A, rank + oversample)``, then the exact SVD of ``Q^T A``,
-    truncated to ``rank`` (which MLorc's Algorithm 3 leaves out). For oversample
-    p >= 2 and no power iteration, the expected squared error is at most
-    ``(1 + rank / (p - 1))`` times that of the best rank-``rank`` approximation before
-    the truncation. Costs ``2 (power_iters + 1)`` products with ``A``.
-
-    Args:
-      key: for the sketch; one, or one for each matrix.
-      a: ``(*batch, m, n)``.
-      rank: at most ``min(m, n)`` are returned.
-      oversample: p.
-      power_iters: q.
-
-    Returns:
-      ``(u, s, vt)`` of shapes ``(*batch, m, r)``, ``(*batch, r)``, ``(*batch, r, n)``.
-
-    >>> import jax, jax.numpy as jnp, lowrank_optax as lro
-    >>> a = jnp.outer(jnp.arange(1.0, 6.0), jnp.arange(1.0, 8.0))
-    >>> u, s, vt = lro.linalg.randomized_svd(jax.random.key(0), a, rank=1)
-    >>> bool(jnp.allclose(u * s @ vt, a, rtol=1e-4))
-    True
-    """
-    rank = min(rank, *a.shape[-2:])
-    a, scale = unit_scale(a)
-    q = range_finder(key, a, rank + oversample, power_iters)
-    b = matmul(q.mT, a)
-    rows = orthonormalize(b.mT).mT
-    u, s, vt = svd(matmul(b, rows.mT))
-    u, s, vt = u[..., :rank], s[..., :rank], vt[..., :rank, :]
-    return matmul(q, u), s * scale[..., 0], matmul(vt, rows)

@@ -157,9 +157,7 @@ class Whole:
 
     def sketch(self, w: Array) -> tuple[Array, Array]:
         """``A w / s`` with a scale s that keeps its squares in range; about s."""
-        y = matmul(self.matrix, w)
-        largest = jnp.max(jnp.abs(y), (-2, -1), keepdims=True)
-        return y * linalg.power_of_two(largest)[0], largest
+        return linalg.near_one(matmul(self.matrix, w))
 
     def project(self, q: Array) -> tuple[Array, ...]:
         """Thin arrays that `join` to ``q^T A``."""
@@ -182,20 +180,23 @@ class Average:
     old: LowRankCode
     grad: Array
 
-    def sketch(self, w: Array) -> tuple[Array, Array]:
+    def sketch(self, w: Array, new: Array | None = None) -> tuple[Array, Array]:
+        """As of `Whole`; ``new`` is ``G w`` where that is known."""
         kept = matmul(self.old.left, matmul(self.old.right, w))
-        new = matmul(self.grad, w)
+        new = matmul(self.grad, w) if new is None else new
         largest = jnp.maximum(
             *(jnp.max(jnp.abs(x), (-2, -1), keepdims=True) for x in (kept, new))
         )
         y = self.decay * kept + (1 - self.decay) * new
         return y * linalg.power_of_two(largest)[0], largest
 
-    def project(self, q: Array) -> tuple[Array, ...]:
+    def project(self, q: Array, new: Array | None = None) -> tuple[Array, ...]:
+        """As of `Whole`; ``new`` is ``q^T G`` where that is known."""
         decay = jnp.asarray(self.decay, q.dtype) * jnp.ones(
             (*q.shape[:-2], 1, 1), q.dtype
         )
-        kept, new = matmul(q.mT, self.old.left), linalg.project(q, self.grad)
+        kept = matmul(q.mT, self.old.left)
+        new = linalg.project(q, self.grad) if new is None else new
         return decay, kept, self.old.right, new
 
     @staticmethod
@@ -239,7 +240,7 @@ def _best_code(y: Array, z: Array, old_right: Array) -> tuple[LowRankCode, Array
 def low_rank_product(code: LowRankCode) -> Array:
     """``left @ right``; at small rank as a sum of outer products, which fuses."""
     r = code.right.shape[-2]
-    if r > _OUTER_MAX_RANK:
+    if r > OUTER_MAX_RANK:
         return matmul(code.left, code.right)
     terms = (code.left[..., :, i, None] * code.right[..., i, None, :] for i in range(r))
     return functools.reduce(jnp.add, terms)
@@ -247,7 +248,7 @@ def low_rank_product(code: LowRankCode) -> Array:
 
 # Up to here, products of factors are formed entry by entry inside the loop that uses
 # them instead of by a matrix product that has to be stored.
-_OUTER_MAX_RANK = 16
+OUTER_MAX_RANK = 16
 
 
 def _sign_rows(shape: tuple[int, ...], dtype: Any) -> Array:

@@ -81,6 +81,11 @@ class MatrixView:
         return math.prod(self.shape)
 
     @property
+    def turned(self) -> bool:
+        """Whether the matrix is the transpose of how the leaf lies in memory."""
+        return bool(self.left and self.right) and self.left[0] > self.right[0]
+
+    @property
     def batch_shape(self) -> tuple[int, ...]:
         return tuple(self.shape[a] for a in self.batch)
 
@@ -93,11 +98,11 @@ class MatrixView:
         """The effective rank, ``min(rank, m, n)``, and at most the limit."""
         return min(rank, self.m, self.n, *([] if self.limit is None else [self.limit]))
 
-    def matrix(self, leaf: jax.Array) -> jax.Array:
-        """The leaf as ``(*batch, m, n)`` in the compute dtype."""
+    def matrix(self, leaf: jax.Array, dtype: Any = None) -> jax.Array:
+        """The leaf as ``(*batch, m, n)``, in the compute dtype if no other is given."""
         x = jnp.transpose(leaf, (*self.batch, *self.left, *self.right))
         x = x.reshape(*self.batch_shape, self.m, self.n)
-        return x.astype(self.compute_dtype)
+        return x.astype(dtype or self.compute_dtype)
 
     def leaf(self, matrix: jax.Array, dtype: Any = None) -> jax.Array:
         """The inverse of `matrix`, in the leaf's dtype unless another is given."""

@@ -14,12 +14,13 @@ from lowrank_optax._src import (
     batching,
     compatible,
     engine,
-    linalg,
     matrix,
+    projection,
     random,
     trees,
 )
-from lowrank_optax._src.linalg import matmul, project
+from lowrank_optax._src.kernels.adam import recognize
+from lowrank_optax._src.kernels.dispatch import active
 from lowrank_optax._src.matrix import MatrixView
 from lowrank_optax._src.recovery import Drop
 from lowrank_optax._src.refresh import Every, spread
@@ -119,9 +120,10 @@ def project_gradients(
     """
     rank = engine.check_rank(rank)
     engine.check_number(scale, "scale")
+    adam = recognize(inner)
     inner = optax.with_extra_args_support(inner)
     fields = engine.StateFields(inner)
-    stored = _is_stored(subspace)
+    stored = projection.is_stored(subspace)
 
     def check(subspace, recovery, side):
         compatible.check_rank(subspace, rank)
@@ -147,7 +149,7 @@ def project_gradients(
         for (i, view), shape, own in zip(views.items(), shapes, keys, strict=True):
             parts = subspace, shape, view.compute_dtype
             own = random.matrix_keys(own, view.batch_shape)
-            drawn[i] = functools.partial(_draw, parts, own)
+            drawn[i] = functools.partial(projection.draw, parts, own)
         return drawn
 
     def init(params):
@@ -193,6 +195,18 @@ def project_gradients(
         )
         return accumulate.start(state, proxies)
 
+    def in_one_pass(at_matrix):
+        """The kernels that stand for the inner optimizer and what is around it."""
+        if adam is None or engine.accumulating() or not active():
+            return {}
+        from lowrank_optax._src.kernels.projected_adam import projected_adam, suits
+
+        return {
+            i: functools.partial(projected_adam, (adam, scale, v.turned))
+            for i, v in at_matrix.items()
+            if suits(_at(v, recovery), v)
+        }
+
     def down(updates, state, first):
         """The projected gradients, and the state with the bases for them."""
         treedef = jax.tree.structure(updates)
@@ -216,16 +230,17 @@ def project_gradients(
         basis_at = load(at_matrix, bases)
         # Leaf by leaf: XLA's CPU backend orders by depth, and would first project all
         # gradients and last project all directions back, with all of them alive.
-        turn = jnp.zeros([])
+        in_one, turn = in_one_pass(at_matrix), jnp.zeros([])
         for i, view in at_matrix.items():
             own = {name: x for (name, j), x in moments.items() if j == i}
-            low[i], basis, due, refreshes[i], own, turn = _down(
+            low[i], basis, due, refreshes[i], own, size = projection.down(
                 (
                     _at(view, subspace),
                     refresh,
                     transfer,
                     _at(view, recovery),
                     view.rank(rank),
+                    view.turned,
                 ),
                 random.matrix_keys(keys[i], view.batch_shape),
                 state.step,
@@ -238,6 +253,8 @@ def project_gradients(
                 own,
                 turn,
             )
+            if i not in in_one:  # which does without the projection made here
+                turn = size
             bases[i] = basis if stored else jnp.where(due, state.step, bases[i])
             moments |= {(name, i): x for name, x in own.items()}
         return treedef.unflatten(low), state._replace(
@@ -261,36 +278,62 @@ def project_gradients(
 
         # Drawn once more, as otherwise those of all leaves would be alive at once.
         basis_at = load(at_matrix, bases)
+        in_one = in_one_pass(at_matrix)
+        masks = {w: optax.MaskedNode() for w in moments if w[1] in in_one}
         if params is not None:
             weights = [trees.full_precision(w) for w in treedef.flatten_up_to(params)]
             for i, view in at_matrix.items():
-                weights[i] = _project(None, basis_at[i](), view.matrix(weights[i]))
+                weight = view.matrix(weights[i])
+                weights[i] = projection.project_param(None, basis_at[i](), weight)
             params = treedef.unflatten(weights)
-        directions, inner_state = inner.update(low, state.inner_state, params, **extra)
+        directions, inner_state = inner.update(
+            treedef.unflatten(
+                optax.MaskedNode() if i in in_one else x for i, x in enumerate(coeffs)
+            ),
+            layout.set(state.inner_state, moments | masks),
+            params,
+            **extra,
+        )
 
         directions = treedef.flatten_up_to(directions)
         new_moments = layout.get(inner_state)
-        out = [d.astype(g.dtype) for d, g in zip(directions, grads, strict=True)]
+        out = [
+            d if i in at_matrix else d.astype(g.dtype)
+            for i, (d, g) in enumerate(zip(directions, grads, strict=True))
+        ]
         for i, view in at_matrix.items():
             own = [w for w in new_moments if w[1] == i]
-            seen = hasattr(recovery_at[i], "observe")
-            new, recovery_state = _recover(
-                (recovery_at[i], scale),
-                view.matrix(grads[i]),
-                coeffs[i],
-                directions[i],
-                basis_at[i](),
-                recoveries[i],
-                {name: new_moments[name, i] for name, _ in own} if seen else None,
-            )
-            out[i] = view.leaf(new)
+            if i in in_one:
+                new, new_moments["mu", i], new_moments["nu", i] = in_one[i](
+                    view.matrix(grads[i], grads[i].dtype),
+                    basis_at[i](),
+                    moments["mu", i],
+                    moments["nu", i],
+                    state.inner_state.count,
+                )
+                recovery_state = recoveries[i]
+                out[i] = view.leaf(new)
+                ok = engine.finite([new_moments[w] for w in own])
+            else:
+                seen = hasattr(recovery_at[i], "observe")
+                new, recovery_state = projection.recover(
+                    (recovery_at[i], scale),
+                    view.matrix(grads[i]),
+                    coeffs[i],
+                    directions[i],
+                    basis_at[i](),
+                    recoveries[i],
+                    {name: new_moments[name, i] for name, _ in own} if seen else None,
+                )
+                # Told by the gradient, not by each of the moments: the choice is then
+                # made while they are computed, and costs no pass; but after the
+                # directions, which are made of the old ones too.
+                out[i] = view.leaf(new)
+                size = jnp.linalg.norm(coeffs[i])
+                ok = jnp.isfinite(batching.after(size, out[i]))
+                ok &= engine.finite(recovery_state)
             # What is not finite must not stay in the state for good; the moments of a
-            # leaf belong together. Told by the gradient, not by each of them: the
-            # choice is then made while they are computed, and costs no pass; but
-            # after the directions, which are made of the old ones too.
-            size = jnp.linalg.norm(coeffs[i])
-            ok = jnp.isfinite(batching.after(size, out[i]))
-            ok &= engine.finite(recovery_state)
+            # leaf belong together.
             recoveries[i] = engine.where(ok, recovery_state, recoveries[i])
             new_moments |= {
                 w: engine.where(ok, new_moments[w], moments[w]) for w in own
@@ -303,75 +346,6 @@ def project_gradients(
         return treedef.unflatten(out), new_state
 
     return engine.transformation(init, accumulate.stepwise(down, up))
-
-
-@engine.compiled
-def _down(
-    parts,
-    key,
-    step,
-    phase,
-    first,
-    grad,
-    basis,
-    refresh_state,
-    recovery_state,
-    moments,
-    turn,
-):
-    """Renew the basis if due, and project the gradient, once ``turn`` is known."""
-    subspace, refresh, transfer, recovery, rank = parts
-    grad = recovery.prepare(grad, recovery_state)
-    coeff = project(batching.after(basis, turn), grad)
-    size = jnp.linalg.norm(coeff)
-    # A basis that has not seen a usable gradient yet is zero: it is always due.
-    unset = jnp.all(basis[..., 0] == 0)
-    due = unset | (first & refresh.due(refresh_state, step, phase, size))
-
-    def renew():
-        # A shrunk basis is renewed as a whole one is, and cut off again: its columns
-        # stay those that it would have without.
-        missing = rank - basis.shape[-1]
-        old = jnp.pad(basis, [(0, 0)] * (basis.ndim - 1) + [(0, missing)])
-        new = _safe_select(subspace, key, grad, old, step)[..., : basis.shape[-1]]
-        overlap = matmul(new.mT, basis)
-        used = jnp.sum(jnp.any(basis != 0, axis=-2))
-        size = jnp.linalg.norm(grad)
-        usable = jnp.isfinite(size) & (size > 0)  # else nothing was chosen
-        share = jnp.where(usable, jnp.sum(overlap**2) / jnp.maximum(used, 1), 0.0)
-        carried = transfer.carry(moments, overlap)
-        return project(new, grad), new, carried, share, size
-
-    def keep():
-        return coeff, basis, moments, jnp.ones([], basis.dtype), size
-
-    coeff, basis, moments, share, size = jax.lax.cond(due, renew, keep)
-    after = refresh.after(refresh_state, due, size, share)
-    after = engine.accept(
-        engine.where(unset | first, after, refresh_state), refresh_state
-    )
-    return coeff, basis, due, after, moments, size
-
-
-@engine.compiled
-def _draw(parts, key):
-    """The basis of a subspace that is not stored, from the key of its refresh."""
-    subspace, shape, dtype = parts
-    zeros = jnp.zeros(shape, dtype)
-    return subspace.select(key, zeros, zeros, jnp.zeros([], jnp.int32))
-
-
-@engine.compiled
-def _project(parts, basis, param):
-    return project(basis, param)
-
-
-@engine.compiled
-def _recover(parts, grad, coeff, direction, basis, state, moments):
-    recovery, scale = parts
-    grad = recovery.prepare(grad, state)
-    new, state = recovery.recover(grad, coeff, direction, basis, scale, state)
-    return new, state if moments is None else recovery.observe(basis, moments, state)
 
 
 def _check_moments(transfer, recovery, view, rank, moments) -> None:
@@ -389,26 +363,3 @@ def _check_moments(transfer, recovery, view, rank, moments) -> None:
 def _at(view: MatrixView, part: Any) -> Any:
     """The part of one leaf; parts themselves are never callable."""
     return part(view) if callable(part) else part
-
-
-def _is_stored(subspace: Any) -> bool:
-    return getattr(subspace, "stored", True)
-
-
-def _safe_select(subspace: Subspace, key, grad, old, step):
-    """A new basis with the signs of the old one, which an unusable gradient keeps."""
-    if not _is_stored(subspace):
-        return subspace.select(key, grad, old, step)  # as it will be drawn again
-    usable = jnp.all(jnp.isfinite(grad), axis=(-2, -1), keepdims=True)
-    usable &= jnp.any(grad != 0, axis=(-2, -1), keepdims=True)
-    new = subspace.select(
-        key, linalg.unit_scale(jnp.where(usable, grad, 0))[0], old, step
-    )
-    inner_product = jnp.sum(new * old, axis=-2, keepdims=True)
-    new = jnp.where(inner_product < 0, -new, new)
-    # In a stack of which others start, a matrix without a usable gradient starts too,
-    # anywhere: with a basis of zero it would stand still until the next refresh.
-    unset = jnp.all(old == 0, axis=(-2, -1), keepdims=True)
-    usable |= unset & jnp.any(usable)
-    usable &= jnp.all(jnp.isfinite(new), axis=(-2, -1), keepdims=True)
-    return jnp.where(usable, new, old)

@@ -1,6 +1,7 @@
 """Random numbers for stacks of matrices, a key for each matrix.
 
-So what a matrix of a stack sees does not depend on the others in it.
+So what a matrix of a stack sees does not depend on the others in it, nor on whether
+these are updated with it.
 """
 
 import zlib
@@ -10,11 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax._src import stack
+
 
 def matrix_keys(key: jax.Array, batch: tuple[int, ...]) -> jax.Array:
     """The keys ``(*batch,)`` of a leaf's matrices: its own, folded by their places."""
-    for size in batch:
-        places = jnp.arange(size)
+    for axis, size in enumerate(batch):
+        places = jnp.arange(size) + (stack.place() if axis == 0 else 0)
         key = _over(
             key,
             lambda k, places=places: jax.vmap(

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._src import compatible, linalg, random
+from lowrank_optax._src import compatible, linalg, random, randomized
 from lowrank_optax._src.engine import check_rank
 from lowrank_optax._src.typing import Subspace
 
@@ -50,9 +50,9 @@ class TopSingular:
             fresh_key, key = random.split(key)
             fresh = random.draw(jax.random.normal, fresh_key, old.shape, old.dtype)
             start = jnp.where(started, old, fresh)
-            return linalg.subspace_iteration(key, grad, rank, iters=1, start=start)
+            return randomized.subspace_iteration(key, grad, rank, iters=1, start=start)
         iters = 1 if self.method == "rsvd" else 2
-        return linalg.subspace_iteration(key, grad, rank, iters)
+        return randomized.subspace_iteration(key, grad, rank, iters)
 
 
 # Relative to the largest: what is smaller is the noise of a Gram matrix, not a value.
@@ -104,7 +104,7 @@ class ImportanceSampled:
             vectors, values = linalg.gram_eigh(grad)
         else:
             size = max(self.pool, rank)
-            within = linalg.range_finder(sketch_key, grad, size + 8, power_iters=1)
+            within = randomized.range_finder(sketch_key, grad, size + 8, power_iters=1)
             coeff = linalg.matmul(within.mT, grad)
             vectors, values = linalg.gram_eigh(coeff, size)
             vectors = linalg.matmul(within, vectors)
@@ -258,7 +258,7 @@ class EnergyRank:
 
     def select(self, key, grad, old, step):
         rank = old.shape[-1]
-        basis = linalg.subspace_iteration(key, grad, rank, iters=1)
+        basis = randomized.subspace_iteration(key, grad, rank, iters=1)
         energy = jnp.sum(linalg.matmul(basis.mT, grad) ** 2, axis=-1)
         total = jnp.sum(grad**2, axis=(-2, -1))[..., None]
         residual = total - jnp.cumsum(energy, axis=-1)

@@ -153,6 +153,9 @@ class Rule(Protocol):
     ) -> Any:
         """``(update, next state)``, shaped as ``grad`` and ``state``; ``step`` from 0.
 
+        ``grad`` is in float32. A rule with a method ``at(view)`` says by that what
+        rule is used at a leaf, whose gradients come in the leaf's own dtype.
+
         May be a generator, ``x, = yield [(function, array)]``, to have small problems
         of all leaves solved as one batch: see `lowrank_optax._src.batching`.
         """

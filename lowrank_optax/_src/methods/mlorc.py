@@ -9,7 +9,9 @@ import optax
 
 from lowrank_optax._src import batching, engine
 from lowrank_optax._src.compress import by_moment, compress_fields
+from lowrank_optax._src.kernels.dispatch import active
 from lowrank_optax._src.leafwise import leafwise
+from lowrank_optax._src.linalg import at_least_float32
 from lowrank_optax._src.low_rank import (
     Average,
     LowRank,
@@ -222,6 +224,10 @@ class MLorcAdam:
     eps: Any
     mu: LowRank
     nu: LowRank
+    turned: bool = False  # whether the leaf lies transposed in memory
+
+    def at(self, view):
+        return dataclasses.replace(self, turned=view.turned)
 
     def init(self, view):
         return MLorcAdamState(self.mu.init(view), self.nu.init(view))
@@ -232,6 +238,10 @@ class MLorcAdam:
             self.mu.draw(key, state.mu),
             self.nu.draw(key, state.nu),
         )
+        if kernels := _kernels(grad, (self.mu, mu_omega), (self.nu, nu_omega)):
+            omegas = mu_omega, nu_omega
+            return (yield from kernels.adam(self, step, grad, state, zeta, *omegas))
+        grad = at_least_float32(grad)
         b1, b2, t = self.b1, batching.take_turn(self.b2, grad.dtype), step + 1
         m = b1 * self.mu.decode(state.mu) + (1 - b1) * grad
         v = b2 * clamp_negative(low_rank_product(state.nu), zeta) + (1 - b2) * grad**2
@@ -252,15 +262,31 @@ class MLorcLion:
     b1: Any
     b2: Any
     mu: LowRank
+    turned: bool = False  # whether the leaf lies transposed in memory
+
+    def at(self, view):
+        return dataclasses.replace(self, turned=view.turned)
 
     def init(self, view):
         return MLorcLionState(self.mu.init(view))
 
     def update(self, key, step, grad, state):
         omega = yield from self.mu.draw(key, state.mu)
+        if kernels := _kernels(grad, (self.mu, omega)):
+            return (yield from kernels.lion(self, grad, state, omega))
+        grad = at_least_float32(grad)
         b1 = batching.take_turn(self.b1, grad.dtype)
         c = b1 * self.mu.decode(state.mu) + (1 - b1) * grad
         average = Average(self.b2, state.mu, grad)
         mu, finite = yield from self.mu.compress(omega, average, state.mu, True)
         new = engine.where(jnp.all(finite), MLorcLionState(mu), state)
         return jnp.sign(c), new
+
+
+def _kernels(grad, *sketches):
+    """The module of the kernels that stand for an update, if there are any."""
+    if not active():
+        return None
+    from lowrank_optax._src.kernels import mlorc
+
+    return mlorc if mlorc.suits(grad, *sketches) else None

@@ -1,0 +1,1 @@
+"""Pallas kernels of whole update passes, and what chooses between them and XLA."""

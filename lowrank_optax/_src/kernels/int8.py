@@ -1,0 +1,301 @@
+"""Adam on moments in bytes as one pass: decode, update, encode.
+
+The map of `BlockInt8` is followed by arithmetic instead of by its table: TPUs do not
+gather from one, and each of its seven decades is a linear grid. A number that lies
+between two of the map to the last bit of float32 may go to the other of them.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas import triton
+
+from lowrank_optax._src import engine
+from lowrank_optax._src.codec import BlockInt8, BlockInt8Code, dynamic_map
+from lowrank_optax._src.kernels.adam import Adam, adam_step
+from lowrank_optax._src.kernels.dispatch import by_platform
+from lowrank_optax._src.kernels.plan import BUDGET, power_of_two
+from lowrank_optax._src.kernels.tiles import flat
+
+Array = jax.Array
+_GPU_PARAMS = triton.CompilerParams(num_warps=4, num_stages=1)
+_TPU_PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel",))
+_GPU_ROWS = 8  # blocks that a program takes
+_VALUES = 24  # arrays of 32 bits, of one block of each row, that the arithmetic keeps
+
+
+def passes(adam: Adam, coded: Any) -> dict[int, Callable[..., Any]]:
+    """`adam_in_blocks` for each leaf at which it stands for Adam between codecs.
+
+    Args:
+      adam: from `recognize`.
+      coded: ``{(field, leaf): (codec, view)}``.
+    """
+    found: dict[int, Callable[..., Any]] = {}
+    for (name, i), (mu, view) in coded.items():
+        nu, _ = coded.get(("nu", i), (None, None))
+        if (
+            name == "mu"
+            and isinstance(mu, BlockInt8)
+            and mu.signed
+            and nu == BlockInt8(False, mu.block)
+            and view.compute_dtype == jnp.float32
+        ):
+            found[i] = functools.partial(adam_in_blocks, (adam, mu.block))
+    return found
+
+
+@engine.compiled
+def adam_in_blocks(
+    parts: tuple[Adam, int], grad: Array, mu: BlockInt8Code, nu: BlockInt8Code, count
+):
+    """Adam's direction and the new codes of both moments.
+
+    Args:
+      parts: `Adam` and the codecs' block.
+      grad: (*batch, m, n), float32 or narrower.
+      mu, nu: a signed and an unsigned code.
+      count: of Adam's updates before.
+
+    Returns:
+      ``(update, mu, nu)``, the update in the gradient's dtype.
+    """
+    adam, block = parts
+    padded = (grad, 0.0), (mu.index, _zero(True)), (nu.index, _zero(False))
+    rows = [_in_rows(x, block, zero) for x, zero in padded]
+    largest = [x.largest.reshape(len(rows[0]), -1) for x in (mu, nu)]
+    arrays = [*rows, *largest, *map(flat, adam.numbers(count))]
+
+    def on(platform, interpret, *arrays):
+        return _on(platform, interpret, block, *arrays)
+
+    *wide, mu_largest, nu_largest = by_platform(on, *arrays)
+    update, mu_index, nu_index = (_from_rows(x, grad.shape) for x in wide)
+    return (
+        update,
+        BlockInt8Code(mu_index, mu_largest.reshape(mu.largest.shape)),
+        BlockInt8Code(nu_index, nu_largest.reshape(nu.largest.shape)),
+    )
+
+
+def _in_rows(x: Array, block: int, zero: float) -> Array:
+    """Rows of whole blocks: those of x, or single blocks where they run over rows.
+
+    What fills the last of them is ``zero``, in a code the number that stands for it.
+    """
+    *batch, m, n = x.shape
+    if n % block == 0:
+        return x.reshape(-1, n)
+    x = x.reshape(*batch, m * n)
+    pad = [(0, 0)] * len(batch) + [(0, -m * n % block)]
+    return jnp.pad(x, pad, constant_values=zero).reshape(-1, block)
+
+
+def _from_rows(x: Array, shape: tuple[int, ...]) -> Array:
+    *batch, m, n = shape
+    return x.reshape(*batch, -1)[..., : m * n].reshape(shape)
+
+
+def _on(platform: str, interpret: bool, block: int, *arrays: Array) -> list[Array]:
+    taken = rows_at_once(platform, arrays[0].shape[1], block, arrays[0].dtype)
+    if platform == "tpu" and taken:
+        return _on_tpu(taken, interpret, block, *arrays)
+    single = [x.reshape(-1, block) for x in arrays[:3]]
+    single += [x.reshape(-1, 1) for x in arrays[3:5]]
+    if taken:
+        results = _on_gpu(taken, interpret, *single, *arrays[5:])
+    else:
+        results = adam_on_blocks(*single, *(x[0] for x in arrays[5:]))
+    shapes = [x.shape for x in (*arrays[:1] * 3, *arrays[3:5])]
+    return [x.reshape(s) for x, s in zip(results, shapes, strict=True)]
+
+
+def rows_at_once(platform: str, cols: int, block: int, dtype: Any) -> int:
+    """Rows that a program takes; 0 if it cannot.
+
+    On GPU these are single blocks, of a size that Triton takes. On TPU all columns are
+    taken, as many scales as there are; bytes lie in registers of (32, 128).
+    """
+    if platform == "cuda":
+        return _GPU_ROWS if block == power_of_two(block) else 0
+    fitting = (
+        r for r in (128, 64, 32) if tpu_bytes(r, cols, block, dtype) <= BUDGET["tpu"]
+    )
+    return next(fitting, 0) if block % 128 == 0 else 0
+
+
+def tpu_bytes(rows: int, cols: int, block: int, dtype: Any) -> int:
+    """VMEM of a program: blocks twice, scales in whole registers, arithmetic."""
+    wide = 2 * jnp.dtype(dtype).itemsize + 4
+    scales = 4 * 4 * 128 * pl.cdiv(cols // block, 128)
+    return rows * (2 * (cols * wide + scales) + _VALUES * 4 * block)
+
+
+def adam_on_blocks(g, mu_index, nu_index, mu_largest, nu_largest, *numbers):
+    """Adam on some blocks ``(rows, block)`` with their scales ``(rows, 1)``.
+
+    Returns:
+      ``(update, mu_index, nu_index, mu_largest, nu_largest)``.
+    """
+    update, mu, nu = adam_step(
+        g.astype(jnp.float32),
+        decode(mu_index, True) * mu_largest,
+        decode(nu_index, False) * nu_largest,
+        *numbers,
+    )
+    mu_index, mu_largest = encode(mu, True)
+    nu_index, nu_largest = encode(nu, False)
+    return update.astype(g.dtype), mu_index, nu_index, mu_largest, nu_largest
+
+
+def _decades(signed: bool) -> tuple[int, list[tuple[int, int, float, float, float]]]:
+    """The map by its positive numbers, counted from 1.
+
+    Returns:
+      How many there are; and for each decade, and for the number 1 after the last: its
+      first count, its size, its first number, their distance, and from where it is the
+      nearest.
+    """
+    numbers = dynamic_map(signed)
+    numbers = numbers[numbers > 0]
+    found, start = [], 0
+    for decade in range(8):
+        size = 1 if decade == 7 else 2 ** (decade + (not signed))
+        first = numbers[start]
+        step = 0.9 * 10.0 ** (decade - 6) / size
+        border = 0.0 if start == 0 else (numbers[start - 1] + first) / 2
+        found.append((start + 1, size, float(first), step, float(border)))
+        start += size
+    return len(numbers), found
+
+
+def _zero(signed: bool) -> int:
+    """The index of zero in the map."""
+    return int(np.argmin(np.abs(dynamic_map(signed))))
+
+
+def decode(index: Array, signed: bool) -> Array:
+    """Numbers of the map, in float32."""
+    offset = index.astype(jnp.int32).astype(jnp.float32) - _zero(signed)
+    place = jnp.abs(offset)
+    value = jnp.zeros_like(place)
+    for start, _, first, step, _ in _decades(signed)[1]:
+        value = jnp.where(place >= start, first + step * (place - start), value)
+    return jnp.where(offset < 0, -value, value) if signed else value
+
+
+def encode(x: Array, signed: bool) -> tuple[Array, Array]:
+    """Index of the nearest number of the map, and the largest magnitude of each row."""
+    size = jnp.abs(x)
+    # What is not a number must be seen in the scale, whatever a maximum makes of it.
+    size = jnp.where(size == size, size, jnp.inf)
+    largest = jnp.max(size, axis=-1, keepdims=True)
+    unit = size / jnp.where(largest > 0, largest, 1.0)
+    place = jnp.zeros_like(unit)
+    for start, count, first, step, border in _decades(signed)[1]:
+        # Halves go down, as where the middle itself is not passed.
+        within = jnp.ceil((unit - first) / step - 0.5)
+        within = jnp.minimum(jnp.maximum(within, 0.0), count - 1.0)
+        place = jnp.where(unit > border, start + within, place)
+    zero = _zero(signed)
+    if signed:
+        # The map has 1 but not -1.
+        place = jnp.where(x < 0, -jnp.minimum(place, float(zero)), place)
+    index = (zero + place).astype(jnp.int32).astype(jnp.uint8)
+    return index, largest
+
+
+def _specs(taken: int, wide: int, scales: int, numbers: int) -> tuple[list, list]:
+    def rows(cols):
+        return pl.BlockSpec((taken, cols), lambda i: (i, 0))
+
+    one = pl.BlockSpec((None, 1, 1), lambda i: (0, 0, 0))
+    arrays = [rows(wide)] * 3 + [rows(scales)] * 2
+    return [*arrays, *[one] * numbers], arrays
+
+
+def _shapes(grad: Array, scales: Array) -> list[Any]:
+    index = jax.ShapeDtypeStruct(grad.shape, jnp.uint8)
+    largest = jax.ShapeDtypeStruct(scales.shape, jnp.float32)
+    return [
+        jax.ShapeDtypeStruct(grad.shape, grad.dtype),
+        index,
+        index,
+        largest,
+        largest,
+    ]
+
+
+def _on_tpu(taken: int, interpret: bool, block: int, *arrays: Array) -> list[Array]:
+    scales = arrays[3].shape[1]
+
+    def kernel(*refs):
+        wide, scale = refs[:3], refs[3:5]
+        numbers, results = refs[5:-5], refs[-5:]
+
+        def one_block(j, new):
+            part = pl.ds(pl.multiple_of(j * block, block), block)
+            # A column of a scale, taken and set by a comparison: lanes have no index.
+            here = jax.lax.broadcasted_iota(jnp.int32, (taken, scales), 1) == j
+            old = [
+                jnp.sum(jnp.where(here, x[...], 0.0), axis=1, keepdims=True)
+                for x in scale
+            ]
+            out = adam_on_blocks(
+                *(x[:, part] for x in wide), *old, *(x[...] for x in numbers)
+            )
+            for ref, x in zip(results, out[:3], strict=False):
+                ref[:, part] = x
+            return [jnp.where(here, x, n) for x, n in zip(out[3:], new, strict=True)]
+
+        zeros = [jnp.zeros((taken, scales), jnp.float32)] * 2
+        new = jax.lax.fori_loop(0, scales, one_block, zeros)
+        for ref, x in zip(results[3:], new, strict=True):
+            ref[...] = x
+
+    rows, cols = arrays[0].shape
+    ins, outs = _specs(taken, cols, scales, len(arrays) - 5)
+    return pl.pallas_call(
+        kernel,
+        grid=(pl.cdiv(rows, taken),),
+        in_specs=ins,
+        out_specs=outs,
+        out_shape=_shapes(arrays[0], arrays[3]),
+        compiler_params=_TPU_PARAMS,
+        interpret=interpret,
+        name="adam_int8",
+    )(*arrays)
+
+
+def _on_gpu(taken: int, interpret: bool, *arrays: Array) -> list[Array]:
+    rows, block = arrays[0].shape
+
+    def kernel(*refs):
+        sources, numbers, results = refs[:5], refs[5:-5], refs[-5:]
+        place = jax.lax.broadcasted_iota(jnp.int32, (taken, 1), 0)
+        inside = place < rows - pl.program_id(0) * taken
+        blocks = [
+            triton.load(x, mask=jnp.broadcast_to(inside, x.shape), other=0)
+            for x in sources
+        ]
+        out = adam_on_blocks(*blocks, *(x[...] for x in numbers))
+        for ref, x in zip(results, out, strict=True):
+            triton.store(ref, x, mask=jnp.broadcast_to(inside, ref.shape))
+
+    ins, outs = _specs(taken, block, 1, len(arrays) - 5)
+    return pl.pallas_call(
+        kernel,
+        grid=(pl.cdiv(rows, taken),),
+        in_specs=ins,
+        out_specs=outs,
+        out_shape=_shapes(arrays[0], arrays[3]),
+        compiler_params=_GPU_PARAMS,
+        interpret=interpret,
+        name="adam_int8",
+    )(*arrays)

@@ -1,0 +1,138 @@
+"""A pass over the tiles of a matrix, described once for GPU and TPU.
+
+A pass is a function of one tile. Its operands and results are arrays of two axes, named
+by letters: "m" and "n" are cut into tiles, any other is taken whole; "11" is a number.
+The pass walks along "m" or "n"; results without it are summed over it.
+
+    Pass(tile, ins=("mn", "mr", "rn"), outs=("mn",), over="n")(grad, left, right)
+
+On TPU the steps of a walk are a grid axis, executed in order, and sums stay in VMEM; on
+GPU programs run in any order, so that a walk is a loop within one, with the sums in
+registers, and several programs share a long walk by partial sums.
+
+Found on jax 0.10.2 with no device: both lower through `jax.export`. For CUDA it is
+Triton, chosen by its `CompilerParams`: Mosaic GPU has no `dot_general` on plain values
+and holds each whole block of a ref in shared memory. Triton wants array sizes that are
+powers of two, slices refs but no values, and checks no bounds, hence the masks; JAX
+promises no stability of its serialized form, so that an export must allow the custom
+call. Mosaic for TPU fills edge blocks with anything, hence masks there too.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax._src.kernels import gpu, tpu
+from lowrank_optax._src.kernels.dispatch import by_platform
+from lowrank_optax._src.kernels.plan import Plan, is_full, plan, sizes_of, upright
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """A pass over one matrix, see the module.
+
+    Attributes:
+      tile: from the blocks of all operands to those of all results. What lies beyond
+        the edges of a matrix arrives as zero, and must add nothing to a sum.
+      ins: axes of the operands; the first is the gradient, "mn", or "nm" if it lies
+        transposed in memory: the tiles are turned then.
+      outs: axes of the results. Those of both are in the gradient's dtype, all others
+        in float32.
+      over: the axis of the walk.
+    """
+
+    tile: Callable[..., tuple[Array, ...]]
+    ins: tuple[str, ...]
+    outs: tuple[str, ...]
+    over: str
+
+    @property
+    def turned(self) -> "Pass":
+        """The same pass over a matrix that lies transposed in memory."""
+        turn = {"mn": "nm"}
+        ins, outs = (
+            tuple(turn.get(a, a) for a in axes) for axes in (self.ins, self.outs)
+        )
+        return dataclasses.replace(self, ins=ins, outs=outs)
+
+    def plan(self, platform: str, sizes: Mapping[str, int], dtype: Any) -> Plan | None:
+        return plan(platform, self.ins, self.outs, self.over, sizes, dtype)
+
+    def __call__(self, *arrays: Any, turned: bool = False) -> list[Array]:
+        """The results ``(*batch, ., .)`` of operands ``(*batch, ., .)`` and numbers.
+
+        With ``turned``, what is of the gradient's shape is transposed here and back,
+        which cancels with a transposition outside: nothing is moved in memory.
+        """
+        if turned:
+            other = self.turned
+            results = other(*map(upright, other.ins, arrays))
+            return list(map(upright, other.outs, results))
+        batch = arrays[0].shape[:-2]
+        results = by_platform(self.on, *map(flat, arrays))
+        return [x.reshape(*batch, *x.shape[1:]) for x in results]
+
+    def on(self, platform: str, interpret: bool, *arrays: Array) -> Sequence[Array]:
+        """The pass on one platform.
+
+        Args:
+          platform: "cuda" or "tpu"; where no tile fits, XLA takes the matrix whole.
+          interpret: whether to interpret the kernel.
+          arrays: ``(batch or 1, ., .)``.
+        """
+        sizes, dtype = sizes_of(self.ins, arrays), arrays[0].dtype
+        cut = self.plan(platform, sizes, dtype)
+        if cut is None:
+            return jax.vmap(self.whole)(*same_batch(arrays))
+        walk = gpu.walk if platform == "cuda" else tpu.walk
+        shapes = [
+            jax.ShapeDtypeStruct(
+                (len(arrays[0]), *(sizes[a] for a in axes)),
+                dtype if is_full(axes) else jnp.float32,
+            )
+            for axes in self.outs
+        ]
+        return walk(cut, interpret, self.tile, self.ins, arrays, self.outs, shapes)
+
+    def whole(self, *arrays: Array) -> list[Array]:
+        """The pass over one matrix as a single tile."""
+        blocks = map(upright, self.ins, arrays)
+        return list(map(upright, self.outs, self.tile(*blocks)))
+
+
+def flat(x: Any) -> Array:
+    """A stack of matrices; of a number, of one."""
+    x = jnp.asarray(x)
+    if x.ndim == 0:
+        x = x.astype(jnp.float32)[None, None]
+    return x.reshape(-1, *x.shape[-2:])
+
+
+def same_batch(arrays: tuple[Array, ...]) -> list[Array]:
+    return [jnp.broadcast_to(x, (len(arrays[0]), *x.shape[1:])) for x in arrays]
+
+
+def product(left: Any, right: Any) -> Array:
+    """``left @ right``; of thin factors as they are loaded, lists of their vectors."""
+    if not isinstance(left, list):
+        return dot(left, right)
+    terms = (a * b for a, b in zip(left, right, strict=True))
+    return functools.reduce(jnp.add, terms)
+
+
+def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
+    """A product at the highest precision, over one axis of each."""
+    axes = ((contract[0],), (contract[1],)), ((), ())
+    return jax.lax.dot_general(
+        a,
+        b,
+        axes,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
