@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test lint
+.PHONY: demo test lint notebooks
 
 demo: $(VENV)/examples.stamp
 	$(VENV)/bin/python -m examples.llama.pretrain
@@ -16,6 +16,10 @@ lint: $(VENV)/test.stamp $(VENV)/lint.stamp
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/pyrefly check
+
+# Runs them and writes their outputs; some minutes each.
+notebooks: $(VENV)/test.stamp
+	$(VENV)/bin/python -m notebooks.execute
 
 $(VENV)/%.stamp: pyproject.toml | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install -e '.[$*]'

@@ -146,7 +146,12 @@ MANY = [
     "mlorc_lion",
     "q_galore_adamw_8bit",
 ]
-PLOTS = [report._loss, report.memory_bars, report._overlap, report._singular_values]
+PLOTS = [
+    report.loss_curves,
+    report.memory_bars,
+    report._overlap,
+    report._singular_values,
+]
 
 
 def drawn_text(figure):

@@ -141,7 +141,7 @@ def write_report(
       The paths written, report.md first.
     """
     plots = [
-        Plot("loss", "Loss", partial(_loss, runs)),
+        Plot("loss", "Loss", partial(loss_curves, runs)),
         Plot("memory", "Optimizer state", partial(memory_bars, runs)),
         Plot("subspace_overlap", "Subspace of the gradient", partial(_overlap, runs)),
         Plot("singular_values", "Singular values", partial(_singular_values, runs)),
@@ -233,7 +233,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _loss(runs: Sequence[Run]) -> tuple[Figure, str]:
+def loss_curves(runs: Sequence[Run]) -> tuple[Figure, str]:
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(10, 4), sharey=True, layout="constrained"
     )

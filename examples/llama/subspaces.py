@@ -27,6 +27,7 @@ import numpy as np
 import optax
 import tyro
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from examples.common.settings import RUNS
@@ -146,8 +147,8 @@ def follow(job: Job, method: str) -> tuple[list[Row], list[Row]]:
     return rows, values
 
 
-def plot(rows: list[Row], values: list[Row], path: Path) -> None:
-    """Draws the tables: the mean over the layer types in bold, each type thin."""
+def draw(rows: list[Row], values: list[Row]) -> Figure:
+    """Plots the tables: the mean over the layer types in bold, each type thin."""
     figure, panels = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     (before, layers), (begin, spectrum) = panels
     _compare(before, rows, "step", "adjacent")
@@ -171,8 +172,7 @@ def plot(rows: list[Row], values: list[Row], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, ncols=2)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    return figure
 
 
 def _compare(axes: Axes, rows: list[Row], x: str, y: str) -> None:
@@ -240,7 +240,9 @@ def main(argv: list[str] | None = None) -> int:
             table += part
     write_csv(out / "overlap.csv", rows)
     write_csv(out / "singular_values.csv", values)
-    plot(rows, values, out / "subspaces.png")
+    figure = draw(rows, values)
+    figure.savefig(out / "subspaces.png", dpi=150)
+    plt.close(figure)
     last = max(row["step"] for row in rows)
     for method in METHODS:
         end = [r for r in rows if r["method"] == method and r["step"] > last / 2]

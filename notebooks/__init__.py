@@ -1,0 +1,1 @@
+"""Notebooks: each a Python file in jupytext's percent format, and what it put out."""
