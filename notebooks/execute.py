@@ -68,6 +68,7 @@ def run(notebook: NotebookNode, small: bool = False) -> NotebookNode:
             env={
                 **os.environ,
                 "IPYTHONDIR": scratch,
+                "TMPDIR": scratch,
                 "LOWRANK_OPTAX_SMALL": str(int(small)),
             },
         )
