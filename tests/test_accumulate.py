@@ -132,7 +132,10 @@ def test_bytes_are_those_of_the_state_and_one_projected_gradient():
 
 
 def test_llama_60m_needs_less_than_a_tenth_beside_its_dense_leaves():
-    shapes = matrices("60m", layers=8) | {"embed": (32000, 512), "lm_head": (512, 32000)}
+    shapes = matrices("60m", layers=8) | {
+        "embed": (32000, 512),
+        "lm_head": (512, 32000),
+    }
     params = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s, jnp.float32),
         shapes,
