@@ -30,13 +30,11 @@ class Settings:
 
     methods: tuple[str, ...] = (
         "optax.adamw",
-        "optax.contrib.galore r=128",
         "galore_adamw r=128",
         "mlorc_adamw r=4",
         "mlorc_lion r=4",
         "adarankgrad_adamw r=128",
         "apollo_adamw r=128",
-        "adamw_8bit",
     )
     """By their names in the record of benchmarks/steps.py; the first is the measure."""
     model: str = "llama_60m"
