@@ -12,6 +12,7 @@ import pytest
 import reference
 
 import lowrank_optax as lro
+from lowrank_optax._src import dynamic
 from lowrank_optax._src.low_rank import LowRankCode
 from lowrank_optax._src.trees import views
 
@@ -361,3 +362,30 @@ def test_an_average_in_bfloat16_reaches_a_constant():
     code = codec.init(view_of(64, 64))
     code, _ = jax.lax.scan(step, code, jax.random.split(KEY, 1000))
     assert abs(codec.decode(code).mean() - 1) < 0.005
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_bytes_stand_for_the_nearest_number_of_the_map(signed):
+    numbers = dynamic.dynamic_map(signed)
+    assert len(set(numbers)) == 256
+    every = jnp.arange(256, dtype=jnp.uint8)
+    decoded = dynamic.decode(every, signed)
+    np.testing.assert_allclose(decoded, numbers, rtol=3e-7, atol=0)
+    again, largest = dynamic.encode(jnp.asarray(numbers[None], jnp.float32), signed)
+    np.testing.assert_array_equal(again[0], every)
+    assert largest == 1
+    # All magnitudes, down to what is below the smallest number but not zero.
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((64, 256)) * 10 ** rng.uniform(-9, 0, (64, 256))
+    x = np.float32(x if signed else np.abs(x))
+    x[0] = 0.0
+    index, largest = dynamic.encode(jnp.asarray(x), signed)
+    size = np.abs(x).max(axis=-1, keepdims=True)
+    np.testing.assert_array_equal(largest, size)
+    unit = x.astype(np.float64) / np.where(size > 0, size, 1)
+    distance = np.abs(unit[..., None] - numbers)
+    distance[..., numbers == 0] = np.where(x == 0, 0.0, np.inf)[..., None]  # sign stays
+    if signed:
+        distance[np.sign(numbers) * np.sign(unit[..., None]) < 0] = np.inf
+    got = np.take_along_axis(distance, np.asarray(index)[..., None].astype(int), -1)
+    assert np.all(got[..., 0] - distance.min(-1) <= 3e-7 * np.abs(unit))

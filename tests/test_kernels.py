@@ -17,7 +17,6 @@ from running import random_like
 
 import lowrank_optax as lro
 from benchmarks.kernels import moved
-from lowrank_optax._src.codec import BlockInt8, dynamic_map
 from lowrank_optax._src.kernels import int8, mlorc, projected_adam
 from lowrank_optax._src.kernels.adam import Adam, recognize
 from lowrank_optax._src.kernels.dispatch import interpreted
@@ -236,24 +235,6 @@ def test_passes_at_a_rank_that_takes_matrix_products(name, platform):
     tiled = one.on(platform, True, *arrays)
     for x, y in zip(tiled, whole, strict=True):
         assert x.shape == y.shape and relative(x, y) < 1e-5
-
-
-@pytest.mark.parametrize("signed", [True, False])
-def test_the_arithmetic_of_bytes_is_their_map(signed):
-    numbers = dynamic_map(signed)
-    index = jnp.arange(256, dtype=jnp.uint8)
-    np.testing.assert_allclose(int8.decode(index, signed), numbers, rtol=3e-7, atol=0)
-    again, largest = int8.encode(jnp.asarray(numbers[None], jnp.float32), signed)
-    np.testing.assert_array_equal(again[0], index)
-    assert largest == 1
-    # All magnitudes, down to what is below the smallest number but not zero.
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((64, 256)) * 10 ** rng.uniform(-9, 0, (64, 256))
-    x = jnp.asarray(x if signed else np.abs(x), jnp.float32).at[0].set(0.0)
-    code = BlockInt8(signed).encode(None, x, None)
-    index, largest = int8.encode(x, signed)
-    np.testing.assert_array_equal(index, code.index)
-    np.testing.assert_array_equal(largest, code.largest)
 
 
 @pytest.mark.parametrize("name", ["adam", "lion", "galore", "int8"])

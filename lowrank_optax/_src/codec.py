@@ -1,7 +1,6 @@
 """How a matrix of optimizer state is stored between steps."""
 
 import dataclasses
-import functools
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from lowrank_optax._src import compatible, linalg, random
+from lowrank_optax._src import compatible, dynamic, linalg, random
 from lowrank_optax._src.engine import check_rank
 
 
@@ -104,22 +103,13 @@ class BlockInt8:
         return BlockInt8Code(index, view.zeros(*blocks, dtype=jnp.float32))
 
     def encode(self, key, x, old):
-        blocks = self._cut(x)
-        largest = jnp.max(jnp.abs(blocks), axis=-1)
-        unit = x / self._join(_divisor(largest)[..., None], x)
-        numbers = dynamic_map(self.signed)
-        middle = jnp.asarray((numbers[1:] + numbers[:-1]) / 2, x.dtype)
-        index = jnp.searchsorted(middle, unit, method="scan_unrolled")
-        # A second moment of zero below a momentum that is not would be a division by
-        # epsilon: what is not zero keeps its sign, as the smallest number.
-        zero = int(np.argmin(np.abs(numbers)))
-        index = jnp.where(index == zero, zero + jnp.sign(unit).astype(int), index)
-        return BlockInt8Code(index.astype(jnp.uint8), largest.astype(jnp.float32))
+        index, largest = dynamic.encode(self._cut(x), self.signed)
+        largest = largest[..., 0].astype(jnp.float32)
+        return BlockInt8Code(self._join(index, x.shape), largest)
 
     def decode(self, code):
-        numbers = jnp.asarray(dynamic_map(self.signed), jnp.float32)
-        unit = numbers[code.index]
-        return unit * self._join(code.largest[..., None], unit)
+        unit = dynamic.decode(self._cut(code.index), self.signed)
+        return self._join(unit * code.largest[..., None], code.index.shape)
 
     def _cut(self, x: Array) -> Array:
         """``(*batch, ..., block)``; where blocks run over rows, the last is padded."""
@@ -129,28 +119,12 @@ class BlockInt8:
         pad = [(0, 0)] * len(batch) + [(0, -m * n % self.block)]
         return jnp.pad(x.reshape(*batch, m * n), pad).reshape(*batch, -1, self.block)
 
-    def _join(self, of_block: Array, x: Array) -> Array:
-        """A number a block, ``(*batch, ..., 1)``, for each entry of x."""
-        *batch, m, n = x.shape
-        spread = jnp.broadcast_to(of_block, (*of_block.shape[:-1], self.block))
+    def _join(self, blocks: Array, shape: tuple[int, ...]) -> Array:
+        """The matrices of a shape that were cut to blocks."""
+        *batch, m, n = shape
         if n % self.block == 0:
-            return spread.reshape(x.shape)
-        return spread.reshape(*batch, -1)[..., : m * n].reshape(x.shape)
-
-
-def _divisor(largest: Array) -> Array:
-    return jnp.where(largest > 0, largest, 1.0)
-
-
-@functools.cache
-def dynamic_map(signed: bool) -> np.ndarray:
-    """The 256 numbers of dynamic quantization in [-1, 1] or [0, 1], ascending."""
-    numbers = [np.array([0.0, 1.0])]
-    for decade in range(7):
-        grid = np.linspace(0.1, 1.0, 2 ** (decade + (not signed)) + 1)
-        middle = (grid[1:] + grid[:-1]) / 2 * 10.0 ** (decade - 6)
-        numbers += [middle, -middle] if signed else [middle]
-    return np.sort(np.concatenate(numbers))
+            return blocks.reshape(shape)
+        return blocks.reshape(*batch, -1)[..., : m * n].reshape(shape)
 
 
 class PackedInt4Code(NamedTuple):
@@ -204,7 +178,8 @@ class PackedInt4:
         blocks = jnp.pad(x, [*even, (0, -m % self.block), (0, 0)])
         blocks = blocks.reshape(*batch, -1, self.block, n)
         largest = jnp.max(jnp.abs(blocks), axis=-2)
-        unit = x / _divisor(self._spread(largest, m))
+        divisor = jnp.where(largest > 0, largest, 1.0)
+        unit = x / self._spread(divisor, m)
         numbers = jnp.round(7 * unit).astype(jnp.int8).astype(jnp.uint8) & 15
         numbers = jnp.pad(numbers, [*even, (0, 0), (0, n % 2)])
         pairs = numbers[..., ::2] | numbers[..., 1::2] << 4

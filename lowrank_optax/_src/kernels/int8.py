@@ -1,9 +1,4 @@
-"""Adam on moments in bytes as one pass: decode, update, encode.
-
-The map of `BlockInt8` is followed by arithmetic instead of by its table: TPUs do not
-gather from one, and each of its seven decades is a linear grid. A number that lies
-between two of the map to the last bit of float32 may go to the other of them.
-"""
+"""Adam on moments in bytes as one pass: decode, update, encode."""
 
 import functools
 from collections.abc import Callable
@@ -11,13 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton
 
-from lowrank_optax._src import engine
-from lowrank_optax._src.codec import BlockInt8, BlockInt8Code, dynamic_map
+from lowrank_optax._src import dynamic, engine
+from lowrank_optax._src.codec import BlockInt8, BlockInt8Code
 from lowrank_optax._src.kernels.adam import Adam, adam_step
 from lowrank_optax._src.kernels.dispatch import by_platform
 from lowrank_optax._src.kernels.plan import BUDGET, power_of_two
@@ -67,7 +61,11 @@ def adam_in_blocks(
       ``(update, mu, nu)``, the update in the gradient's dtype.
     """
     adam, block = parts
-    padded = (grad, 0.0), (mu.index, _zero(True)), (nu.index, _zero(False))
+    padded = (
+        (grad, 0.0),
+        (mu.index, dynamic.zero(True)),
+        (nu.index, dynamic.zero(False)),
+    )
     rows = [_in_rows(x, block, zero) for x, zero in padded]
     largest = [x.largest.reshape(len(rows[0]), -1) for x in (mu, nu)]
     arrays = [*rows, *largest, *map(flat, adam.numbers(count))]
@@ -145,70 +143,13 @@ def adam_on_blocks(g, mu_index, nu_index, mu_largest, nu_largest, *numbers):
     """
     update, mu, nu = adam_step(
         g.astype(jnp.float32),
-        decode(mu_index, True) * mu_largest,
-        decode(nu_index, False) * nu_largest,
+        dynamic.decode(mu_index, True) * mu_largest,
+        dynamic.decode(nu_index, False) * nu_largest,
         *numbers,
     )
-    mu_index, mu_largest = encode(mu, True)
-    nu_index, nu_largest = encode(nu, False)
+    mu_index, mu_largest = dynamic.encode(mu, True)
+    nu_index, nu_largest = dynamic.encode(nu, False)
     return update.astype(g.dtype), mu_index, nu_index, mu_largest, nu_largest
-
-
-def _decades(signed: bool) -> tuple[int, list[tuple[int, int, float, float, float]]]:
-    """The map by its positive numbers, counted from 1.
-
-    Returns:
-      How many there are; and for each decade, and for the number 1 after the last: its
-      first count, its size, its first number, their distance, and from where it is the
-      nearest.
-    """
-    numbers = dynamic_map(signed)
-    numbers = numbers[numbers > 0]
-    found, start = [], 0
-    for decade in range(8):
-        size = 1 if decade == 7 else 2 ** (decade + (not signed))
-        first = numbers[start]
-        step = 0.9 * 10.0 ** (decade - 6) / size
-        border = 0.0 if start == 0 else (numbers[start - 1] + first) / 2
-        found.append((start + 1, size, float(first), step, float(border)))
-        start += size
-    return len(numbers), found
-
-
-def _zero(signed: bool) -> int:
-    """The index of zero in the map."""
-    return int(np.argmin(np.abs(dynamic_map(signed))))
-
-
-def decode(index: Array, signed: bool) -> Array:
-    """Numbers of the map, in float32."""
-    offset = index.astype(jnp.int32).astype(jnp.float32) - _zero(signed)
-    place = jnp.abs(offset)
-    value = jnp.zeros_like(place)
-    for start, _, first, step, _ in _decades(signed)[1]:
-        value = jnp.where(place >= start, first + step * (place - start), value)
-    return jnp.where(offset < 0, -value, value) if signed else value
-
-
-def encode(x: Array, signed: bool) -> tuple[Array, Array]:
-    """Index of the nearest number of the map, and the largest magnitude of each row."""
-    size = jnp.abs(x)
-    # What is not a number must be seen in the scale, whatever a maximum makes of it.
-    size = jnp.where(size == size, size, jnp.inf)
-    largest = jnp.max(size, axis=-1, keepdims=True)
-    unit = size / jnp.where(largest > 0, largest, 1.0)
-    place = jnp.zeros_like(unit)
-    for start, count, first, step, border in _decades(signed)[1]:
-        # Halves go down, as where the middle itself is not passed.
-        within = jnp.ceil((unit - first) / step - 0.5)
-        within = jnp.minimum(jnp.maximum(within, 0.0), count - 1.0)
-        place = jnp.where(unit > border, start + within, place)
-    zero = _zero(signed)
-    if signed:
-        # The map has 1 but not -1.
-        place = jnp.where(x < 0, -jnp.minimum(place, float(zero)), place)
-    index = (zero + place).astype(jnp.int32).astype(jnp.uint8)
-    return index, largest
 
 
 def _specs(taken: int, wide: int, scales: int, numbers: int) -> tuple[list, list]:
