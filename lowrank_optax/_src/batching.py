@@ -10,9 +10,11 @@ call. So neither the run time nor the compile time of small factorizations grows
 the number of leaves.
 """
 
+import contextlib
+import functools
 import itertools
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -58,17 +60,25 @@ def drive(*steps: Steps, count: jax.Array | None = None) -> list[Any]:
     """
     running = together(*steps)
     answers = None
+    with turns():
+        try:
+            while True:
+                answers = _solve(running.send(answers), count)
+        except StopIteration as done:
+            return done.value
+
+
+_turns: list[jax.Array | None] = []  # the end of the last turn
+
+
+@contextlib.contextmanager
+def turns() -> Iterator[None]:
+    """Let what is computed within take turns."""
     _turns.append(None)
     try:
-        while True:
-            answers = _solve(running.send(answers), count)
-    except StopIteration as done:
-        return done.value
+        yield
     finally:
         _turns.pop()
-
-
-_turns: list[jax.Array | None] = []  # of each `drive` that runs, the last turn's end
 
 
 def take_turn(x: Any, dtype: Any) -> jax.Array:
@@ -85,6 +95,18 @@ def end_turn(last: jax.Array) -> None:
     """The turn is over once ``last`` is known, a small array."""
     if _turns:
         _turns[-1] = last
+
+
+def wait_turn(tree: Any) -> Any:
+    """The arrays of a leaf, each of which takes its turn."""
+    return jax.tree.map(lambda x: take_turn(x, x.dtype), tree)
+
+
+def end_turn_of(tree: Any) -> None:
+    """The turn is over once all arrays of a leaf are known."""
+    arrays = sorted(jax.tree.leaves(tree), key=lambda x: x.size)
+    if arrays and arrays[0].size:
+        end_turn(functools.reduce(after, arrays))
 
 
 def _solve(requests: Sequence[Request], count: jax.Array | None) -> list[Any]:

@@ -1,6 +1,7 @@
 """The state-space engine: an optimizer whose moments are stored compressed."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -8,7 +9,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax._src import compatible, engine, matrix, random, stack, trees
+from lowrank_optax._src import (
+    batching,
+    compatible,
+    engine,
+    matrix,
+    random,
+    stack,
+    trees,
+)
+from lowrank_optax._src.groups import UpdateInGroups
 from lowrank_optax._src.kernels.adam import Adam, recognize
 from lowrank_optax._src.kernels.dispatch import active
 from lowrank_optax._src.matrix import MatrixView
@@ -221,62 +231,89 @@ def compress_fields(
         return CompressState(step, layout.set(state, codes), {})
 
     def update(updates, state, params=None, **extra):
-        grads = jax.tree.map(trees.full_precision, updates)
-        layout = fields.layout(grads)
+        treedef = jax.tree.structure(updates)
+        given = treedef.flatten_up_to(updates)
+        whole = [trees.full_precision(g) for g in given]
+        layout = fields.layout(treedef.unflatten(whole))
         views, coded = see(updates, layout.names, layout.abstract)
         keys = trees.leaf_keys(key, [v.path for v in views], state.step)
         old = layout.get(state.inner_state)
+        own = [[w for w in old if w[1] == i] for i in range(len(views))]
+        directions, new = list(given), dict(old)
+
+        def decode(w, code):
+            codec, view = coded[w]
+            return view.leaf(_decode(codec, code))
+
+        def encode(w, x, before):
+            codec, view = coded[w]
+            own_keys = _own_keys(codec, keys[w[1]], w[0], view)
+            code = _encode(codec, own_keys, view.matrix(x), old[w])
+            if engine.accumulating() == "add":  # most often, only the sum has changed
+                code = engine.where(jnp.any(x != before), code, old[w])
+            return code
+
+        def accept(i, moments):
+            """Of a leaf with codes as a whole or not at all: they belong together."""
+            if any(w in coded for w in moments):
+                kept = {w: old[w] for w in moments}
+                moments = engine.accept(moments, kept, directions[i])
+            new.update(moments)
+
         # At these, one pass stands for the inner optimizer and both codecs.
         in_one = {} if adam is None else _passes(adam, coded)
-        treedef = jax.tree.structure(updates)
-        masks = {w: optax.MaskedNode() for w in coded if w[1] in in_one}
-        whole = {
-            w: view.leaf(_decode(codec, old[w]))
-            for w, (codec, view) in coded.items()
-            if w not in masks
-        }
-        directions, inner_state = inner.update(
-            treedef.unflatten(
-                optax.MaskedNode() if i in in_one else g
-                for i, g in enumerate(treedef.flatten_up_to(grads))
-            ),
-            layout.set(state.inner_state, whole | masks),
-            None if params is None else jax.tree.map(trees.full_precision, params),
-            **extra,
-        )
-        new = layout.get(inner_state)
-        directions, given = map(treedef.flatten_up_to, (directions, updates))
         for i, adam_in_blocks in in_one.items():
-            _, view = coded["mu", i]
-            direction, new["mu", i], new["nu", i] = adam_in_blocks(
+            view = coded["mu", i][1]
+            direction, *codes = adam_in_blocks(
                 view.matrix(given[i], given[i].dtype),
                 old["mu", i],
                 old["nu", i],
                 state.inner_state.count,
             )
             directions[i] = view.leaf(direction, given[i].dtype)
-        for (name, i), (codec, view) in coded.items():
-            if i in in_one:
-                continue
-            x = new[name, i]
-            own_keys = _own_keys(codec, keys[i], name, view)
-            new[name, i] = _encode(codec, own_keys, view.matrix(x), old[name, i])
-            if engine.accumulating() == "add":  # most often, only the sum has changed
-                changed = jnp.any(x != whole[name, i])
-                new[name, i] = engine.where(changed, new[name, i], old[name, i])
-        # A leaf with codes is accepted as a whole or not at all: its moments belong
-        # together, those that stay uncompressed too.
-        for i in {i for _, i in coded}:
-            own = [w for w in new if w[1] == i]
-            accepted = engine.accept([new[w] for w in own], [old[w] for w in own])
-            new |= dict(zip(own, accepted, strict=True))
+            accept(i, {("mu", i): codes[0], ("nu", i): codes[1]})
+
+        masks = {w: optax.MaskedNode() for i in in_one for w in own[i]}
+        later = {w: functools.partial(decode, w) for w in coded if w not in masks}
+        shapes = {w: jax.eval_shape(decode, old[w]) for w, decode in later.items()}
+        run = UpdateInGroups(
+            inner,
+            layout,
+            treedef,
+            [optax.MaskedNode() if i in in_one else g for i, g in enumerate(whole)],
+            layout.set(state.inner_state, masks | shapes),
+            params,
+            extra,
+        )
+        with batching.turns():
+            for leaves in run.leaves:
+                before = {
+                    w: later[w](batching.wait_turn(old[w]))
+                    for i in leaves
+                    for w in own[i]
+                    if w in later
+                }
+                results, inner_state = run(leaves, before)
+                found = layout.get(inner_state)
+                for i in leaves:
+                    directions[i] = results[i].astype(given[i].dtype)
+                    moments = {w: found[w] for w in own[i]}
+                    moments |= {
+                        w: encode(w, moments[w], before[w])
+                        for w in moments
+                        if w in later
+                    }
+                    accept(i, moments)
+                batching.end_turn_of(
+                    [(directions[i], [new[w] for w in own[i]]) for i in leaves]
+                )
+        _, inner_state = run.results()
         new_state = CompressState(
             step=engine.increment(state.step),
             inner_state=layout.set(inner_state, new),
             own=state.own,
         )
-        cast = (d.astype(g.dtype) for d, g in zip(directions, given, strict=True))
-        return treedef.unflatten(cast), new_state
+        return treedef.unflatten(directions), new_state
 
     return engine.transformation(init, update)
 

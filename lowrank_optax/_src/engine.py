@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lowrank_optax._src import matrix, stack, trees
+from lowrank_optax._src import batching, matrix, stack, trees
 from lowrank_optax._src.box import ParamBox, is_box
 
 Where = tuple[str, int]  # a field of a state, and the number of a parameter's leaf
@@ -308,9 +308,14 @@ def finite(tree: Any) -> jax.Array:
     return jnp.stack(each).all() if each else jnp.array(True)
 
 
-def accept(new: Any, old: Any) -> Any:
-    """``new`` if every array of it is finite, else ``old``: bad input never sticks."""
-    return where(finite(new), new, old)
+def accept(new: Any, old: Any, direction: jax.Array | None = None) -> Any:
+    """``new`` if every array of it is finite, else ``old``: bad input never sticks.
+
+    What else is made of the old state, as the direction is, must come before the new
+    one, which then can take its place in memory.
+    """
+    ok = finite(new)
+    return where(ok if direction is None else batching.after(ok, direction), new, old)
 
 
 def check_number(value: Any, name: str) -> None:

@@ -158,8 +158,10 @@ def _steps(rule: Rule, key, step, grad, old) -> batching.Steps:
     """A rule's update as a generator, whether it is one or not."""
     if inspect.isgeneratorfunction(rule.update):
         return (yield from rule.update(key, step, grad, old))
-    direction, new = _update(rule, key, step, grad, old)
-    return direction, engine.accept(new, old)
+    direction, new = _update(rule, key, step, grad, batching.wait_turn(old))
+    new = engine.accept(new, old, direction)
+    batching.end_turn_of((direction, new))
+    return direction, new
 
 
 @engine.compiled

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax._src import engine, matrix, trees
+from lowrank_optax._src import batching, engine, matrix, trees
 from lowrank_optax._src.aliases import LearningRate, optimizer
 from lowrank_optax._src.matrix import Matrices, Side
 from lowrank_optax._src.methods.galore import galore_project
@@ -95,13 +95,19 @@ def scale_by_adam_mini(
         mus, nus = (treedef.flatten_up_to(x) for x in (state.mu, state.nu))
         t = engine.increment(state.step)
         out = []
-        for i, view in enumerate(views):
-            g = view.matrix(grads[i])
-            mu = b1 * view.matrix(mus[i]) + (1 - b1) * g
-            nu = b2 * nus[i] + (1 - b2) * jnp.mean(g**2, axis=-2, keepdims=True)
-            out.append(view.leaf(mu / (1 - b1**t) / (jnp.sqrt(nu / (1 - b2**t)) + eps)))
-            new = view.leaf(mu, mus[i].dtype), nu
-            mus[i], nus[i] = engine.accept(new, (mus[i], nus[i]))
+        with batching.turns():
+            for i, view in enumerate(views):
+                g, (mu, nu) = (
+                    view.matrix(grads[i]),
+                    batching.wait_turn((mus[i], nus[i])),
+                )
+                mu = b1 * view.matrix(mu) + (1 - b1) * g
+                nu = b2 * nu + (1 - b2) * jnp.mean(g**2, axis=-2, keepdims=True)
+                size = jnp.sqrt(nu / (1 - b2**t)) + eps
+                out.append(view.leaf(mu / (1 - b1**t) / size))
+                new = view.leaf(mu, mus[i].dtype), nu
+                mus[i], nus[i] = engine.accept(new, (mus[i], nus[i]), out[i])
+                batching.end_turn_of((out[i], mus[i], nus[i]))
         state = AdamMiniState(t, treedef.unflatten(mus), treedef.unflatten(nus))
         return treedef.unflatten(out), state
 
