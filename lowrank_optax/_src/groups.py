@@ -117,6 +117,9 @@ class UpdateInGroups:
         made = [x for eqn in equations for x in eqn.outvars]
         read = (x for eqn in equations for x in eqn.invars if isinstance(x, core.Var))
         given = [x for x in dict.fromkeys(read) if x in self._known]
-        jaxpr = core.ClosedJaxpr(core.Jaxpr([], given, made, equations), [])
-        results = core.jaxpr_as_fun(jaxpr)(*(self._known[x] for x in given))
+        part = self._jaxpr.replace(
+            constvars=[], invars=given, outvars=made, eqns=equations
+        )
+        part = core.jaxpr_as_fun(core.ClosedJaxpr(part, []))
+        results = part(*(self._known[x] for x in given))
         self._known |= zip(made, results, strict=True)

@@ -108,8 +108,7 @@ def scale_by_adafactor(
         out = []
         with batching.turns():
             for i, (view, *old) in enumerate(zip(views, *moments, strict=True)):
-                g, before = view.matrix(grads[i]), old
-                old = batching.wait_turn(old)
+                g = view.matrix(batching.wait_turn(grads[i]))
                 square = g**2 + _EPS
                 if _factored(view):
                     row = b2 * old[0] + (1 - b2) * jnp.mean(square, axis=-1)
@@ -123,11 +122,10 @@ def scale_by_adafactor(
                 if clipping_threshold is not None:
                     u = _clip(u, clipping_threshold)
                 out.append(view.leaf(u))
-                for field, x in zip(
-                    moments, engine.accept(new, before, out[i]), strict=True
-                ):
+                new = engine.accept(new, old, out[i])
+                batching.end_turn_of((out[i], new))
+                for field, x in zip(moments, new, strict=True):
                     field[i] = x
-                batching.end_turn_of((out[i], [x[i] for x in moments]))
         state = AdafactorState(t, *(treedef.unflatten(x) for x in moments))
         return treedef.unflatten(out), state
 

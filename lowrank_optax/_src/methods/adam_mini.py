@@ -97,12 +97,9 @@ def scale_by_adam_mini(
         out = []
         with batching.turns():
             for i, view in enumerate(views):
-                g, (mu, nu) = (
-                    view.matrix(grads[i]),
-                    batching.wait_turn((mus[i], nus[i])),
-                )
-                mu = b1 * view.matrix(mu) + (1 - b1) * g
-                nu = b2 * nu + (1 - b2) * jnp.mean(g**2, axis=-2, keepdims=True)
+                g = view.matrix(batching.wait_turn(grads[i]))
+                mu = b1 * view.matrix(mus[i]) + (1 - b1) * g
+                nu = b2 * nus[i] + (1 - b2) * jnp.mean(g**2, axis=-2, keepdims=True)
                 size = jnp.sqrt(nu / (1 - b2**t)) + eps
                 out.append(view.leaf(mu / (1 - b1**t) / size))
                 new = view.leaf(mu, mus[i].dtype), nu
