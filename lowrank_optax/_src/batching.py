@@ -98,8 +98,15 @@ def end_turn(last: jax.Array) -> None:
 
 
 def wait_turn(tree: Any) -> Any:
-    """The arrays of a leaf, each of which takes its turn."""
-    return jax.tree.map(lambda x: take_turn(x, x.dtype), tree)
+    """The arrays and keys of a leaf, each of which takes its turn."""
+
+    def wait(x):
+        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return take_turn(x, x.dtype)
+        data = wait(jax.random.key_data(x))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+
+    return jax.tree.map(wait, tree)
 
 
 def end_turn_of(tree: Any) -> None:

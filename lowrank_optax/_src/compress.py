@@ -248,6 +248,7 @@ def compress_fields(
         def encode(w, x, before):
             codec, view = coded[w]
             own_keys = _own_keys(codec, keys[w[1]], w[0], view)
+            own_keys = batching.wait_turn(own_keys)
             code = _encode(codec, own_keys, view.matrix(x), old[w])
             if engine.accumulating() == "add":  # most often, only the sum has changed
                 code = engine.where(jnp.any(x != before), code, old[w])
