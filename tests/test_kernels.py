@@ -168,7 +168,8 @@ def steps(name):
     """
     tx = METHODS[name](3)
     grads = [gradients(name, t, scale) for t, scale in enumerate((1.0, 0.1, 0.0))]
-    state, update = tx.init(grads[0]), jax.jit(tx.update)
+    state = tx.init(grads[0])
+    update = jax.jit(lambda updates, state: tx.update(updates, state, grads[0]))
     found = []
     for g in grads:
         direction, new = update(g, state)

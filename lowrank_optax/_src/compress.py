@@ -62,10 +62,11 @@ def compress_state(
 ) -> optax.GradientTransformationExtraArgs:
     """Store fields of an optimizer's state compressed between its updates.
 
-    At every update the codes are decoded, the inner optimizer runs at full size on the
-    whole tree, and its new moments are encoded, ``encode(inner(decode(code)))``.
-    MLorc is this with the `LowRank` codec. Within one update a leaf's moments exist
-    at full size; `mlorc_scale_by_adam` and `mlorc_scale_by_lion` avoid that.
+    At every update the codes are decoded, the inner optimizer runs at full size, and
+    its new moments are encoded, ``encode(inner(decode(code)))``: of one leaf after the
+    other, where the inner optimizer treats each by itself, so that the moments of one
+    at a time exist at full size. MLorc is this with the `LowRank` codec;
+    `mlorc_scale_by_adam` and `mlorc_scale_by_lion` have no moment at full size at all.
 
     Args:
       inner: any Optax transformation with state that mirrors the parameters.

@@ -43,7 +43,10 @@ class UpdateInGroups:
     ):
         if params is not None:
             leaves = treedef.flatten_up_to(params)
-            params = [trees.full_precision(p) for p in leaves]
+            params = [
+                g if isinstance(g, optax.MaskedNode) else trees.full_precision(p)
+                for g, p in zip(updates, leaves, strict=True)
+            ]
         self._args, structure = jax.tree.flatten((list(updates), state, params))
 
         def update(*flat):
@@ -65,19 +68,19 @@ class UpdateInGroups:
         closed, shapes = jax.make_jaxpr(update, return_shape=True)(*self._args)
         self._jaxpr, self._structure = closed.jaxpr, jax.tree.structure(shapes)
         self._known = dict(zip(self._jaxpr.constvars, closed.consts, strict=True))
-        group = {i: i for i in sorted({*owners} - {None})}
+        group = {i: i for i in sorted({i for i in owners if i is not None})}
         owner = dict(zip(self._jaxpr.invars, owners, strict=True))
-        own = []  # of each equation, the first of its leaves
+        own: list[int | None] = []  # of each equation, the first of its leaves
         for eqn in self._jaxpr.eqns:
-            met = (owner.get(x) for x in eqn.invars if isinstance(x, core.Var))
-            met = {group[i] for i in met if i is not None}
-            own.append(min(met, default=None))
+            read = (owner.get(x) for x in eqn.invars if isinstance(x, core.Var))
+            met = {group[i] for i in read if i is not None}
+            own.append(min(met) if met else None)
             if len(met) > 1:
-                group |= {i: own[-1] for i, g in group.items() if g in met}
+                group |= {i: min(met) for i, g in group.items() if g in met}
             owner |= dict.fromkeys(eqn.outvars, own[-1])
         self._equations: dict[int | None, list[Any]] = {}
         for i, eqn in zip(own, self._jaxpr.eqns, strict=True):
-            self._equations.setdefault(group.get(i), []).append(eqn)
+            self._equations.setdefault(None if i is None else group[i], []).append(eqn)
         self.leaves: list[list[int]] = [
             [i for i in group if group[i] == g] for g in dict.fromkeys(group.values())
         ]
