@@ -123,7 +123,7 @@ def randomized_svd(
     rank = min(rank, *a.shape[-2:])
     a, scale = unit_scale(a)
     q = range_finder(key, a, rank + oversample, power_iters)
-    b = matmul(q.mT, a)
+    b = linalg.project(q, a)
     rows = linalg.orthonormalize(b.mT).mT
     u, s, vt = linalg.svd(matmul(b, rows.mT))
     u, s, vt = u[..., :rank], s[..., :rank], vt[..., :rank, :]
