@@ -11,8 +11,15 @@ from examples.common.methods import matrices
 from examples.llama.config import LlamaConfig
 from examples.llama.layerwise import step_of
 from examples.llama.model import Llama
+from examples.llama.rows import Batch
 
 CLIP = 0.5
+
+
+def packed(rows):
+    """Two texts to a row, with a few tokens of each to be predicted."""
+    segments = jnp.where(jnp.arange(rows.shape[1]) < 3, 1, 2) * jnp.ones_like(rows)
+    return Batch(rows, segments, (rows % 2).astype(jnp.float32))
 
 
 def test_a_layerwise_step_is_the_ordinary_one():
@@ -35,26 +42,27 @@ def test_a_layerwise_step_is_the_ordinary_one():
     moments = jax.tree.leaves(state[0].inner_state.mu)
     assert len(moments) == len(jax.tree.leaves(params)) + 7
 
-    def loss_of(params, rows):
-        logits = nnx.merge(graph, params)(rows[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(
-            logits, rows[:, 1:]
-        ).mean()
+    def loss_of(params, batch):
+        ids, targets, segments, weights = batch.text()
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            nnx.merge(graph, params)(ids, segments), targets
+        )
+        return jnp.average(losses, weights=weights)
 
     @jax.jit
-    def ordinary(params, state, rows):
-        loss, grads = jax.value_and_grad(loss_of)(params, rows)
+    def ordinary(params, state, batch):
+        loss, grads = jax.value_and_grad(loss_of)(params, batch)
         clipped, _ = optax.clip_by_global_norm(CLIP).update(grads, optax.EmptyState())
         updates, state = tx.update(clipped, state, params)
         record = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return optax.apply_updates(params, updates), state, record
 
-    layerwise = jax.jit(step_of(config, CLIP)(tx))
+    layerwise = jax.jit(step_of(config, CLIP, Batch.text)(tx))
     expected, got = (params, state), (params, state)
     for i in range(3):
         rows = jax.random.randint(jax.random.key(i), (2, 6), 0, config.vocab_size)
-        *expected, record = ordinary(*expected, rows)
-        *got, measured = layerwise(*got, rows)
+        *expected, record = ordinary(*expected, packed(rows))
+        *got, measured = layerwise(*got, packed(rows))
         assert float(record["grad_norm"]) > CLIP
         assert_close(measured, record, rtol=1e-5, atol=1e-5)
     assert_close(got[0], expected[0], rtol=1e-5, atol=1e-5)

@@ -601,6 +601,58 @@ def test_a_run_does_not_go_on_from_another_models_checkpoint(whole, tmp_path):
     assert not (out / "result.json").exists()
 
 
+# Per-layer updates
+
+
+def test_layerwise_takes_the_ordinary_steps_and_resumes(
+    weights, problems, tmp_path, monkeypatch
+):
+    argv = [*FEW, "--methods", "mlorc_adamw", "--model", weights, "--data", problems]
+    argv += ["--learning-rate", "1e-3", "--test-examples", "4", "--eval-every", "2"]
+    runs = [tmp_path / name for name in ("ordinary", "layerwise")]
+    adapters = [tmp_path / f"{name}-adapters" for name in ("ordinary", "layerwise")]
+
+    def arguments(i):
+        return [*argv, "--export-adapter", adapters[i], "--out", runs[i]]
+
+    status, _, errors = run(arguments(0))
+    assert status == 0, errors
+    original = Rows.batch
+
+    def batch(self, seed, step, batch_size):
+        if step == 3:
+            monkeypatch.setattr(Rows, "batch", original)
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, seed, step, batch_size)
+
+    monkeypatch.setattr(Rows, "batch", batch)
+    assert run([*arguments(1), "--layerwise"])[0] == 130
+    status, _, errors = run(["--resume", "--out", runs[1]])
+    assert status == 0, errors
+
+    expected, got = (
+        read_metrics(out / "mlorc_adamw/seed-0/metrics.jsonl") for out in runs
+    )
+    assert got[0]["peak_bytes"] < expected[0]["peak_bytes"]
+    assert len(got) == len(expected) == 6
+    for a, b in zip(got, expected, strict=True):
+        for name in {"loss", "grad_norm", "validation_loss"} & set(b):
+            assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5)
+    models = (
+        load_file(out / "mlorc_adamw/seed-0/model/model.safetensors") for out in runs
+    )
+    chex.assert_trees_all_close(*models, rtol=1e-4, atol=1e-5)
+    # What is made of the weights does not tell one from the other.
+    results = [result_of(out)["runs"]["mlorc_adamw"]["0"] for out in runs]
+    for name in ("exact_match", "state_bytes", "trained_parameters"):
+        assert results[0][name] == results[1][name]
+    names = [
+        set(load_file(path / "mlorc_adamw/seed-0/adapter_model.safetensors"))
+        for path in adapters
+    ]
+    assert names[0] == names[1]
+
+
 # What is refused
 
 
@@ -624,6 +676,8 @@ def test_a_run_does_not_go_on_from_another_models_checkpoint(whole, tmp_path):
         (["--warmup", "1"], "warmup must be in"),
         (["--export-adapter", "there"], "adapter of a model from scratch"),
         (["--resume"], "no run"),
+        (["--layerwise", "--methods", "dora"], "Cannot train dora layerwise"),
+        (["--layerwise", "--methods", "adarankgrad_adamw"], "once for a whole stack"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

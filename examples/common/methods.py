@@ -249,11 +249,14 @@ METHODS = {
 }
 
 
-def check_methods(names: tuple[str, ...], rank: int | None) -> None:
+def check_methods(
+    names: tuple[str, ...], rank: int | None, layerwise: bool = False
+) -> None:
     """Refuses what cannot be built, before anything is.
 
     Raises:
-      ValueError: no name, an unknown or repeated one, a rank below 1.
+      ValueError: no name, an unknown or repeated one, a rank below 1; for per-layer
+        updates, one that puts adapters into the model.
     """
     unknown = [name for name in names if name not in METHODS]
     if unknown:
@@ -265,6 +268,12 @@ def check_methods(names: tuple[str, ...], rank: int | None) -> None:
         raise ValueError("Name at least one method, and each at most once.")
     if rank is not None and rank < 1:
         raise ValueError(f"Cannot train at rank {rank}: the rank must be at least 1.")
+    adapted = [name for name in names if METHODS[name].linear]
+    if layerwise and adapted:
+        raise ValueError(
+            f"Cannot train {adapted[0]} layerwise: its layers are not the model's."
+            " Choose optimizers as methods, or leave --layerwise out."
+        )
 
 
 def matrix_state_bytes(tx: optax.GradientTransformation, params: Any) -> int:

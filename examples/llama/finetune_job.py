@@ -1,8 +1,8 @@
 """One fine-tuning job: how each method trains the model, and what comes of it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,11 @@ from examples.common.schedule import warmup_linear
 from examples.common.settings import RECORD
 from examples.llama.answers import answer, exact_match
 from examples.llama.base import Base
+from examples.llama.config import LlamaConfig
 from examples.llama.finetune_report import Finetuned
 from examples.llama.finetune_settings import METAMATH_RATES, RATES, Finetune
 from examples.llama.instructions import Instruction
+from examples.llama.layerwise import separate, stacked, step_of
 from examples.llama.model import Llama
 from examples.llama.pretrain import MODEL
 from examples.llama.rows import Batch, Rows
@@ -44,6 +46,7 @@ from examples.llama.weights import TOKENIZER, save_llama, tensor_name
 # take the linear maps' place train the rest too.
 _ADAPTERS_ONLY = ("lora", "dora")
 _ANSWERS = "answers.json"
+_CLIP = 1.0  # the largest norm of the gradient
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class Job:
         return rates[method], rank
 
     def optimizer(self, method: str) -> optax.GradientTransformation:
-        """The method under its schedule, behind a clip of the gradient's norm at 1."""
+        """The method under its schedule, behind a clip of the gradient's norm."""
         s, own, config = self.settings, METHODS[method], self.base.config
         lr, rank = self.hyperparameters(method)
         heads = (config.num_attention_heads, config.kv_heads)
@@ -109,7 +112,8 @@ class Job:
         tx = own.build(schedule, rank, s.update_every, s.weight_decay, **more)
         if method in _ADAPTERS_ONLY:
             tx = freeze(tx, self.frozen(method))
-        tx = optax.chain(optax.clip_by_global_norm(1.0), tx)
+        if not s.layerwise:  # else the step clips
+            tx = optax.chain(optax.clip_by_global_norm(_CLIP), tx)
         return tx if s.param_dtype == "float32" else in_float32(tx)
 
     def frozen(self, method: str) -> Callable[[Any], Any]:
@@ -123,11 +127,24 @@ class Job:
             adapt(model.layers, linear, rank, rngs=rngs)
         return model
 
+    @property
+    def config(self) -> LlamaConfig:
+        """The base's, with the layers as one where they are updated one by one."""
+        return replace(self.base.config, scan_layers=self.settings.layerwise)
+
     def graph(self, method: str) -> nnx.GraphDef:
         """The model as the method trains it, without its weights."""
-        config = self.base.config
         return nnx.graphdef(
-            nnx.eval_shape(lambda: self.adapted(method, Llama(config), nnx.Rngs(0)))
+            nnx.eval_shape(
+                lambda: self.adapted(method, Llama(self.config), nnx.Rngs(0))
+            )
+        )
+
+    @cached_property
+    def step_of(self) -> Callable[..., Any] | None:
+        """What makes steps of per-layer updates, if they are asked for."""
+        return (
+            step_of(self.config, _CLIP, Batch.text) if self.settings.layerwise else None
         )
 
     def init(self, method: str) -> Callable[[int], Any]:
@@ -141,12 +158,15 @@ class Job:
             else:
                 # Copies: the training step is given the memory of what it starts from.
                 model = self.base.model(jax.tree.map(jnp.copy, params))
-            return params_of(self.adapted(method, model, nnx.Rngs(key)))
+            found = params_of(self.adapted(method, model, nnx.Rngs(key)))
+            return stacked(found) if self.settings.layerwise else found
 
         return partial(start, self.base.params)
 
     def trained(self, graph: nnx.GraphDef, params: Any) -> Llama:
         """The plain model that a method's parameters stand for."""
+        if self.settings.layerwise:
+            return self.base.model(separate(params))
         model = nnx.merge(graph, params)
         merge(model.layers)
         return model
@@ -175,7 +195,11 @@ class Job:
             )
         for method in s.methods:
             params = jax.eval_shape(self.init(method), 0)
-            jax.eval_shape(self.optimizer(method).init, params)
+            tx = self.optimizer(method)
+            state = jax.eval_shape(tx.init, params)
+            if self.step_of is not None:
+                batch = self.train.batch(0, 0, s.batch_size)
+                jax.eval_shape(self.step_of(tx), params, state, batch)
 
     def save(self) -> None:
         """Makes the directory, with what `--resume` needs."""
@@ -248,6 +272,7 @@ class Job:
                 validation=(),
                 tokens_per_step=s.batch_size * s.seq_len,
                 evaluate=evaluate,
+                step_of=self.step_of,
             )
             timetable = Timetable(
                 self.steps,
@@ -323,9 +348,5 @@ def loss_sums(
     graph: nnx.GraphDef, params: Any, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
     """The losses of all tokens that are to be predicted, summed, and their number."""
-    logits = nnx.merge(graph, params)(batch.ids, batch.segments)
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        logits[:, :-1], batch.ids[:, 1:]
-    )
-    weights = batch.weights[:, 1:]
-    return jnp.sum(losses * weights), jnp.sum(weights)
+    text = batch.text()
+    return text.loss_sums(nnx.merge(graph, params)(text.ids, text.segments))

@@ -73,6 +73,9 @@ class Finetune:
     """What weights are stored and multiplied in. The optimizer's state is float32."""
     remat: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
+    layerwise: bool = False
+    """Update each layer inside of the backward pass, so that no gradient of the whole
+    model exists."""
     max_new_tokens: int = 64
     """Tokens that an answer may take."""
     temperature: float = 0.0
@@ -94,7 +97,7 @@ class Finetune:
 
     def check(self) -> None:
         """Raises ValueError for a value that means nothing, by name."""
-        check_methods(self.methods, self.rank)
+        check_methods(self.methods, self.rank, self.layerwise)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError("Name at least one seed, and each at most once.")
         if min(self.seeds) < 0:

@@ -10,22 +10,25 @@ from flax import nnx
 
 import lowrank_optax as lro
 from examples.llama.config import LlamaConfig
-from examples.llama.model import Layer, Llama, causal, rotary_table
+from examples.llama.loss import Text, whole_rows
+from examples.llama.model import Layer, Llama, positions, rotary_table, within
 
 
 def step_of(
-    config: LlamaConfig, clip: float | None
+    config: LlamaConfig,
+    clip: float | None,
+    text_of: Callable[[Any], Text] = whole_rows,
 ) -> Callable[[optax.GradientTransformation], Callable[..., Any]]:
     """What makes a training step of an optimizer.
 
-    The step is ``(params, opt_state, rows) -> (params, opt_state, record)``, where each
-    row of tokens `(B, T + 1)` is read but for its last token and predicted but for its
-    first. A layer is six blocks, so that the gradients of few of its weights exist at
-    a time, and the scores of the attention for one row at a time.
+    The step is ``(params, opt_state, batch) -> (params, opt_state, record)``. A layer
+    is six blocks, so that the gradients of few of its weights exist at a time, and the
+    scores of the attention for one row at a time.
 
     Args:
       config: of the model, with `scan_layers`.
       clip: the largest norm of the gradient; None for any.
+      text_of: what is in a batch.
     """
     shapes = nnx.eval_shape(lambda: Llama(config))
     graph, one_graph = nnx.graphdef(shapes), nnx.graphdef(shapes.layers)
@@ -37,51 +40,65 @@ def step_of(
     def whole(outer: Any) -> Llama:
         return nnx.merge(graph, {**outer, "layers": stack})  # which is not looked at
 
-    def embed(outer: Any, rows: jax.Array) -> jax.Array:
-        return whole(outer).embed_tokens(rows[:, :-1])
+    def embed(outer: Any, text: Text) -> jax.Array:
+        return whole(outer).embed_tokens(text.ids)
 
-    def project(w: Any, x: jax.Array, rows: jax.Array) -> tuple[jax.Array, ...]:
-        table = rotary_table(config, jnp.arange(x.shape[1]))
+    def project(w: Any, x: jax.Array, text: Text) -> tuple[jax.Array, ...]:
+        table = rotary_table(config, positions(x.shape[1], text.segments))
         return x, *layer(w).self_attn.heads(layer(w).input_layernorm(x), table)
 
-    def attend(w: Any, given: tuple[jax.Array, ...], rows: jax.Array) -> Any:
+    def attend(w: Any, given: tuple[jax.Array, ...], text: Text) -> Any:
         @jax.checkpoint
-        def one_row(qkv: tuple[jax.Array, ...]) -> jax.Array:
-            return causal(*(x[None] for x in qkv))[0]
+        def one_row(row: Any) -> jax.Array:
+            qkv, segments = jax.tree.map(lambda x: x[None], row)
+            return within(segments)(*qkv)[0]
 
         x, *qkv = given
-        return x, jax.lax.map(one_row, tuple(qkv))
+        return x, jax.lax.map(one_row, (qkv, text.segments))
 
-    def join(w: Any, given: tuple[jax.Array, ...], rows: jax.Array) -> jax.Array:
+    def join(w: Any, given: tuple[jax.Array, ...], text: Text) -> jax.Array:
         x, mixed = given
         return x + layer(w).self_attn.joined(mixed)
 
-    def gate(w: Any, x: jax.Array, rows: jax.Array) -> tuple[jax.Array, ...]:
+    def gate(w: Any, x: jax.Array, text: Text) -> tuple[jax.Array, ...]:
         normed = layer(w).post_attention_layernorm(x)
         return x, normed, layer(w).mlp.gate_proj(normed)
 
-    def widen(w: Any, given: tuple[jax.Array, ...], rows: jax.Array) -> Any:
+    def widen(w: Any, given: tuple[jax.Array, ...], text: Text) -> Any:
         x, normed, gate = given
         return x, jax.nn.silu(gate) * layer(w).mlp.up_proj(normed)
 
-    def narrow(w: Any, given: tuple[jax.Array, ...], rows: jax.Array) -> jax.Array:
+    def narrow(w: Any, given: tuple[jax.Array, ...], text: Text) -> jax.Array:
         x, hidden = given
         return x + layer(w).mlp.down_proj(hidden)
 
-    def head(outer: Any, x: jax.Array, rows: jax.Array) -> jax.Array:
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            whole(outer).logits(x), rows[:, 1:]
-        )
-        return losses.mean()
+    def head(outer: Any, x: jax.Array, text: Text) -> jax.Array:
+        return text.mean_loss(whole(outer).logits(x))
 
     def make(tx: optax.GradientTransformation) -> Callable[..., Any]:
         blocks = [project, attend, join, gate, widen, narrow]
         update = lro.layerwise.value_and_update(tx, embed, blocks, head, clip=clip)
 
-        def step(params: Any, opt_state: Any, rows: jax.Array) -> Any:
-            loss, grad_norm, params, opt_state = update(params, opt_state, rows)
+        def step(params: Any, opt_state: Any, batch: Any) -> Any:
+            loss, grad_norm, params, opt_state = update(
+                params, opt_state, text_of(batch)
+            )
             return params, opt_state, {"loss": loss, "grad_norm": grad_norm}
 
         return step
 
     return make
+
+
+def stacked(params: Any) -> Any:
+    """The parameters with the layers as one, as under `scan_layers`."""
+    layers = [params["layers"][i] for i in range(len(params["layers"]))]
+    return {**params, "layers": jax.tree.map(lambda *x: jnp.stack(x), *layers)}
+
+
+def separate(params: Any) -> Any:
+    """What `stacked` was made of."""
+    stack = params["layers"]
+    depth = len(jax.tree.leaves(stack)[0])
+    layers = {i: jax.tree.map(lambda x, i=i: x[i], stack) for i in range(depth)}
+    return {**params, "layers": layers}

@@ -57,8 +57,10 @@ def causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jax.nn.dot_product_attention(q, k, v, is_causal=True)
 
 
-def within(segments: jax.Array) -> Attend:
-    """Causal attention that stays within runs of equal numbers, of `(B, T)`."""
+def within(segments: jax.Array | None) -> Attend:
+    """Causal attention that stays within runs of equal numbers, of `(B, T)` if any."""
+    if segments is None:
+        return causal
     mask = segments[:, None, :, None] == segments[:, None, None, :]  # B 1 T S
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -67,9 +69,11 @@ def within(segments: jax.Array) -> Attend:
     return attend
 
 
-def restarting(segments: jax.Array) -> jax.Array:
-    """Positions `(B, T)` that count from 0 in every run of equal numbers."""
-    columns = jnp.arange(segments.shape[1])
+def positions(size: int, segments: jax.Array | None) -> jax.Array:
+    """Positions `(T,)` of a row, or `(B, T)` that restart with every run of numbers."""
+    if segments is None:
+        return jnp.arange(size)
+    columns = jnp.arange(size)
     first = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
     starts = jax.lax.cummax(jnp.where(first, columns, 0), axis=1)
     return columns - starts
@@ -218,11 +222,8 @@ class Llama(nnx.Module):
 
     def decode(self, x: jax.Array, segments: jax.Array | None = None) -> jax.Array:
         """Embedded tokens `(B, T, D)` through every layer, same shape."""
-        if segments is None:
-            positions, attend = jnp.arange(x.shape[1]), causal
-        else:
-            positions, attend = restarting(segments), within(segments)
-        table = rotary_table(self.config, positions)
+        table = rotary_table(self.config, positions(x.shape[1], segments))
+        attend = within(segments)
 
         def apply(graph: nnx.GraphDef, x: jax.Array, state: nnx.State) -> jax.Array:
             return nnx.merge(graph, state)(x, table, attend)

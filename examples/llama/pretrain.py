@@ -47,6 +47,7 @@ from examples.common.tokens import END_OF_TEXT, Packed, TokenizedCorpus, tokeniz
 from examples.llama.config import CONFIGS as CONFIGS
 from examples.llama.config import LlamaConfig, config_names, config_path
 from examples.llama.layerwise import step_of
+from examples.llama.loss import whole_rows
 from examples.llama.model import Llama
 from examples.llama.pretrain_settings import SMOKE, Pretrain
 from examples.llama.weights import save_llama
@@ -218,10 +219,8 @@ def init_and_loss(model: Callable[[], Llama]) -> tuple[Callable, Callable]:
         return nnx.to_pure_dict(nnx.state(model(), nnx.Param))
 
     def loss(params: Any, rows: jax.Array) -> jax.Array:
-        logits = nnx.merge(graph, params)(rows[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(
-            logits, rows[:, 1:]
-        ).mean()
+        text = whole_rows(rows)
+        return text.mean_loss(nnx.merge(graph, params)(text.ids))
 
     return init, loss
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from examples.common.methods import METHODS, check_methods
+from examples.common.methods import check_methods
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Pretrain:
 
     def check(self) -> None:
         """Raises ValueError for a value that means nothing, by name."""
-        check_methods(self.methods, self.rank)
+        check_methods(self.methods, self.rank, self.layerwise)
         for name in (
             "steps",
             "batch_size",
@@ -78,12 +78,6 @@ class Pretrain:
                 raise ValueError(
                     f"{name} must be at least 1, not {getattr(self, name)}"
                 )
-        adapted = [name for name in self.methods if METHODS[name].linear]
-        if self.layerwise and adapted:
-            raise ValueError(
-                f"Cannot train {adapted[0]} layerwise: its layers are not the model's."
-                " Choose optimizers as methods, or leave --layerwise out."
-            )
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be above 0, not {self.learning_rate}")
         if not self.weight_decay >= 0:

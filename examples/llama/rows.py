@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from examples.common.tokens import shuffled
 from examples.llama.instructions import Instruction
+from examples.llama.loss import Text
 
 
 class Batch(NamedTuple):
@@ -30,6 +31,11 @@ class Batch(NamedTuple):
     ids: np.ndarray
     segments: np.ndarray
     weights: np.ndarray
+
+    def text(self) -> Text:
+        """What is read, all but the last token, and predicted, all but the first."""
+        ids, segments, weights = self
+        return Text(ids[:, :-1], ids[:, 1:], segments[:, :-1], weights[:, 1:])
 
 
 class Example(NamedTuple):
