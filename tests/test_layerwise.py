@@ -155,7 +155,13 @@ def test_bytes_of_layers_that_alone_would_be_too_small_for_them():
     assert [x.dtype for x in state].count(jnp.uint8) == 4
     given = [0.1 * random_like((64,), i) for i in range(3)]
     expected, got = (run(tx, params, model, given) for run in (ordinary, layerwise))
-    assert_close(got[1], expected[1], rtol=1e-5, atol=1e-5)
+    # A number between two of the map may go to either of them. Without bytes, the
+    # parameters would be 0.07 off.
+    assert_close(got[1], expected[1], rtol=1e-3, atol=2e-4)
+    for a, b in zip(*map(jax.tree.leaves, (got[2], expected[2])), strict=True):
+        if a.dtype == jnp.uint8:
+            steps = np.abs(np.asarray(a, int) - np.asarray(b, int))
+            assert steps.max() <= 1 and steps.mean() < 1e-3
 
 
 def test_blocks_are_a_matter_of_memory_alone(params):
