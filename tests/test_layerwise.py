@@ -3,7 +3,6 @@
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from running import assert_close, random_like
@@ -146,9 +145,12 @@ def test_the_trajectory_is_that_of_the_ordinary_step(params, name):
 def test_bytes_of_layers_that_alone_would_be_too_small_for_them():
     wide = {"kernel": (2, 64, 40), "scale": (2, 2560)}  # from 4,096 numbers on
     params = random_like({"layers": wide, "last": (40,)}, 0)
+    # Nothing saturates, or gradients of rounding errors would decide the directions.
     model = dict(
         embed=lambda outer, batch: batch,
-        layer=lambda w, x, batch: x + jnp.tanh(x @ w["kernel"]).sum() * w["scale"][:64],
+        layer=lambda w, x, batch: (
+            x + jnp.tanh(0.1 * x @ w["kernel"]).mean() * w["scale"][:64]
+        ),
         head=lambda outer, x, batch: jnp.sum(jnp.tanh(x[:40]) * outer["last"]),
     )
     tx = lro.adamw_8bit(0.05, block=64)
@@ -156,13 +158,10 @@ def test_bytes_of_layers_that_alone_would_be_too_small_for_them():
     assert [x.dtype for x in state].count(jnp.uint8) == 4
     given = [0.1 * random_like((64,), i) for i in range(3)]
     expected, got = (run(tx, params, model, given) for run in (ordinary, layerwise))
-    # A number between two of the map may go to either of them. Without bytes, the
-    # parameters would be 0.07 off.
-    assert_close(got[1], expected[1], rtol=1e-3, atol=2e-4)
-    for a, b in zip(*map(jax.tree.leaves, (got[2], expected[2])), strict=True):
-        if a.dtype == jnp.uint8:
-            steps = np.abs(np.asarray(a, int) - np.asarray(b, int))
-            assert steps.max() <= 1 and steps.mean() < 1e-3
+    assert_close(got[0], expected[0], rtol=1e-4, atol=1e-4)
+    # On the mean: a moment between two numbers of the map may go to either of them.
+    means = jax.tree.map(lambda a, b: jnp.mean(jnp.abs(a - b)), got[1], expected[1])
+    assert max(jax.tree.leaves(means)) < 1e-5
 
 
 def test_blocks_are_a_matter_of_memory_alone(params):
