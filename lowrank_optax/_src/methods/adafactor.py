@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax._src import batching, engine, matrix, trees
+from lowrank_optax._src import engine, matrix, trees
 from lowrank_optax._src.matrix import Matrices, MatrixView
 
 
@@ -106,26 +106,23 @@ def scale_by_adafactor(
         t = engine.increment(state.step)
         b2 = 1 - jnp.asarray(t, jnp.float32) ** -decay_rate
         out = []
-        with batching.turns():
-            for i, (view, *old) in enumerate(zip(views, *moments, strict=True)):
-                g = view.matrix(batching.wait_turn(grads[i]))
-                square = g**2 + _EPS
-                if _factored(view):
-                    row = b2 * old[0] + (1 - b2) * jnp.mean(square, axis=-1)
-                    col = b2 * old[1] + (1 - b2) * jnp.mean(square, axis=-2)
-                    share = row / jnp.mean(row, axis=-1, keepdims=True)
-                    u = g * share[..., None] ** -0.5 * col[..., None, :] ** -0.5
-                    new = [row, col, old[2]]
-                else:
-                    v = b2 * view.matrix(old[2]) + (1 - b2) * square
-                    u, new = g * v**-0.5, [*old[:2], view.leaf(v, old[2].dtype)]
-                if clipping_threshold is not None:
-                    u = _clip(u, clipping_threshold)
-                out.append(view.leaf(u))
-                new = engine.accept(new, old, out[i])
-                batching.end_turn_of((out[i], new))
-                for field, x in zip(moments, new, strict=True):
-                    field[i] = x
+        for i, (view, *old) in enumerate(zip(views, *moments, strict=True)):
+            g = view.matrix(grads[i])
+            square = g**2 + _EPS
+            if _factored(view):
+                row = b2 * old[0] + (1 - b2) * jnp.mean(square, axis=-1)
+                col = b2 * old[1] + (1 - b2) * jnp.mean(square, axis=-2)
+                share = row / jnp.mean(row, axis=-1, keepdims=True)
+                u = g * share[..., None] ** -0.5 * col[..., None, :] ** -0.5
+                new = [row, col, old[2]]
+            else:
+                v = b2 * view.matrix(old[2]) + (1 - b2) * square
+                u, new = g * v**-0.5, [*old[:2], view.leaf(v, old[2].dtype)]
+            if clipping_threshold is not None:
+                u = _clip(u, clipping_threshold)
+            out.append(view.leaf(u))
+            for field, x in zip(moments, engine.accept(new, old), strict=True):
+                field[i] = x
         state = AdafactorState(t, *(treedef.unflatten(x) for x in moments))
         return treedef.unflatten(out), state
 
