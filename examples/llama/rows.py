@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
@@ -34,7 +35,7 @@ class Batch(NamedTuple):
 
     def text(self) -> Text:
         """What is read, all but the last token, and predicted, all but the first."""
-        ids, segments, weights = self
+        ids, segments, weights = map(jnp.asarray, self)
         return Text(ids[:, :-1], ids[:, 1:], segments[:, :-1], weights[:, 1:])
 
 

@@ -69,6 +69,17 @@ def drive(*steps: Steps, count: jax.Array | None = None) -> list[Any]:
 
 
 _turns: list[jax.Array | None] = []  # the end of the last turn
+_at_once: list[bool] = []
+
+
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """Let nothing within take turns: the turns are those of what is around it."""
+    _at_once.append(True)
+    try:
+        yield
+    finally:
+        _at_once.pop()
 
 
 @contextlib.contextmanager
@@ -88,7 +99,8 @@ def take_turn(x: Any, dtype: Any) -> jax.Array:
     before those of the next one come: fresh memory costs more time than arithmetic.
     """
     x = jnp.asarray(x, dtype)
-    return x if not _turns or _turns[-1] is None else after(x, _turns[-1])
+    last = _turns[-1] if _turns and not _at_once else None
+    return x if last is None else after(x, last)
 
 
 def end_turn(last: jax.Array) -> None:

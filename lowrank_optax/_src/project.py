@@ -286,14 +286,16 @@ def project_gradients(
                 weight = view.matrix(weights[i])
                 weights[i] = projection.project_param(None, basis_at[i](), weight)
             params = treedef.unflatten(weights)
-        directions, inner_state = inner.update(
-            treedef.unflatten(
-                optax.MaskedNode() if i in in_one else x for i, x in enumerate(coeffs)
-            ),
-            layout.set(state.inner_state, moments | masks),
-            params,
-            **extra,
-        )
+        with batching.at_once():
+            directions, inner_state = inner.update(
+                treedef.unflatten(
+                    optax.MaskedNode() if i in in_one else x
+                    for i, x in enumerate(coeffs)
+                ),
+                layout.set(state.inner_state, moments | masks),
+                params,
+                **extra,
+            )
 
         directions = treedef.flatten_up_to(directions)
         new_moments = layout.get(inner_state)
