@@ -39,3 +39,12 @@ def test_they_do_not_grow_with_the_leaves(name):
     few, many = temporaries(tx, 3), temporaries(tx, 9)
     assert few < 8 * LEAF
     assert many - few < 2 * LEAF  # of six more: factors and sketches
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "adam_mini", "ldadamw"])
+def test_empty_leaves_take_no_turn(name):
+    tx = METHODS[name]()
+    params = {"a": jnp.ones((64, 96)), "b": jnp.zeros((0,)), "c": jnp.ones((64, 96))}
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert updates["b"].shape == (0,)
+    assert jnp.isfinite(updates["c"]).all() and updates["c"].any()

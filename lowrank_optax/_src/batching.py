@@ -124,7 +124,7 @@ def wait_turn(tree: Any) -> Any:
 def end_turn_of(tree: Any) -> None:
     """The turn is over once all arrays of a leaf are known."""
     arrays = sorted(jax.tree.leaves(tree), key=lambda x: x.size)
-    if arrays and arrays[0].size:
+    if arrays:
         end_turn(functools.reduce(after, arrays))
 
 
@@ -210,5 +210,7 @@ def after(x: jax.Array, dependency: jax.Array) -> jax.Array:
     nor reorders: what is computed from the result is not the same expression as before,
     and is not kept alive from then (an optimization barrier does not do this on CPU).
     """
+    if not dependency.size:
+        return x
     zero = dependency[(0,) * dependency.ndim] * 0
     return x + jnp.where(zero == 0, zero, 0).astype(x.dtype)
