@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -45,6 +44,7 @@ from examples.llama.model import Llama
 from examples.llama.problems import arithmetic
 from examples.llama.rows import Example, Rows, lay_out, pack
 from examples.llama.weights import load_llama, save_llama
+from tests.interrupting import at_call, press_ctrl_c
 
 # Instructions
 
@@ -548,15 +548,9 @@ def test_a_run_that_is_killed_and_stopped_ends_the_same(
     # A step past the checkpoint is on record, and has to be taken back.
     assert metrics_of(out, 0)[-1]["step"] == 3
 
-    original = Rows.batch
-
-    def batch(self, seed, step, batch_size):
-        if (seed, step) == (1, 3):
-            monkeypatch.setattr(Rows, "batch", original)
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, seed, step, batch_size)
-
-    monkeypatch.setattr(Rows, "batch", batch)
+    # In the fourth step of the second seed: three remain of the first, and each run
+    # takes a batch to compile for.
+    at_call(monkeypatch, Rows, "batch", 9, press_ctrl_c)
     status, _, errors = run(["--resume", "--out", out])
     assert status == 130
     last = errors.splitlines()[-1]
@@ -618,15 +612,7 @@ def test_layerwise_takes_the_ordinary_steps_and_resumes(
 
     status, _, errors = run(arguments(0))
     assert status == 0, errors
-    original = Rows.batch
-
-    def batch(self, seed, step, batch_size):
-        if step == 3:
-            monkeypatch.setattr(Rows, "batch", original)
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, seed, step, batch_size)
-
-    monkeypatch.setattr(Rows, "batch", batch)
+    at_call(monkeypatch, Rows, "batch", 4, press_ctrl_c)
     assert run([*arguments(1), "--layerwise"])[0] == 130
     status, _, errors = run(["--resume", "--out", runs[1]])
     assert status == 0, errors

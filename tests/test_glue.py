@@ -5,7 +5,6 @@ import dataclasses
 import inspect
 import io
 import json
-import os
 import re
 import shutil
 import signal
@@ -34,6 +33,7 @@ from examples.roberta.glue import main, prepare
 from examples.roberta.masked import Masking
 from examples.roberta.settings import Glue
 from examples.roberta.weights import load_classifier
+from tests.interrupting import Crash, at_call, crash, stop
 from tests.mrpc import TINY, write_data, write_model
 
 METHODS = ("adamw", "lora")
@@ -185,32 +185,6 @@ def test_there_is_a_progress_bar_a_run(finished):
 
 
 # Killing and resuming
-
-
-class Crash(BaseException):
-    """What no handler of the command catches, as little as a kill."""
-
-
-def at_call(monkeypatch, owner, name, n, act):
-    """Has something happen at the n-th call of a function, once."""
-    original, calls = getattr(owner, name), []
-
-    def function(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == n:
-            monkeypatch.setattr(owner, name, original)
-            act()
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, function)
-
-
-def crash():
-    raise Crash
-
-
-def stop():
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def files(folder):

@@ -2,9 +2,7 @@
 
 import io
 import json
-import os
 import shutil
-import signal
 from contextlib import redirect_stderr, redirect_stdout
 
 import jax
@@ -18,6 +16,7 @@ from examples.roberta.glue import prepare
 from examples.roberta.job import params_of
 from examples.roberta.spectra_report import RESIDUALS, Run
 from examples.spectra import Spectra, main
+from tests.interrupting import at_call, stop
 from tests.mrpc import write_data, write_model
 
 STEPS = 4  # an epoch and a third of 20 pairs, 8 in a batch
@@ -180,15 +179,8 @@ def test_the_report_has_tables_and_plots(finished):
 
 
 def test_a_stopped_run_goes_on(finished, flags, tmp_path, monkeypatch, capsys):
-    out, original = tmp_path / "run", Encoded.training_batch
-
-    def training_batch(self, seed, step, size):
-        if step == 2:
-            monkeypatch.setattr(Encoded, "training_batch", original)
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, seed, step, size)
-
-    monkeypatch.setattr(Encoded, "training_batch", training_batch)
+    out = tmp_path / "run"
+    at_call(monkeypatch, Encoded, "training_batch", 4, stop)
     assert main([*flags, "--out", str(out)]) == 130
     last = capsys.readouterr().err.splitlines()[-1]
     assert "adamw stopped after step 3" in last

@@ -1,17 +1,24 @@
 """Shape and numerics of a LLaMA model, read from and written to Hugging Face's JSON."""
 
 import dataclasses
-import json
-import math
 from pathlib import Path
 from typing import Any
 
+from examples.common.config import (
+    Fields,
+    check_counts,
+    check_dtypes,
+    check_file,
+    check_positive,
+    read_object,
+    required_fields,
+    stored_fields,
+)
+from examples.common.files import write_json
+
 CONFIGS = Path(__file__).parent / "configs"
 
-_DTYPES = ("float32", "bfloat16", "float16")
-
-# Fields of a Hugging Face config that change the function this model computes, each
-# with the one value it can represent. A missing field has this value there too.
+# What this model cannot do otherwise.
 _FIXED_FIELDS = {
     "model_type": "llama",
     "hidden_act": "silu",
@@ -71,31 +78,21 @@ class LlamaConfig:
     param_dtype: str = "float32"
 
     def __post_init__(self):
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "kv_heads",
-            "max_position_embeddings",
-        ):
-            value = getattr(self, name)
-            field = "num_key_value_heads" if name == "kv_heads" else name
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(
-                    f"{field} must be a whole number of at least 1, got {value!r}."
-                )
-        for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ValueError(f"{name} must be a positive number, got {value!r}.")
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in _DTYPES:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(_DTYPES)}, "
-                    f"got {getattr(self, name)!r}."
-                )
+        check_counts(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.kv_heads,
+            max_position_embeddings=self.max_position_embeddings,
+        )
+        check_positive(
+            rms_norm_eps=self.rms_norm_eps,
+            rope_theta=self.rope_theta,
+            initializer_range=self.initializer_range,
+        )
+        check_dtypes(dtype=self.dtype, param_dtype=self.param_dtype)
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} does not divide "
@@ -145,8 +142,7 @@ class LlamaConfig:
         """
         path = Path(path)
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**(_config_fields(raw) | overrides))
+            return cls(**(_config_fields(read_object(path)) | overrides))
         except ValueError as error:
             raise ValueError(f"Cannot use the model config {path}: {error}") from error
 
@@ -159,8 +155,7 @@ class LlamaConfig:
         # `rope_parameters` and `dtype`.
         raw["rope_parameters"] = {"rope_type": "default", "rope_theta": self.rope_theta}
         raw["torch_dtype"] = raw["dtype"] = self.param_dtype
-        text = json.dumps(raw, indent=2, sort_keys=True) + "\n"
-        Path(path).write_text(text, encoding="utf-8")
+        write_json(Path(path), raw)
 
 
 def config_path(model: str) -> Path | None:
@@ -176,30 +171,15 @@ def config_names() -> str:
 
 
 # How this model is laid out and computed is no property of the checkpoint.
-_HF_FIELDS = [
-    field.name
-    for field in dataclasses.fields(LlamaConfig)
-    if field.name not in ("scan_layers", "remat", "dtype", "param_dtype")
-]
-_REQUIRED_FIELDS = [
-    field.name
-    for field in dataclasses.fields(LlamaConfig)
-    if field.default is dataclasses.MISSING
-]
+_HF_FIELDS = stored_fields(
+    LlamaConfig, but=("scan_layers", "remat", "dtype", "param_dtype")
+)
+_REQUIRED_FIELDS = required_fields(LlamaConfig)
 
 
-def _config_fields(raw: Any) -> dict[str, Any]:
-    """`LlamaConfig` fields of a parsed Hugging Face config, or ValueError."""
-    if not isinstance(raw, dict):
-        raise ValueError(f"it holds {type(raw).__name__}, not a JSON object.")
-    missing = [name for name in _REQUIRED_FIELDS if name not in raw]
-    if missing:
-        raise ValueError(f"it lacks {', '.join(missing)}.")
-    for name, only in _FIXED_FIELDS.items():
-        if raw.get(name, only) != only:
-            raise ValueError(
-                f"{name}={raw[name]!r} is not supported, only {only!r} is."
-            )
+def _config_fields(raw: Fields) -> Fields:
+    """`LlamaConfig` fields of those of a Hugging Face config, or ValueError."""
+    check_file(raw, _REQUIRED_FIELDS, _FIXED_FIELDS)
     fields = {name: raw[name] for name in _HF_FIELDS if name in raw}
     if isinstance(fields.get("eos_token_id"), list):
         # The config is a static part of the model, so it must be hashable.

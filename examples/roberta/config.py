@@ -1,19 +1,24 @@
 """Shape and numerics of an encoder, read from and written to Hugging Face's JSON."""
 
 import dataclasses
-import json
-import math
 from pathlib import Path
 from typing import Any
 
+from examples.common.config import (
+    Fields,
+    check_counts,
+    check_dtypes,
+    check_file,
+    check_positive,
+    read_object,
+    required_fields,
+    stored_fields,
+)
 from examples.common.files import write_json
 
 MODEL_TYPES = ("roberta", "bert")
 
-_DTYPES = ("float32", "bfloat16", "float16")
-
-# Fields of a Hugging Face config that change the function this model computes, each
-# with the one value it can represent. A missing field has this value there too.
+# What this model cannot do otherwise.
 _FIXED_FIELDS = {
     "hidden_act": "gelu",
     "position_embedding_type": "absolute",
@@ -75,40 +80,30 @@ class EncoderConfig:
                 f"model_type={self.model_type!r} is not supported, only "
                 f"{' and '.join(map(repr, MODEL_TYPES))} are."
             )
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "max_position_embeddings",
-            "type_vocab_size",
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(
-                    f"{name} must be a whole number of at least 1, got {value!r}."
-                )
+        check_counts(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            max_position_embeddings=self.max_position_embeddings,
+            type_vocab_size=self.type_vocab_size,
+        )
         if self.pad_token_id not in range(self.vocab_size):
             raise ValueError(
                 f"pad_token_id must be a token, below vocab_size={self.vocab_size}, "
                 f"got {self.pad_token_id!r}."
             )
-        for name in ("layer_norm_eps", "initializer_range"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ValueError(f"{name} must be a positive number, got {value!r}.")
+        check_positive(
+            layer_norm_eps=self.layer_norm_eps,
+            initializer_range=self.initializer_range,
+        )
+        check_dtypes(dtype=self.dtype, param_dtype=self.param_dtype)
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(
                     f"{name} must be at least 0 and below 1, got "
                     f"{getattr(self, name)!r}."
-                )
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in _DTYPES:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(_DTYPES)}, "
-                    f"got {getattr(self, name)!r}."
                 )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -158,8 +153,7 @@ class EncoderConfig:
         """
         path = Path(path)
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**(_config_fields(raw) | overrides))
+            return cls(**(_config_fields(read_object(path)) | overrides))
         except ValueError as error:
             raise ValueError(f"Cannot use the model config {path}: {error}") from error
 
@@ -183,36 +177,19 @@ class EncoderConfig:
 
 # Labels are written in Hugging Face's way; how this model is computed is no property
 # of the checkpoint.
-_HF_FIELDS = [
-    field.name
-    for field in dataclasses.fields(EncoderConfig)
-    if field.name not in ("labels", "dtype", "param_dtype")
-]
-_REQUIRED_FIELDS = [
-    field.name
-    for field in dataclasses.fields(EncoderConfig)
-    if field.default is dataclasses.MISSING
-]
+_HF_FIELDS = stored_fields(EncoderConfig, but=("labels", "dtype", "param_dtype"))
+_REQUIRED_FIELDS = required_fields(EncoderConfig)
 
 
-def _config_fields(raw: Any) -> dict[str, Any]:
-    """`EncoderConfig` fields of a parsed Hugging Face config, or ValueError."""
-    if not isinstance(raw, dict):
-        raise ValueError(f"it holds {type(raw).__name__}, not a JSON object.")
+def _config_fields(raw: Fields) -> Fields:
+    """`EncoderConfig` fields of those of a Hugging Face config, or ValueError."""
     if raw.get("model_type") not in MODEL_TYPES:
         # Said first: of another model, other fields would be missing too.
         raise ValueError(
             f"model_type={raw.get('model_type')!r} is not supported, only "
             f"{' and '.join(map(repr, MODEL_TYPES))} are."
         )
-    missing = [name for name in _REQUIRED_FIELDS if name not in raw]
-    if missing:
-        raise ValueError(f"it lacks {', '.join(missing)}.")
-    for name, only in _FIXED_FIELDS.items():
-        if raw.get(name, only) != only:
-            raise ValueError(
-                f"{name}={raw[name]!r} is not supported, only {only!r} is."
-            )
+    check_file(raw, _REQUIRED_FIELDS, _FIXED_FIELDS)
     fields = {name: raw[name] for name in _HF_FIELDS if name in raw}
     names = raw.get("id2label")
     if isinstance(names, dict) and names:
