@@ -114,6 +114,14 @@ def test_the_period_doubles_after_five_steady_renewals_up_to_its_cap():
     assert found == [*range(9), 10]
 
 
+def test_no_period_is_longer_than_can_be_counted():
+    rule, period = lro.WhenDrifted(2**30), 2**30
+    state = rule.init(None)
+    for _ in range(20):
+        state = rule.after(state, jnp.array(True), jnp.ones([]), jnp.array(0.9))
+        assert state.left == period - 1
+
+
 def test_the_rule_follows_the_protocol():
     rule = lro.WhenDrifted(4)
     assert isinstance(rule, lro.Refresh)

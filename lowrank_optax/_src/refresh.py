@@ -204,7 +204,9 @@ class WhenDrifted:
         steady = compared & (jnp.mean(recent) >= self.threshold)
         longer = jnp.minimum(2 * state.stretch, self.max_stretch).astype(jnp.int32)
         stretch = jnp.where(steady, longer, state.stretch)
-        period = (stretch * self.update_every).astype(jnp.int32)
+        # No longer than can be counted.
+        longest = jnp.maximum(np.iinfo(np.int32).max // self.update_every, 1)
+        period = (jnp.minimum(stretch, longest) * self.update_every).astype(jnp.int32)
         return DriftState(
             left=jnp.where(due, period, state.left) - 1,
             stretch=stretch,
