@@ -29,28 +29,37 @@ def down(
     grad = recovery.prepare(grad, recovery_state)
     # As it lies in memory: a conditional copies a transposed view that it is given.
     lying = grad.mT if turned else grad
-    coeff = project(batching.after(basis, turn), grad)
-    size = jnp.linalg.norm(coeff)
+    basis = batching.after(basis, turn)
     # A basis that has not seen a usable gradient yet is zero: it is always due.
     unset = jnp.all(basis[..., 0] == 0)
-    due = unset | (first & refresh.due(refresh_state, step, phase, size))
+
+    def project_to_old():
+        coeff = project(basis, lying.mT if turned else lying)
+        return coeff, jnp.linalg.norm(coeff)
+
+    # What is due needs it for nothing else than to say so.
+    known = project_to_old() if getattr(refresh, "uses_size", True) else None
+    due = refresh.due(refresh_state, step, phase, known and known[1])
+    due = unset | (first & due)
 
     def renew():
         # A shrunk basis is renewed as a whole one is, and cut off again: its columns
         # stay those that it would have without.
-        missing = rank - basis.shape[-1]
-        old = jnp.pad(basis, [(0, 0)] * (basis.ndim - 1) + [(0, missing)])
+        kept = basis.shape[-1]
+        old = jnp.pad(basis, [(0, 0)] * (basis.ndim - 1) + [(0, rank - kept)])
         grad = lying.mT if turned else lying
-        new = _safe_select(subspace, key, grad, old, step)[..., : basis.shape[-1]]
+        new, coeff = _safe_select(subspace, key, grad, old, step)
+        new, coeff = new[..., :kept], coeff[..., :kept, :]
         overlap = matmul(new.mT, basis)
         used = jnp.sum(jnp.any(basis != 0, axis=-2))
         size = jnp.linalg.norm(grad)
         usable = jnp.isfinite(size) & (size > 0)  # else nothing was chosen
         share = jnp.where(usable, jnp.sum(overlap**2) / jnp.maximum(used, 1), 0.0)
         carried = transfer.carry(moments, overlap)
-        return project(new, grad), new, carried, share, size
+        return coeff, new, carried, share, size
 
     def keep():
+        coeff, size = known or project_to_old()
         return coeff, basis, moments, jnp.ones([], basis.dtype), size
 
     coeff, basis, moments, share, size = jax.lax.cond(due, renew, keep)
@@ -87,18 +96,29 @@ def is_stored(subspace: Any) -> bool:
 
 
 def _safe_select(subspace: Subspace, key, grad, old, step):
-    """A new basis with the signs of the old one, which an unusable gradient keeps."""
+    """A new basis with the signs of the old one, and the gradient projected to it.
+
+    An unusable gradient keeps the old one, and is projected to zero or to NaNs.
+    """
     if not is_stored(subspace):
-        return subspace.select(key, grad, old, step)  # as it will be drawn again
+        new = subspace.select(key, grad, old, step)  # as it will be drawn again
+        return new, project(new, grad)
     largest = jnp.max(jnp.abs(grad), axis=(-2, -1), keepdims=True)
     usable = jnp.isfinite(largest) & (largest > 0)
-    inverse, _ = linalg.power_of_two(jnp.where(usable, largest, 0))
-    new = subspace.select(key, jnp.where(usable, grad * inverse, 0), old, step)
-    inner_product = jnp.sum(new * old, axis=-2, keepdims=True)
-    new = jnp.where(inner_product < 0, -new, new)
+    inverse, scale = linalg.power_of_two(jnp.where(usable, largest, 0))
+    scaled = jnp.where(usable, grad * inverse, 0)
+    if hasattr(subspace, "select_and_project"):
+        new, coeff = subspace.select_and_project(key, scaled, old, step)
+    else:
+        new = subspace.select(key, scaled, old, step)
+        coeff = project(new, scaled)
+    turned = jnp.sum(new * old, axis=-2, keepdims=True) < 0
+    new = jnp.where(turned, -new, new)
+    coeff = jnp.where(turned.mT, -coeff, coeff) * scale
+    finite = jnp.all(jnp.isfinite(new), axis=(-2, -1), keepdims=True)
+    usable &= finite
     # In a stack of which others start, a matrix without a usable gradient starts too,
     # anywhere: with a basis of zero it would stand still until the next refresh.
     unset = jnp.all(old == 0, axis=(-2, -1), keepdims=True)
-    usable |= unset & jnp.any(usable)
-    usable &= jnp.all(jnp.isfinite(new), axis=(-2, -1), keepdims=True)
-    return jnp.where(usable, new, old)
+    starts = unset & jnp.any(usable) & finite
+    return jnp.where(usable | starts, new, old), jnp.where(usable, coeff, 0 * largest)

@@ -51,16 +51,26 @@ def range_finder(
     return linalg.orthonormalize(y)
 
 
-def rotate_to_singular(
-    basis: Float[Array, "*b m l"], a: Float[Array, "*b m n"], rank: int
-) -> Float[Array, "*b m r"]:
-    """The ``rank`` leading singular directions of ``a`` within a basis' span.
+def leading_singular(
+    key: Key[Array, "*b"] | Key[Array, ""],
+    a: Float[Array, "*b m n"],
+    rank: int,
+    iters: int = 2,
+    oversample: int = 8,
+    start: Float[Array, "*b m k"] | None = None,
+) -> tuple[Float[Array, "*b m r"], Float[Array, "*b r n"]]:
+    """The vectors of `subspace_iteration`, and the projection of ``a`` to them.
 
-    ``basis @ U`` with ``U`` the leading eigenvectors of ``B B^T``, ``B = basis^T a``.
+    In the span of a basis Q of the range, these are ``Q U`` and ``U^T B``, with U the
+    leading eigenvectors of ``B B^T``, ``B = Q^T a``.
     """
-    b, _ = unit_scale(linalg.project(basis, linalg.at_least_float32(a)))
+    a, scale = unit_scale(a)
+    warm = None if start is None else linalg.sketch(a.mT, start)
+    basis = range_finder(key, a, rank + oversample, iters, warm)
+    b = linalg.project(basis, a)
     _, vectors = linalg.eigh(matmul(b, b.mT))
-    return matmul(basis, jnp.flip(vectors, -1)[..., :rank])
+    vectors = jnp.flip(vectors, -1)[..., : min(rank, *a.shape[-2:])]
+    return matmul(basis, vectors), matmul(vectors.mT, b) * scale
 
 
 def subspace_iteration(
@@ -84,9 +94,7 @@ def subspace_iteration(
     Returns:
       ``(*batch, m, min(rank, m, n))``, orthonormal, in descending order.
     """
-    warm = None if start is None else linalg.sketch(unit_scale(a)[0].mT, start)
-    basis = range_finder(key, a, rank + oversample, iters, warm)
-    return rotate_to_singular(basis, a, min(rank, *a.shape[-2:]))
+    return leading_singular(key, a, rank, iters, oversample, start)[0]
 
 
 def randomized_svd(

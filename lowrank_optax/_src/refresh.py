@@ -31,6 +31,7 @@ class Every:
     """
 
     update_every: Any
+    uses_size: ClassVar[bool] = False
 
     def __post_init__(self):
         _check_period(self.update_every)
@@ -60,6 +61,7 @@ class Staggered:
     """
 
     update_every: Any
+    uses_size: ClassVar[bool] = False
 
     def __post_init__(self):
         _check_period(self.update_every)
@@ -182,6 +184,7 @@ class WhenDrifted:
     update_every: Any
     threshold: Any = 0.4
     max_stretch: Any = 16
+    uses_size: ClassVar[bool] = False
     requires: ClassVar[tuple[str, ...]] = (compatible.ORTHONORMAL, compatible.CHOSEN)
 
     def __post_init__(self):

@@ -39,20 +39,23 @@ class TopSingular:
             )
 
     def select(self, key, grad, old, step):
+        return self.select_and_project(key, grad, old, step)[0]
+
+    def select_and_project(self, key, grad, old, step):
         rank = old.shape[-1]
-        if self.method == "svd":
-            return linalg.svd(grad)[0][..., :rank]
-        if self.method == "gram_eigh":
-            return linalg.gram_eigh(grad, rank)[0]
+        if self.method in ("svd", "gram_eigh"):
+            find = linalg.svd if self.method == "svd" else linalg.gram_eigh
+            basis = find(grad)[0][..., :rank]
+            return basis, linalg.project(basis, grad)
         if self.method == "warm":
             # At the start there is no old basis: a zero column would waste its place.
             started = jnp.any(old != 0, axis=(-2, -1), keepdims=True)
             fresh_key, key = random.split(key)
             fresh = random.draw(jax.random.normal, fresh_key, old.shape, old.dtype)
             start = jnp.where(started, old, fresh)
-            return randomized.subspace_iteration(key, grad, rank, iters=1, start=start)
+            return randomized.leading_singular(key, grad, rank, iters=1, start=start)
         iters = 1 if self.method == "rsvd" else 2
-        return randomized.subspace_iteration(key, grad, rank, iters)
+        return randomized.leading_singular(key, grad, rank, iters)
 
 
 # Relative to the largest: what is smaller is the noise of a Gram matrix, not a value.
@@ -257,14 +260,18 @@ class EnergyRank:
         return self.min_rank
 
     def select(self, key, grad, old, step):
+        return self.select_and_project(key, grad, old, step)[0]
+
+    def select_and_project(self, key, grad, old, step):
         rank = old.shape[-1]
-        basis = randomized.subspace_iteration(key, grad, rank, iters=1)
-        energy = jnp.sum(linalg.matmul(basis.mT, grad) ** 2, axis=-1)
+        basis, coeff = randomized.leading_singular(key, grad, rank, iters=1)
+        energy = jnp.sum(coeff**2, axis=-1)
         total = jnp.sum(grad**2, axis=(-2, -1))[..., None]
         residual = total - jnp.cumsum(energy, axis=-1)
         too_few = jnp.sum(residual > self.max_residual_energy * total, axis=-1)
         used = jnp.maximum(too_few + 1, self.min_rank)[..., None, None]
-        return jnp.where(jnp.arange(rank) < used, basis, 0.0)
+        kept = jnp.arange(rank) < used
+        return jnp.where(kept, basis, 0.0), jnp.where(kept.mT, coeff, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)

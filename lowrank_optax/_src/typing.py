@@ -23,6 +23,9 @@ class Subspace(Protocol):
     A class attribute ``stored = False`` says that the basis follows from the key alone:
     the state then keeps the step of its drawing, and the basis is drawn again wherever
     it is needed. Then only the shape and dtype of ``old`` may be used.
+
+    A method ``select_and_project``, where there is one, takes the same arguments and
+    returns ``basis^T grad`` beside the basis, for one that knows it already.
     """
 
     def select(
@@ -43,13 +46,19 @@ class Subspace(Protocol):
 
 @runtime_checkable
 class Refresh(Protocol):
-    """When the basis is renewed: one scalar predicate a leaf; step 0 is always due."""
+    """When the basis is renewed: one scalar predicate a leaf; step 0 is always due.
+
+    A class attribute ``uses_size = False`` says that `due` does without ``size``, and
+    is given None: what is due is then not first projected to the old basis.
+    """
 
     def init(self, view: MatrixView) -> Any:
         """A NamedTuple of scalars, or ``optax.MaskedNode()`` for none."""
         ...
 
-    def due(self, state: Any, step: Step, phase: float, size: Array) -> Bool[Array, ""]:
+    def due(
+        self, state: Any, step: Step, phase: float, size: Array | None
+    ) -> Bool[Array, ""]:
         """Whether to renew now.
 
         ``phase`` in [0, 1) spreads the leaves by cost; ``size`` is the Frobenius norm
