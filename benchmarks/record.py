@@ -28,6 +28,7 @@ def machine() -> dict[str, Any]:
         "devices": sorted({d.device_kind for d in jax.devices()}),
         "processor": _processor(),
         "cores": os.cpu_count(),
+        "OPENBLAS_NUM_THREADS": os.environ.get("OPENBLAS_NUM_THREADS"),
         "python": platform.python_version(),
         **{name: installed(name) for name in ("jax", "jaxlib", "optax", "flax")},
     }

@@ -15,6 +15,8 @@ os.environ.setdefault(
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
     "--xla_cpu_parallel_codegen_split_count=1",
 )
+# Else threads of LAPACK's library wait busily for work, and take the cores from XLA's.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 jax.config.update("jax_num_cpu_devices", 2)
 
 # Every example shape is compiled anew, which takes longer than any sensible deadline.
