@@ -224,6 +224,64 @@ def test_what_a_subspace_is_given():
 
 
 @dataclasses.dataclass(frozen=True)
+class OnlySelects:
+    """A subspace that does not know the projection."""
+
+    def select(self, key, grad, old, step):
+        return lro.TopSingular().select(key, grad, old, step)
+
+
+def test_a_subspace_may_know_the_projection_or_not():
+    # Scaled, with signs of the old basis that turn, a zero and a broken gradient.
+    sizes = (1, 1e12, 0, 1e-9, 1, 1)
+    grads = [
+        {"w": size * g, "stack": jnp.stack([g, 1e-3 * size * g[::-1]])}
+        for size, g in zip(sizes, gradients((5, 8), steps=6), strict=True)
+    ]
+    grads[4]["stack"] = grads[4]["stack"].at[0, 1, 2].set(jnp.nan)
+    found = [
+        run(
+            project(subspace=subspace, refresh=lro.Every(1), matrices=lro.MatrixAxes()),
+            grads[0],
+            grads,
+        )
+        for subspace in (lro.TopSingular(), OnlySelects())
+    ]
+    (updates, state), (expected, expected_state) = found
+    for new, old in zip(updates, expected, strict=True):
+        assert_close(new, old, rtol=1e-4, atol=1e-5)
+    assert_close(state.basis, expected_state.basis, rtol=1e-4, atol=1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Third:
+    """Every third step; keeps what `due` was given."""
+
+    given: list = dataclasses.field(default_factory=list, hash=False)
+    uses_size: bool = True
+
+    def init(self, view):
+        return optax.MaskedNode()
+
+    def due(self, state, step, phase, size):
+        self.given.append(size)
+        return step % 3 == 0
+
+    def after(self, state, due, size, overlap):
+        return state
+
+
+def test_a_rule_is_given_the_size_only_if_it_uses_it():
+    grads = [{"w": g} for g in gradients((5, 8), steps=7)]
+    rules = [Third(), Third(uses_size=False), lro.Every(3)]
+    found = [run(project(refresh=rule), grads[0], grads) for rule in rules]
+    assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+    assert_close(found[2], found[0], rtol=1e-5, atol=1e-6)
+    assert {np.shape(x) for x in rules[0].given} == {()}
+    assert set(rules[1].given) == {None}
+
+
+@dataclasses.dataclass(frozen=True)
 class Random:
     """A Gaussian matrix: shows the key."""
 

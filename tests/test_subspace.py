@@ -59,6 +59,23 @@ def projector(basis):
     return basis @ np.swapaxes(basis, -1, -2)
 
 
+PROJECTING = [lro.TopSingular(method) for method in METHODS] + [lro.EnergyRank(2, 0.3)]
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (2, 3, 9, 7)])
+@pytest.mark.parametrize("subspace", PROJECTING, ids=str)
+def test_what_is_projected_on_the_way_is_the_projection(subspace, shape):
+    grad = jnp.asarray(normal(*shape, seed=3), jnp.float32)
+    old = jnp.asarray(no_basis(*shape[:-1], 5))
+    keys = jax.random.split(KEY, shape[:-2]) if len(shape) > 2 else KEY
+    find = jax.jit(lambda *x: subspace.select_and_project(*x, old, STEP))
+    basis, coeff = map(np.asarray, find(keys, grad))
+    selected = subspace.select(keys, grad, old, STEP)
+    np.testing.assert_allclose(basis, selected, rtol=0, atol=1e-5)
+    expected = np.swapaxes(basis, -1, -2).astype(np.float64) @ np.asarray(grad)
+    np.testing.assert_allclose(coeff, expected, rtol=0, atol=2e-5)
+
+
 GRADS = {
     "gaussian": normal(12, 20),
     "zero": np.zeros((12, 20)),
