@@ -3,6 +3,7 @@
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from running import assert_close, random_like
@@ -204,6 +205,30 @@ def test_narrow_parameters_keep_their_types(params):
     expected, got = (run(tx, narrow) for run in (ordinary, layerwise))
     chex.assert_trees_all_equal_dtypes(got[1], narrow)
     assert_close(got[1], expected[1], rtol=0.1, atol=0.1)
+
+
+def test_the_clip_of_narrow_gradients_is_not_rounded_itself(params):
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    tx, batch = (
+        optax.trace(0.9),
+        next(iter(batches())),
+    )  # its first trace is the gradient
+    whole, clipped = (
+        lro.layerwise.value_and_update(tx, **MODEL, clip=clip)(
+            narrow, tx.init(narrow), batch
+        )
+        for clip in (1e9, 0.3)
+    )
+    factor = 0.3 / np.float32(whole.grad_norm)
+    assert factor < 1 and jnp.asarray(factor, jnp.bfloat16) != factor
+    for g, found in zip(
+        jax.tree.leaves(whole.opt_state.trace),
+        jax.tree.leaves(clipped.opt_state.trace),
+        strict=True,
+    ):
+        assert g.dtype == found.dtype == jnp.bfloat16
+        expected = (np.asarray(g, np.float32) * factor).astype(jnp.bfloat16)
+        np.testing.assert_array_equal(found, expected)
 
 
 # Memory

@@ -188,7 +188,7 @@ class _Model:
             if update is None or not grads:
                 return now
             if factor is not None:
-                grads = {i: g * factor.astype(g.dtype) for i, g in grads.items()}
+                grads = {i: (g * factor).astype(g.dtype) for i, g in grads.items()}
             return update(now, grads, at)
 
         def forward(x, w):
