@@ -85,11 +85,10 @@ settings = Glue(
     data=DATA,
     methods=METHODS,
     rank=8,
-    epochs=2,
-    train_examples=1600,
+    epochs=3,
+    train_examples=2000,
     validation_examples=400,
-    max_length=64,
-    pretrain_steps=300,
+    pretrain_steps=400,
 )
 if SMALL:
     settings = dataclasses.replace(
