@@ -10,6 +10,7 @@ import lowrank_optax as lro
 METHODS = {
     "adamw_8bit": lambda: lro.adamw_8bit(1e-3),
     "adam_mini": lambda: lro.adam_mini(1e-3),
+    "apollo_adamw": lambda: lro.apollo_adamw(1e-3, rank=128),
     "galore_adamw": lambda: lro.galore_adamw(1e-3, rank=4),
     "ldadamw": lambda: lro.ldadamw(1e-3, rank=4),
     "mlorc_adamw": lambda: lro.mlorc_adamw(1e-3),

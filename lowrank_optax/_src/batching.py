@@ -98,9 +98,12 @@ def take_turn(x: Any, dtype: Any) -> jax.Array:
     What is computed from it waits, so that the large temporaries of one leaf are gone
     before those of the next one come: fresh memory costs more time than arithmetic.
     """
-    x = jnp.asarray(x, dtype)
-    last = _turns[-1] if _turns and not _at_once else None
+    x, last = jnp.asarray(x, dtype), _last_turn()
     return x if last is None else after(x, last)
+
+
+def _last_turn() -> jax.Array | None:
+    return _turns[-1] if _turns and not _at_once else None
 
 
 def end_turn(last: jax.Array) -> None:
@@ -113,10 +116,8 @@ def wait_turn(tree: Any) -> Any:
     """The arrays and keys of a leaf, each of which takes its turn."""
 
     def wait(x):
-        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return take_turn(x, x.dtype)
-        data = wait(jax.random.key_data(x))
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+        last = _last_turn()
+        return x if last is None else after(x, last)
 
     return jax.tree.map(wait, tree)
 
@@ -204,7 +205,7 @@ def places(numbers: Sequence[int], count: jax.Array | None) -> dict[int, Any]:
 
 
 def after(x: jax.Array, dependency: jax.Array) -> jax.Array:
-    """``x``, to be computed only once ``dependency`` is known.
+    """``x``, an array or keys, to be computed only once ``dependency`` is known.
 
     Adds a zero made of it. A data dependence is the one thing that XLA neither merges
     nor reorders: what is computed from the result is not the same expression as before,
@@ -212,5 +213,8 @@ def after(x: jax.Array, dependency: jax.Array) -> jax.Array:
     """
     if not dependency.size:
         return x
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = after(jax.random.key_data(x), dependency)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     zero = dependency[(0,) * dependency.ndim] * 0
     return x + jnp.where(zero == 0, zero, 0).astype(x.dtype)

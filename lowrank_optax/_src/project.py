@@ -139,9 +139,13 @@ def project_gradients(
         check(subspace, recovery, side)
 
     def load(views, kept):
-        """For each matrix a function to its basis: as it is kept, or drawn again."""
+        """For each matrix a function to its basis: as it is kept, or drawn again.
+
+        Drawn once what the function is given is known: else those of all leaves would
+        be drawn first, and alive at once.
+        """
         if stored:
-            return {i: functools.partial(kept.__getitem__, i) for i in views}
+            return {i: lambda known, i=i: kept[i] for i in views}
         paths = [view.path for view in views.values()]
         keys = trees.leaf_keys(key, paths, [kept[i] for i in views])
         shapes = ((*v.batch_shape, v.m, v.rank(rank)) for v in views.values())
@@ -247,7 +251,7 @@ def project_gradients(
                 phases[i],
                 first,
                 view.matrix(grads[i]),
-                basis_at[i](),
+                basis_at[i](turn),
                 refreshes[i],
                 recoveries[i],
                 own,
@@ -276,7 +280,7 @@ def project_gradients(
         moments = layout.get(state.inner_state)
         recovery_at = {i: _at(view, recovery) for i, view in at_matrix.items()}
 
-        # Drawn once more, as otherwise those of all leaves would be alive at once.
+        # Drawn once more, and not kept from where the gradients were projected.
         basis_at = load(at_matrix, bases)
         in_one = in_one_pass(at_matrix)
         masks = {w: optax.MaskedNode() for w in moments if w[1] in in_one}
@@ -284,7 +288,9 @@ def project_gradients(
             weights = [trees.full_precision(w) for w in treedef.flatten_up_to(params)]
             for i, view in at_matrix.items():
                 weight = view.matrix(weights[i])
-                weights[i] = projection.project_param(None, basis_at[i](), weight)
+                weights[i] = projection.project_param(
+                    None, basis_at[i](coeffs[i]), weight
+                )
             params = treedef.unflatten(weights)
         with batching.at_once():
             directions, inner_state = inner.update(
@@ -308,7 +314,7 @@ def project_gradients(
             if i in in_one:
                 new, new_moments["mu", i], new_moments["nu", i] = in_one[i](
                     view.matrix(grads[i], grads[i].dtype),
-                    basis_at[i](),
+                    basis_at[i](grads[i]),
                     moments["mu", i],
                     moments["nu", i],
                     state.inner_state.count,
@@ -323,7 +329,7 @@ def project_gradients(
                     view.matrix(grads[i]),
                     coeffs[i],
                     directions[i],
-                    basis_at[i](),
+                    basis_at[i](directions[i]),
                     recoveries[i],
                     {name: new_moments[name, i] for name, _ in own} if seen else None,
                 )

@@ -71,9 +71,13 @@ def down(
 
 
 @engine.compiled
-def draw(parts, key):
-    """The basis of a subspace that is not stored, from the key of its refresh."""
+def draw(parts, key, known):
+    """The basis of a subspace that is not stored, from the key of its refresh.
+
+    Drawn once ``known`` is so, any array.
+    """
     subspace, shape, dtype = parts
+    key = batching.after(key, known)
     zeros = jnp.zeros(shape, dtype)
     return subspace.select(key, zeros, zeros, jnp.zeros([], jnp.int32))
 
