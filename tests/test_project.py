@@ -254,6 +254,26 @@ def test_a_subspace_may_know_the_projection_or_not():
 
 
 @dataclasses.dataclass(frozen=True)
+class Turned(lro.TopSingular):
+    """Another basis of the same subspace: derived, with a `select` of its own."""
+
+    def select(self, key, grad, old, step):
+        return super().select(key, grad, old, step)[..., ::-1]
+
+
+def test_a_derived_subspace_is_asked_for_its_own_basis():
+    grads = [{"w": g} for g in gradients((5, 8), steps=1)]
+    turned, whole = (
+        run(project(subspace=subspace), grads[0], grads)
+        for subspace in (Turned("svd"), EXACT)
+    )
+    basis = turned[1].basis["w"]
+    assert_close(basis, whole[1].basis["w"][..., ::-1], rtol=1e-6, atol=1e-6)
+    moment = turned[1].inner_state.mu["w"]
+    assert_close(moment, 0.1 * basis.T @ grads[0]["w"], rtol=1e-5, atol=1e-6)
+
+
+@dataclasses.dataclass(frozen=True)
 class Third:
     """Every third step; keeps what `due` was given."""
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from lowrank_optax._src import batching, engine, linalg
 from lowrank_optax._src.linalg import matmul, project
-from lowrank_optax._src.typing import Subspace
 
 
 @engine.compiled
@@ -99,7 +98,14 @@ def is_stored(subspace: Any) -> bool:
     return getattr(subspace, "stored", True)
 
 
-def _safe_select(subspace: Subspace, key, grad, old, step):
+def _knows_projection(subspace: Any) -> bool:
+    """Whether it has `select_and_project`, and no `select` from a derived class."""
+    names = {"select", "select_and_project"}
+    own = (names & vars(kind).keys() for kind in type(subspace).__mro__)
+    return "select_and_project" in next(filter(None, own))
+
+
+def _safe_select(subspace: Any, key, grad, old, step):
     """A new basis with the signs of the old one, and the gradient projected to it.
 
     An unusable gradient keeps the old one, and is projected to zero or to NaNs.
@@ -111,7 +117,7 @@ def _safe_select(subspace: Subspace, key, grad, old, step):
     usable = jnp.isfinite(largest) & (largest > 0)
     inverse, scale = linalg.power_of_two(jnp.where(usable, largest, 0))
     scaled = jnp.where(usable, grad * inverse, 0)
-    if hasattr(subspace, "select_and_project"):
+    if _knows_projection(subspace):
         new, coeff = subspace.select_and_project(key, scaled, old, step)
     else:
         new = subspace.select(key, scaled, old, step)

@@ -25,7 +25,8 @@ class Subspace(Protocol):
     it is needed. Then only the shape and dtype of ``old`` may be used.
 
     A method ``select_and_project``, where there is one, takes the same arguments and
-    returns ``basis^T grad`` beside the basis, for one that knows it already.
+    returns ``basis^T grad`` beside the basis, for one that knows it already. A derived
+    class that has a ``select`` of its own and not this is asked for the former.
     """
 
     def select(
