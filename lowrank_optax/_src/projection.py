@@ -28,15 +28,15 @@ def down(
     grad = recovery.prepare(grad, recovery_state)
     # As it lies in memory: a conditional copies a transposed view that it is given.
     lying = grad.mT if turned else grad
-    basis = batching.after(basis, turn)
     # A basis that has not seen a usable gradient yet is zero: it is always due.
     unset = jnp.all(basis[..., 0] == 0)
 
     def project_to_old():
-        coeff = project(basis, lying.mT if turned else lying)
+        own = batching.after(basis, turn)
+        coeff = project(own, lying.mT if turned else lying)
         return coeff, jnp.linalg.norm(coeff)
 
-    # What is due needs it for nothing else than to say so.
+    # Projected here only for a rule that asks for the size; else where it is needed.
     known = project_to_old() if getattr(refresh, "uses_size", True) else None
     due = refresh.due(refresh_state, step, phase, known and known[1])
     due = unset | (first & due)
@@ -45,7 +45,8 @@ def down(
         # A shrunk basis is renewed as a whole one is, and cut off again: its columns
         # stay those that it would have without.
         kept = basis.shape[-1]
-        old = jnp.pad(basis, [(0, 0)] * (basis.ndim - 1) + [(0, rank - kept)])
+        pads = [(0, 0)] * (basis.ndim - 1) + [(0, rank - kept)]
+        old = jnp.pad(batching.after(basis, turn), pads)
         grad = lying.mT if turned else lying
         new, coeff = _safe_select(subspace, key, grad, old, step)
         new, coeff = new[..., :kept], coeff[..., :kept, :]
@@ -108,7 +109,8 @@ def _knows_projection(subspace: Any) -> bool:
 def _safe_select(subspace: Any, key, grad, old, step):
     """A new basis with the signs of the old one, and the gradient projected to it.
 
-    An unusable gradient keeps the old one, and is projected to zero or to NaNs.
+    An unusable gradient keeps the old one, and is projected to zero or to NaNs. So does
+    a search that fails, whose gradient counts as zero for this step.
     """
     if not is_stored(subspace):
         new = subspace.select(key, grad, old, step)  # as it will be drawn again
@@ -122,9 +124,9 @@ def _safe_select(subspace: Any, key, grad, old, step):
     else:
         new = subspace.select(key, scaled, old, step)
         coeff = project(new, scaled)
-    turned = jnp.sum(new * old, axis=-2, keepdims=True) < 0
-    new = jnp.where(turned, -new, new)
-    coeff = jnp.where(turned.mT, -coeff, coeff) * scale
+    flipped = jnp.sum(new * old, axis=-2, keepdims=True) < 0
+    new = jnp.where(flipped, -new, new)
+    coeff = jnp.where(flipped.mT, -coeff, coeff) * scale
     finite = jnp.all(jnp.isfinite(new), axis=(-2, -1), keepdims=True)
     usable &= finite
     # In a stack of which others start, a matrix without a usable gradient starts too,

@@ -25,8 +25,9 @@ class Subspace(Protocol):
     it is needed. Then only the shape and dtype of ``old`` may be used.
 
     A method ``select_and_project``, where there is one, takes the same arguments and
-    returns ``basis^T grad`` beside the basis, for one that knows it already. A derived
-    class that has a ``select`` of its own and not this is asked for the former.
+    returns ``(basis, basis^T grad)``, for one that knows both already; a subspace that
+    is not stored is never asked for it, nor is a derived class that has a ``select`` of
+    its own and not this.
     """
 
     def select(
@@ -50,7 +51,8 @@ class Refresh(Protocol):
     """When the basis is renewed: one scalar predicate a leaf; step 0 is always due.
 
     A class attribute ``uses_size = False`` says that `due` does without ``size``, and
-    is given None: what is due is then not first projected to the old basis.
+    is given None: what is due is then not first projected to the old basis. A derived
+    class whose own `due` looks at it says ``uses_size = True`` again.
     """
 
     def init(self, view: MatrixView) -> Any:
@@ -63,7 +65,7 @@ class Refresh(Protocol):
         """Whether to renew now.
 
         ``phase`` in [0, 1) spreads the leaves by cost; ``size`` is the Frobenius norm
-        of the gradient projected to the present basis.
+        of the gradient projected to the present basis, None if ``uses_size = False``.
         """
         ...
 
