@@ -11,6 +11,7 @@ import reference
 from running import assert_close, random_grads, random_like, relative_error, run
 
 import lowrank_optax as lro
+from lowrank_optax._src import random
 
 STEPS, PERIOD, RANK = 50, 10, 3
 ADAM = optax.scale_by_adam()
@@ -33,7 +34,7 @@ def projection(step, m, rank=RANK, path="", seed=0, place=None):
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
     key = jax.random.fold_in(key, step)
     key = key if place is None else jax.random.fold_in(key, place)
-    return np.asarray(jax.random.normal(key, (m, rank))) / rank**0.5
+    return np.asarray(random.normal(key, (m, rank), jnp.float32)) / rank**0.5
 
 
 def apollo_adam(grads, bases, scale, limiter, per, b1=0.9, b2=0.999, eps=1e-8):

@@ -11,6 +11,7 @@ import reference
 from running import assert_close, random_grads, random_like, relative_error, run
 
 import lowrank_optax as lro
+from lowrank_optax._src import random
 
 STEPS, PERIOD, RANK = 50, 10, 3
 MOMENTUM = optax.ema(0.9, debias=False)
@@ -28,7 +29,7 @@ def gradients(shape, steps=STEPS):
 def projection(step, m, path="", rank=RANK):
     """The law of the bases: a function of seed, path, and step of the drawing."""
     key = jax.random.fold_in(jax.random.key(0), zlib.crc32(path.encode()))
-    normal = jax.random.normal(jax.random.fold_in(key, step), (m, rank))
+    normal = random.normal(jax.random.fold_in(key, step), (m, rank), jnp.float32)
     return reference.wide(normal) / rank**0.5
 
 
@@ -91,7 +92,7 @@ def test_a_transferred_momentum_is_the_old_one_on_average():
     old = projection(0, m, rank=r)
 
     def decoded(key):
-        new = jax.random.normal(key, (m, r)) / r**0.5
+        new = random.normal(key, (m, r), jnp.float32) / r**0.5
         carried = lro.RotateFirst().carry(moments, new.T @ old)
         return new @ carried["mu"], carried["nu"]
 

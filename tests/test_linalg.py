@@ -11,11 +11,11 @@ from lowrank_optax import linalg
 from lowrank_optax._src.linalg import (
     _inverse_root,
     eigh,
-    filler,
     svd,
     unit_scale,
     whitening,
 )
+from lowrank_optax._src.random import filler
 
 
 def normal(*shape, seed=0):

@@ -1,5 +1,6 @@
 """MLorc against its formulas, against the optimizers that it compresses, and itself."""
 
+import re
 import zlib
 
 import jax
@@ -11,7 +12,7 @@ import reference
 from running import assert_close, norm, random_grads, random_like, relative_error, run
 
 import lowrank_optax as lro
-from lowrank_optax._src import linalg
+from lowrank_optax._src import random
 
 STEPS, RANK = 12, 2
 SHAPES = {"wide": (5, 8), "tall": (8, 5)}
@@ -77,10 +78,10 @@ def test_the_sketched_moments_follow_the_formulas():
     updates = on_one_leaf(lro.mlorc_scale_by_adam(rank, b1, b2, eps), grads)
 
     key = jax.random.fold_in(jax.random.key(0), zlib.crc32(b"w"))
-    mu = nu = (np.zeros((m, rank)), reference.wide(linalg.filler(n, rank)).T)
+    mu = nu = (np.zeros((m, rank)), reference.wide(random.filler(n, rank)).T)
     for t, (u, g) in enumerate(zip(updates, map(reference.wide, grads), strict=True)):
-        seed = linalg.seeds(jax.random.fold_in(key, t))
-        fresh = reference.wide(linalg.signs(seed, n, 4, jnp.float32))
+        seed = random.seeds(jax.random.fold_in(key, t))
+        fresh = reference.wide(random.signs(seed, n, 4, jnp.float32))
         first = b1 * mu[0] @ mu[1] + (1 - b1) * g
         second = b2 * reference.clamp(nu[0] @ nu[1]) + (1 - b2) * g**2
         root = np.sqrt(second / (1 - b2 ** (t + 1))) + eps
@@ -336,6 +337,25 @@ def test_the_ablations_keep_one_moment_whole():
     for field in ("mu", "nu"):
         tx = lro.mlorc_scale_by_adam(4, compress=(field,))
         assert lro.state_bytes(tx, params) == 4 * (40 * 24 + 4 * (40 + 24) + 2)
+
+
+@pytest.mark.parametrize("shape", [(96, 200), (200, 96)], ids=str)
+@pytest.mark.parametrize(
+    "method", [lro.mlorc_adamw, lro.mlorc_lion], ids=["adam", "lion"]
+)
+def test_no_large_matrix_is_transposed(method, shape):
+    """Whichever side is the shorter one, the leaf is used as it lies in memory."""
+    tx, params = method(0.1, 4), {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    state = jax.eval_shape(tx.init, params)
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    text = jax.jit(step).lower(params, state, params).compile().as_text()
+    large = r"= f32\[(96,200|200,96)\]\S* "
+    assert re.search(large + r"fusion\(", text)
+    assert not re.search(large + r"(transpose|copy)\(", text)
 
 
 # Whole optimizers

@@ -9,6 +9,7 @@ import pytest
 import reference
 
 import lowrank_optax as lro
+from lowrank_optax._src import random
 
 KEY = jax.random.key(0)
 STEP = jnp.zeros([], jnp.int32)
@@ -210,13 +211,13 @@ def test_warm_starts_are_per_matrix():
 
 
 def test_a_warm_start_draws_its_columns_by_different_keys(monkeypatch):
-    keys, normal = [], jax.random.normal
+    keys, normal = [], random.normal
 
     def noted(key, *args):
         keys.append(jax.random.key_data(key).tolist())
         return normal(key, *args)
 
-    monkeypatch.setattr(jax.random, "normal", noted)
+    monkeypatch.setattr(random, "normal", noted)
     subspace = lro.TopSingular("warm")
     old, grad = jnp.zeros((16, 8)), jnp.eye(16)
     with jax.disable_jit():

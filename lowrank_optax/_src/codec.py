@@ -42,8 +42,8 @@ class Cast:
     def encode(self, key, x, old):
         if self.dtype == jnp.bfloat16:
             bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-            noise = random.draw(jax.random.bits, key, x.shape, jnp.uint16)
-            down = (bits + noise.astype(jnp.uint32)) & jnp.uint32(0xFFFF0000)
+            noise = random.bits(key, x.shape) >> 16
+            down = (bits + noise) & jnp.uint32(0xFFFF0000)
             rounded = jax.lax.bitcast_convert_type(down, jnp.float32)
             x = jnp.where(jnp.isfinite(rounded), rounded, x)
         return CastCode(x.astype(self.dtype))

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lowrank_optax._src import random
+
 _EPS = 1.1920929e-07  # float32; the laws below are promised at this precision
 
 
@@ -21,18 +23,25 @@ def matmul(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def project(basis: Array, a: Array) -> Array:
+def project(basis: Array, a: Array, turned: bool = False) -> Array:
     """``basis^T a`` for a thin basis, whichever way ``a`` lies in memory.
 
-    The basis is transposed first. XLA's CPU backend would leave that to the product,
-    and there transpose ``a``, at up to twice the time where ``a`` is a transposed view.
+    What is thin is transposed apart. XLA's CPU backend would leave that to the product,
+    and there transpose ``a``, at two to five times the time.
+
+    Args:
+      turned: multiply by ``a^T`` instead, faster where ``a`` is a transposed view.
     """
+    if turned:
+        return sketch(a.mT, basis, turned=False).mT
     return matmul(jax.lax.optimization_barrier(basis.mT), a)
 
 
-def sketch(a: Array, w: Array) -> Array:
+def sketch(a: Array, w: Array, turned: bool = True) -> Array:
     """``a w`` for a thin ``w``, whichever way ``a`` lies in memory; see `project`."""
-    return jax.lax.optimization_barrier(project(w, a.mT)).mT
+    if turned:
+        return jax.lax.optimization_barrier(project(w, a.mT)).mT
+    return jax.lax.optimization_barrier(matmul(a, w))
 
 
 def at_least_float32(x: Array) -> Array:
@@ -84,37 +93,6 @@ def unit_columns(y: Array) -> Array:
     """Columns of norm one; zero columns stay zero."""
     norm = jnp.linalg.norm(y, axis=-2, keepdims=True)
     return y / jnp.where(norm > 0, norm, 1.0)
-
-
-def _mix(h: Array, size: int) -> Array:
-    """An integer hash of ``h`` and of the place along a new last axis."""
-    place = jax.lax.broadcasted_iota(jnp.uint32, (size,), 0)
-    h = (h[..., None] ^ place) * jnp.uint32(0x9E3779B9)
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        h = (h ^ (h >> shift)) * jnp.uint32(factor)
-    return h
-
-
-def signs(seed: Array, rows: int, cols: int, dtype: Any) -> Array:
-    """``(*batch, rows, cols)`` of +-1 in general position, from ``(*batch,)`` seeds.
-
-    As good a sketch as a Gaussian one; a few integer operations an entry, where a key's
-    own generator takes hundreds, and no communication on sharded axes.
-    """
-    h = _mix(_mix(seed, rows), cols)
-    return jnp.where((h >> 31) == 0, 1.0, -1.0).astype(dtype)
-
-
-def seeds(key: Array) -> Array:
-    """A seed of `signs` for each key."""
-    words = jax.random.key_data(key)
-    return words[..., 0] * jnp.uint32(0x85EBCA6B) ^ words[..., -1]
-
-
-def filler(rows: int, cols: int) -> Array:
-    """A fixed (rows, cols) matrix of +-1: the directions that complete a basis."""
-    # A seed whose leading square blocks are all far from singular: one in 50 is.
-    return signs(jnp.uint32(125), rows, cols, jnp.float32)
 
 
 def one_by_one(function: Callable[[Array], Any]) -> Callable[[Array], Any]:
@@ -213,7 +191,7 @@ def orthonormalize(a: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
     # A column's own scale carries no information about the span, and costs accuracy.
     largest = jnp.max(jnp.abs(y), axis=-2, keepdims=True)
     y = unit_columns(y / jnp.where(largest > 0, largest, 1.0))
-    y = y + 1e-6 * m**-0.5 * filler(m, r).astype(y.dtype)
+    y = y + 1e-6 * m**-0.5 * random.filler(m, r).astype(y.dtype)
     tolerance = max(1e-3, 4 * r * _EPS)  # of a column; below is what the shift leaves
 
     def far(state):

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -25,6 +24,11 @@ class LowRankCode(NamedTuple):
 
     left: Float[Array, "*b m r"]
     right: Float[Array, "*b r n"]
+
+    @property
+    def mT(self) -> "LowRankCode":
+        """The code of the transpose."""
+        return LowRankCode(self.right.mT, self.left.mT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +96,8 @@ class LowRank:
             return None
         if not self.warm_start:
             shape = (*batch, n, size)
-            return random.draw(jax.random.normal, key, shape, old.right.dtype)
-        seeds = jnp.broadcast_to(linalg.seeds(key), batch)[..., None, None]
+            return random.normal(key, shape, old.right.dtype)
+        seeds = jnp.broadcast_to(random.seeds(key), batch)[..., None, None]
         return (yield from batching.ask(_beside_signs(size - r), seeds, old.right))
 
     def compress(
@@ -139,7 +143,7 @@ def _beside_signs(cols: int) -> Callable[[Array, Array], Array]:
     def omega(seeds, right):
         warm = right.mT
         n = warm.shape[-2]
-        fresh = linalg.signs(seeds[..., 0, 0], n, cols, warm.dtype) * n**-0.5
+        fresh = random.signs(seeds[..., 0, 0], n, cols, warm.dtype) * n**-0.5
         return jnp.concatenate([warm, fresh], axis=-1)
 
     return omega
@@ -154,14 +158,15 @@ class Whole:
     """
 
     matrix: Array
+    turned: bool = False  # whether it is a transposed view
 
     def sketch(self, w: Array) -> tuple[Array, Array]:
         """``A w / s`` with a scale s that keeps its squares in range; about s."""
-        return linalg.near_one(matmul(self.matrix, w))
+        return linalg.near_one(linalg.sketch(self.matrix, w, self.turned))
 
     def project(self, q: Array) -> tuple[Array, ...]:
         """Thin arrays that `join` to ``q^T A``."""
-        return (linalg.project(q, self.matrix),)
+        return (linalg.project(q, self.matrix, self.turned),)
 
     @staticmethod
     def join(z: Array) -> Array:
@@ -179,11 +184,12 @@ class Average:
     decay: Array
     old: LowRankCode
     grad: Array
+    turned: bool = False
 
     def sketch(self, w: Array, new: Array | None = None) -> tuple[Array, Array]:
         """As of `Whole`; ``new`` is ``G w`` where that is known."""
         kept = matmul(self.old.left, matmul(self.old.right, w))
-        new = matmul(self.grad, w) if new is None else new
+        new = linalg.sketch(self.grad, w, self.turned) if new is None else new
         largest = jnp.maximum(
             *(jnp.max(jnp.abs(x), (-2, -1), keepdims=True) for x in (kept, new))
         )
@@ -196,7 +202,7 @@ class Average:
             (*q.shape[:-2], 1, 1), q.dtype
         )
         kept = matmul(q.mT, self.old.left)
-        new = linalg.project(q, self.grad) if new is None else new
+        new = linalg.project(q, self.grad, self.turned) if new is None else new
         return decay, kept, self.old.right, new
 
     @staticmethod
@@ -253,7 +259,7 @@ OUTER_MAX_RANK = 16
 
 def _sign_rows(shape: tuple[int, ...], dtype: Any) -> Array:
     """Unit rows in general position, the first sketch."""
-    rows = linalg.filler(shape[-1], shape[-2]).T.astype(dtype) * shape[-1] ** -0.5
+    rows = random.filler(shape[-1], shape[-2]).T.astype(dtype) * shape[-1] ** -0.5
     return jnp.broadcast_to(rows, shape)
 
 

@@ -2,6 +2,10 @@
 
 So what a matrix of a stack sees does not depend on the others in it, nor on whether
 these are updated with it.
+
+Large matrices are made by a hash of the key and of an entry's place: a few integer
+operations an entry inside the loop that uses it, where a key's own generator takes
+hundreds and stores its words, and no communication on sharded axes.
 """
 
 import zlib
@@ -63,6 +67,51 @@ def split(key: jax.Array) -> tuple[jax.Array, jax.Array]:
 def named(key: jax.Array, name: str) -> jax.Array:
     """A key, or a stack of keys, of its own for a name."""
     return _over(key, lambda k: jax.random.fold_in(k, zlib.crc32(name.encode())))
+
+
+def seeds(key: jax.Array) -> jax.Array:
+    """A seed of the hash for each key."""
+    words = jax.random.key_data(key)
+    return words[..., 0] * jnp.uint32(0x85EBCA6B) ^ words[..., -1]
+
+
+def _mix(h: jax.Array, size: int) -> jax.Array:
+    """An integer hash of ``h`` and of the place along a new last axis."""
+    place = jax.lax.broadcasted_iota(jnp.uint32, (size,), 0)
+    h = (h[..., None] ^ place) * jnp.uint32(0x9E3779B9)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        h = (h ^ (h >> shift)) * jnp.uint32(factor)
+    return h
+
+
+def bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Random words ``(*batch, rows, cols)``, of one key or of one for each matrix."""
+    h = seeds(key)
+    for size in shape[h.ndim :]:
+        h = _mix(h, size)
+    return h
+
+
+def normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Independent normal entries ``(*batch, rows, cols)``, keys as of `bits`."""
+    # The middles of 2^23 intervals of (-1, 1), exact in float32: never an end.
+    place = (bits(key, shape) >> 9).astype(jnp.int32).astype(dtype)
+    return 2**0.5 * jax.lax.erf_inv((place + 0.5) * 2.0**-22 - 1.0)
+
+
+def signs(seed: jax.Array, rows: int, cols: int, dtype: Any) -> jax.Array:
+    """``(*batch, rows, cols)`` of +-1 in general position, from ``(*batch,)`` seeds.
+
+    As good a sketch as a Gaussian one.
+    """
+    h = _mix(_mix(seed, rows), cols)
+    return jnp.where((h >> 31) == 0, 1.0, -1.0).astype(dtype)
+
+
+def filler(rows: int, cols: int) -> jax.Array:
+    """A fixed (rows, cols) matrix of +-1: the directions that complete a basis."""
+    # A seed whose leading square blocks are all far from singular: one in 50 is.
+    return signs(jnp.uint32(125), rows, cols, jnp.float32)
 
 
 def _over(key: jax.Array, function: Callable[[jax.Array], jax.Array]) -> jax.Array:

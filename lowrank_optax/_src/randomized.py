@@ -3,7 +3,6 @@
 Products with a random or known start, and `linalg`'s factorizations of what is thin.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
@@ -38,7 +37,7 @@ def range_finder(
     size = min(size, m, n)
     known = 0 if start is None else min(start.shape[-1], size)
     shape = (*a.shape[:-2], n, size - known)
-    omega = random.draw(jax.random.normal, key, shape, a.dtype)
+    omega = random.normal(key, shape, a.dtype)
     if start is not None:
         # Unit columns: a warm start on the scale of the Gaussian ones.
         start = linalg.unit_columns(start[..., :known].astype(a.dtype)) * n**0.5

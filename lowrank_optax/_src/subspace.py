@@ -53,7 +53,7 @@ class TopSingular:
             # At the start there is no old basis: a zero column would waste its place.
             started = jnp.any(old != 0, axis=(-2, -1), keepdims=True)
             fresh_key, key = random.split(key)
-            fresh = random.draw(jax.random.normal, fresh_key, old.shape, old.dtype)
+            fresh = random.normal(fresh_key, old.shape, old.dtype)
             start = jnp.where(started, old, fresh)
             return randomized.leading_singular(key, grad, rank, iters=1, start=start)
         iters = 1 if self.method == "rsvd" else 2
@@ -188,9 +188,7 @@ class RandomOrthonormal:
     lacks: ClassVar[tuple[str, ...]] = (compatible.CHOSEN,)
 
     def select(self, key, grad, old, step):
-        return linalg.orthonormalize(
-            random.draw(jax.random.normal, key, old.shape, old.dtype)
-        )
+        return linalg.orthonormalize(random.normal(key, old.shape, old.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,8 +300,7 @@ class RandomGaussian:
     )
 
     def select(self, key, grad, old, step):
-        normal = random.draw(jax.random.normal, key, old.shape, old.dtype)
-        return normal * old.shape[-1] ** -0.5
+        return random.normal(key, old.shape, old.dtype) * old.shape[-1] ** -0.5
 
 
 @dataclasses.dataclass(frozen=True)

@@ -127,14 +127,19 @@ class LDAdam:
         # Moments start at zero, where the bias correction is 0 / 0.
         mu_hat = mu / jnp.where(step > 0, 1 - b1**step, 1.0)
         basis = self._turn(a, old, mu_hat)
-        r, c = matmul(basis.mT, a), matmul(basis.mT, old)
+        r, c = linalg.project(basis, a), matmul(basis.mT, old)
         carried = matmul(c, mu)
         if self.error_feedback:
-            lost = matmul(old, mu) - matmul(basis, carried)
-            error = a - matmul(basis, r) + b1 / (1 - b1) * lost
+            # A - P' R + ratio (P M - P' M'), all that has a basis in one product.
+            ratio = b1 / (1 - b1)
+            bases = jnp.concatenate([old, basis], axis=-1)
+            kept = jnp.concatenate([ratio * mu, -(r + ratio * carried)], axis=-2)
+            error = a + matmul(bases, kept)
 
-        mean, square = matmul(c, mu_hat) ** 2, matmul(c * c, mu_hat**2)
-        nu = jnp.abs(matmul(c * c, nu) + (1 - b2**step) * (mean - square))
+        # (C o C) V and the correction by (C o C) M^2 in one product too.
+        seen = 1 - b2**step
+        mean = carried / jnp.where(step > 0, 1 - b1**step, 1.0)
+        nu = jnp.abs(matmul(c * c, nu - seen * mu_hat**2) + seen * mean**2)
         mu = b1 * carried + (1 - b1) * r
         nu = b2 * nu + (1 - b2) * r**2
         direction = mu / (1 - b1**t) / (jnp.sqrt(nu / (1 - b2**t)) + self.eps)
@@ -147,9 +152,12 @@ class LDAdam:
             return linalg.gram_eigh(a, old.shape[-1])[0]
 
         def turn():
-            b = self.rho * matmul(old, mu_hat) + (1 - self.rho) * a
-            b, _ = linalg.unit_scale(b)  # squares of extreme entries leave the range
-            return linalg.orthonormalize(matmul(b, matmul(b.mT, old)))
+            # B^T P and B (B^T P) by their products, as P^T P = 1; B is never formed.
+            z = self.rho * mu_hat + (1 - self.rho) * linalg.project(old, a)
+            z = linalg.unit_scale(z)[0].mT  # squares of extreme entries: out of range
+            y = self.rho * matmul(old, matmul(mu_hat, z))
+            y += (1 - self.rho) * linalg.sketch(a, z)
+            return linalg.orthonormalize(linalg.unit_scale(y)[0])
 
         # After an unusable first gradient the basis still is zero, whatever the step.
         return jax.lax.cond(jnp.all(old == 0), start, turn)

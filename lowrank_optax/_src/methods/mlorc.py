@@ -243,16 +243,19 @@ class MLorcAdam:
             return (yield from kernels.adam(self, step, grad, state, zeta, *omegas))
         grad = at_least_float32(grad)
         b1, b2, t = self.b1, batching.take_turn(self.b2, grad.dtype), step + 1
-        m = b1 * self.mu.decode(state.mu) + (1 - b1) * grad
-        v = b2 * clamp_negative(low_rank_product(state.nu), zeta) + (1 - b2) * grad**2
+        g, mu, nu = (_lying(self, x) for x in (grad, *state))
+        m = b1 * low_rank_product(mu) + (1 - b1) * g
+        v = b2 * clamp_negative(low_rank_product(nu), zeta) + (1 - b2) * g**2
         m_hat, v_hat = m * (1 / (1 - b1**t)), v * (1 / (1 - self.b2**t))
+        average = Average(b1, state.mu, grad, self.turned)
+        whole = Whole(_lying(self, v), self.turned)
         (mu, mu_finite), (nu, nu_finite) = yield from batching.together(
-            self.mu.compress(mu_omega, Average(b1, state.mu, grad), state.mu),
-            self.nu.compress(nu_omega, Whole(v), state.nu, ends_turn=True),
+            self.mu.compress(mu_omega, average, state.mu),
+            self.nu.compress(nu_omega, whole, state.nu, ends_turn=True),
         )
         finite = jnp.all(mu_finite & nu_finite)
         new = engine.where(finite, MLorcAdamState(mu, nu), state)
-        return m_hat / (jnp.sqrt(v_hat) + self.eps), new
+        return _lying(self, m_hat / (jnp.sqrt(v_hat) + self.eps)), new
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,11 +279,17 @@ class MLorcLion:
             return (yield from kernels.lion(self, grad, state, omega))
         grad = at_least_float32(grad)
         b1 = batching.take_turn(self.b1, grad.dtype)
-        c = b1 * self.mu.decode(state.mu) + (1 - b1) * grad
-        average = Average(self.b2, state.mu, grad)
+        g, mu = (_lying(self, x) for x in (grad, state.mu))
+        c = b1 * low_rank_product(mu) + (1 - b1) * g
+        average = Average(self.b2, state.mu, grad, self.turned)
         mu, finite = yield from self.mu.compress(omega, average, state.mu, True)
         new = engine.where(jnp.all(finite), MLorcLionState(mu), state)
-        return jnp.sign(c), new
+        return _lying(self, jnp.sign(c)), new
+
+
+def _lying(rule, x):
+    """What is of the gradient's shape, as the leaf lies in memory, and back."""
+    return x.mT if rule.turned else x
 
 
 def _kernels(grad, *sketches):
