@@ -227,6 +227,17 @@ def test_a_bad_gradient_in_between(value):
     assert cosine > 0.8
 
 
+def test_parameters_may_be_narrower_than_the_widest_floats():
+    with jax.enable_x64(True):
+        for dtype in (jnp.float32, jnp.float64, jnp.bfloat16):
+            params = {"w": jnp.ones((5, 8), dtype)}
+            tx = lro.scale_by_ldadam(RANK)
+            before = tx.init(params)
+            updates, after = jax.jit(tx.update)(params, before, params)
+            assert updates["w"].dtype == dtype
+            assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, before)
+
+
 def test_ldadamw_decays_the_weights_before_the_step():
     params = random_like({"w": (6, 10), "b": (4,)}, 0)
     grads = random_grads(params, 3)

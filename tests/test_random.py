@@ -77,14 +77,22 @@ def test_any_kind_of_key():
         assert abs(x.mean()) < 4 / 64 and 0.9 < x.std() < 1.1
 
 
-def test_normal_is_never_infinite():
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=str)
+def test_normal_is_never_infinite(monkeypatch, dtype):
     """At the extreme words, where the inverse of the distribution has its poles."""
     words = jnp.array([0, 2**32 - 1, 2**31, 2**31 - 1], jnp.uint32)
-    original, random.bits = random.bits, lambda key, shape: words
-    try:
-        x = np.asarray(random.normal(KEYS[0], (1, 4), jnp.float32))
-    finally:
-        random.bits = original
+    monkeypatch.setattr(random, "bits", lambda key, shape: words)
+    x = random.normal(KEYS[0], (4,), dtype)
+    assert x.dtype == dtype
+    x = np.asarray(x, np.float64)
     assert np.isfinite(x).all()
     np.testing.assert_allclose(x[0], -x[1], rtol=1e-5)
     assert 5 < x[1] < 5.6
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_keys_of_successive_seeds_do_not_share_their_rows(impl):
+    first = np.asarray(random.bits(jax.random.key(0, impl=impl), (64, 8)))
+    for seed in (1, 2, 3, 4, 32):
+        other = np.asarray(random.bits(jax.random.key(seed, impl=impl), (64, 8)))
+        assert np.intersect1d(first[:, 0], other[:, 0]).size <= 1, seed

@@ -97,6 +97,31 @@ def test_sharded_steps_equal_unsharded_ones_and_keep_their_shardings(name, kind)
             assert x.sharding.is_equivalent_to(sharding, x.ndim)
 
 
+WITH_CAST = lro.compress_state(
+    optax.trace(0.9), {"trace": lro.Cast(jnp.bfloat16)}, matrices=MATRICES
+)
+
+
+@pytest.mark.parametrize("row", [1, 60], ids=["first device", "last device"])
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf])
+@pytest.mark.parametrize(
+    "tx", [*METHODS.values(), WITH_CAST], ids=[*METHODS, "compress_state"]
+)
+def test_one_bad_entry_on_any_device_does_not_stick(tx, bad, row):
+    """The largest of several devices' maxima may not be NaN where one of them is."""
+    mesh = two_devices()
+    shapes = {"rows": (64, 80), "columns": (64, 80)}
+    with jax.set_mesh(mesh):
+        params = place(random_like(shapes, 0), mesh)
+        step, state = jax.jit(tx.update), tx.init(params)
+        for i, g in enumerate(random_grads(params, 4)):
+            if i == 1:
+                g["rows"] = g["rows"].at[row, 2].set(bad)
+                g["columns"] = g["columns"].at[2, row].set(bad)
+            updates, state = step(place(g, mesh), state, params)
+    chex.assert_tree_all_finite((state, updates))
+
+
 INJECTED = lro.inject_hyperparams(lro.mlorc_lion)(
     learning_rate=lambda count: 0.1 / (count + 1), rank=3, matrices=MATRICES
 )

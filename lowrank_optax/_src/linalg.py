@@ -24,13 +24,14 @@ def matmul(a: Array, b: Array) -> Array:
 
 
 def project(basis: Array, a: Array, turned: bool = False) -> Array:
-    """``basis^T a`` for a thin basis, whichever way ``a`` lies in memory.
+    """``basis^T a`` for a thin basis, which is transposed apart.
 
-    What is thin is transposed apart. XLA's CPU backend would leave that to the product,
-    and there transpose ``a``, at two to five times the time.
+    XLA's CPU backend would leave that to the product, and there transpose ``a``, at two
+    to five times the time where ``a`` is a transposed view.
 
     Args:
-      turned: multiply by ``a^T`` instead, faster where ``a`` is a transposed view.
+      turned: multiply ``a^T`` by the basis instead, which is faster for such a view,
+        if the basis has a few columns only, and as slow as said for any other ``a``.
     """
     if turned:
         return sketch(a.mT, basis, turned=False).mT
@@ -38,7 +39,12 @@ def project(basis: Array, a: Array, turned: bool = False) -> Array:
 
 
 def sketch(a: Array, w: Array, turned: bool = True) -> Array:
-    """``a w`` for a thin ``w``, whichever way ``a`` lies in memory; see `project`."""
+    """``a w`` for a thin ``w``, by ``w^T a^T`` as `project` has it.
+
+    Args:
+      turned: whether ``a`` may be a transposed view; if not, ``a w`` as it stands is
+        faster where ``w`` has a few columns only.
+    """
     if turned:
         return jax.lax.optimization_barrier(project(w, a.mT)).mT
     return jax.lax.optimization_barrier(matmul(a, w))

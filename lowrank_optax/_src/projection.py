@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._src import batching, engine, linalg
+from lowrank_optax._src import batching, engine, linalg, random
 from lowrank_optax._src.linalg import matmul, project
 
 
@@ -109,6 +109,8 @@ def _knows_projection(subspace: Any) -> bool:
 def _safe_select(subspace: Any, key, grad, old, step):
     """A new basis with the signs of the old one, and the gradient projected to it.
 
+    Where there is no old one, the signs are those of a fixed matrix.
+
     An unusable gradient keeps the old one, and is projected to zero or to NaNs. So does
     a search that fails, whose gradient counts as zero for this step.
     """
@@ -124,7 +126,10 @@ def _safe_select(subspace: Any, key, grad, old, step):
     else:
         new = subspace.select(key, scaled, old, step)
         coeff = project(new, scaled)
-    flipped = jnp.sum(new * old, axis=-2, keepdims=True) < 0
+    # Which signs a search ends with is a matter of rounding; at the start too.
+    known = jnp.any(old != 0, axis=-2, keepdims=True)
+    signs = jnp.where(known, old, random.filler(*old.shape[-2:]).astype(old.dtype))
+    flipped = jnp.sum(new * signs, axis=-2, keepdims=True) < 0
     new = jnp.where(flipped, -new, new)
     coeff = jnp.where(flipped.mT, -coeff, coeff) * scale
     finite = jnp.all(jnp.isfinite(new), axis=(-2, -1), keepdims=True)

@@ -72,20 +72,27 @@ def named(key: jax.Array, name: str) -> jax.Array:
 def seeds(key: jax.Array) -> jax.Array:
     """A seed of the hash for each key."""
     words = jax.random.key_data(key)
-    return words[..., 0] * jnp.uint32(0x85EBCA6B) ^ words[..., -1]
+    # Scrambled, as those of near seeds would be the same rows in another order.
+    return _scramble(words[..., 0] * jnp.uint32(0x85EBCA6B) ^ words[..., -1])
 
 
-def _mix(h: jax.Array, size: int) -> jax.Array:
-    """An integer hash of ``h`` and of the place along a new last axis."""
-    place = jax.lax.broadcasted_iota(jnp.uint32, (size,), 0)
-    h = (h[..., None] ^ place) * jnp.uint32(0x9E3779B9)
+def _scramble(h: jax.Array) -> jax.Array:
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         h = (h ^ (h >> shift)) * jnp.uint32(factor)
     return h
 
 
+def _mix(h: jax.Array, size: int) -> jax.Array:
+    """An integer hash of ``h`` and of the place along a new last axis."""
+    place = jax.lax.broadcasted_iota(jnp.uint32, (size,), 0)
+    return _scramble((h[..., None] ^ place) * jnp.uint32(0x9E3779B9))
+
+
 def bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Random words ``(*batch, rows, cols)``, of one key or of one for each matrix."""
+    """Random words, of one key or of one for each matrix of a stack.
+
+    Their high bits are the better ones.
+    """
     h = seeds(key)
     for size in shape[h.ndim :]:
         h = _mix(h, size)
@@ -93,10 +100,12 @@ def bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Independent normal entries ``(*batch, rows, cols)``, keys as of `bits`."""
+    """Normal entries, independent up to the hash; keys as of `bits`."""
     # The middles of 2^23 intervals of (-1, 1), exact in float32: never an end.
-    place = (bits(key, shape) >> 9).astype(jnp.int32).astype(dtype)
-    return 2**0.5 * jax.lax.erf_inv((place + 0.5) * 2.0**-22 - 1.0)
+    place = (bits(key, shape) >> 9).astype(jnp.int32)
+    place = place.astype(jnp.promote_types(jnp.float32, dtype))
+    x = jax.lax.erf_inv((place + 0.5) * 2.0**-22 - 1.0)
+    return (2**0.5 * x).astype(dtype)
 
 
 def signs(seed: jax.Array, rows: int, cols: int, dtype: Any) -> jax.Array:

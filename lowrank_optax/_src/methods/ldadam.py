@@ -120,6 +120,7 @@ class LDAdam:
         )
 
     def update(self, key, step, grad, state):
+        step = step.astype(grad.dtype)  # of the widest integers, powers would be wider
         b1, b2, t = self.b1, self.b2, step + 1
         old, error, mu, nu = state
         a = grad + error if self.error_feedback else grad
@@ -152,7 +153,8 @@ class LDAdam:
             return linalg.gram_eigh(a, old.shape[-1])[0]
 
         def turn():
-            # B^T P and B (B^T P) by their products, as P^T P = 1; B is never formed.
+            # B^T P and B (B^T P) by their products; B is not formed. P^T P = 1, or near
+            # it where P is stored in bytes: what matters here is its range.
             z = self.rho * mu_hat + (1 - self.rho) * linalg.project(old, a)
             z = linalg.unit_scale(z)[0].mT  # squares of extreme entries: out of range
             y = self.rho * matmul(old, matmul(mu_hat, z))
