@@ -223,6 +223,19 @@ def test_what_a_subspace_is_given():
         total = np.sum(state.basis["w"])
 
 
+def test_a_first_basis_has_the_same_signs_however_it_is_found():
+    u, v = (
+        np.linalg.qr(x)[0] for x in random_like({0: (9, 4), 1: (14, 4)}, 0).values()
+    )
+    grads = {"w": jnp.asarray(u * [5.0, 3.0, 2.0, 1.0] @ v.T)}
+    first, *others = (
+        run(project(subspace=lro.TopSingular(method)), grads, [grads])[1].basis["w"]
+        for method in ("svd", "gram_eigh", "rsvd", "subspace_iteration", "warm")
+    )
+    for basis in others:
+        assert_close(basis, first, rtol=0, atol=1e-3)
+
+
 @dataclasses.dataclass(frozen=True)
 class OnlySelects:
     """A subspace that does not know the projection."""

@@ -126,7 +126,8 @@ class LDAdam:
         a = grad + error if self.error_feedback else grad
 
         # Moments start at zero, where the bias correction is 0 / 0.
-        mu_hat = mu / jnp.where(step > 0, 1 - b1**step, 1.0)
+        correction = jnp.where(step > 0, 1 - b1**step, 1.0)
+        mu_hat = mu / correction
         basis = self._turn(a, old, mu_hat)
         r, c = linalg.project(basis, a), matmul(basis.mT, old)
         carried = matmul(c, mu)
@@ -139,7 +140,7 @@ class LDAdam:
 
         # (C o C) V and the correction by (C o C) M^2 in one product too.
         seen = 1 - b2**step
-        mean = carried / jnp.where(step > 0, 1 - b1**step, 1.0)
+        mean = carried / correction
         nu = jnp.abs(matmul(c * c, nu - seen * mu_hat**2) + seen * mean**2)
         mu = b1 * carried + (1 - b1) * r
         nu = b2 * nu + (1 - b2) * r**2
