@@ -304,9 +304,7 @@ def where(accept: jax.Array, new: Any, old: Any) -> Any:
 
 def finite(tree: Any) -> jax.Array:
     """Whether every array is finite."""
-    # Zero times anything else is not zero. A sum, as the largest of several devices'
-    # maxima is not always NaN where one of these is.
-    each = [jnp.sum(x * 0) == 0 for x in jax.tree.leaves(tree)]
+    each = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
     return jnp.stack(each).all() if each else jnp.array(True)
 
 

@@ -28,12 +28,12 @@ def down(
     grad = recovery.prepare(grad, recovery_state)
     # As it lies in memory: a conditional copies a transposed view that it is given.
     lying = grad.mT if turned else grad
+    basis = batching.after(basis, turn)
     # A basis that has not seen a usable gradient yet is zero: it is always due.
     unset = jnp.all(basis[..., 0] == 0)
 
     def project_to_old():
-        own = batching.after(basis, turn)
-        coeff = project(own, lying.mT if turned else lying)
+        coeff = project(basis, lying.mT if turned else lying)
         return coeff, jnp.linalg.norm(coeff)
 
     # Projected here only for a rule that asks for the size; else where it is needed.
@@ -45,8 +45,7 @@ def down(
         # A shrunk basis is renewed as a whole one is, and cut off again: its columns
         # stay those that it would have without.
         kept = basis.shape[-1]
-        pads = [(0, 0)] * (basis.ndim - 1) + [(0, rank - kept)]
-        old = jnp.pad(batching.after(basis, turn), pads)
+        old = jnp.pad(basis, [(0, 0)] * (basis.ndim - 1) + [(0, rank - kept)])
         grad = lying.mT if turned else lying
         new, coeff = _safe_select(subspace, key, grad, old, step)
         new, coeff = new[..., :kept], coeff[..., :kept, :]
