@@ -93,7 +93,10 @@ def bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
     Their high bits are the better ones.
     """
-    h = seeds(key)
+    return _hash(seeds(key), shape)
+
+
+def _hash(h: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     for size in shape[h.ndim :]:
         h = _mix(h, size)
     return h
@@ -113,7 +116,7 @@ def signs(seed: jax.Array, rows: int, cols: int, dtype: Any) -> jax.Array:
 
     As good a sketch as a Gaussian one.
     """
-    h = _mix(_mix(seed, rows), cols)
+    h = _hash(seed, (*seed.shape, rows, cols))
     return jnp.where((h >> 31) == 0, 1.0, -1.0).astype(dtype)
 
 

@@ -43,11 +43,11 @@ class TopSingular:
 
     def select_and_project(self, key, grad, old, step):
         rank = old.shape[-1]
-        if self.method in ("svd", "gram_eigh"):
-            if self.method == "svd":
-                basis = linalg.svd(grad)[0][..., :rank]
-            else:
-                basis = linalg.gram_eigh(grad, rank)[0]
+        if self.method == "svd":
+            basis = linalg.svd(grad)[0][..., :rank]
+            return basis, linalg.project(basis, grad)
+        if self.method == "gram_eigh":
+            basis = linalg.gram_eigh(grad, rank)[0]
             return basis, linalg.project(basis, grad)
         if self.method == "warm":
             # At the start there is no old basis: a zero column would waste its place.

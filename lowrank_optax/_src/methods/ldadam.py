@@ -160,7 +160,7 @@ class LDAdam:
             z = linalg.unit_scale(z)[0].mT  # squares of extreme entries: out of range
             y = self.rho * matmul(old, matmul(mu_hat, z))
             y += (1 - self.rho) * linalg.sketch(a, z)
-            return linalg.orthonormalize(linalg.unit_scale(y)[0])
+            return linalg.orthonormalize(y)
 
         # After an unusable first gradient the basis still is zero, whatever the step.
         return jax.lax.cond(jnp.all(old == 0), start, turn)
