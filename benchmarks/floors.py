@@ -22,8 +22,10 @@ from tqdm import tqdm
 
 from benchmarks.record import write_record
 from benchmarks.steps import enter, matrices, methods
-from lowrank_optax._src import batching, linalg, random
-from lowrank_optax._src.low_rank import (
+from lowrank_optax._src import linalg
+from lowrank_optax._src.engines import batching
+from lowrank_optax._src.linalg import random
+from lowrank_optax._src.parts.low_rank import (
     LowRankCode,
     Whole,
     clamp_negative,

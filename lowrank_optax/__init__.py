@@ -11,25 +11,15 @@ from lowrank_optax import kernels as kernels
 from lowrank_optax import layerwise as layerwise
 from lowrank_optax import linalg as linalg
 from lowrank_optax import rank as rank
-from lowrank_optax._src.accumulate import AccumulateState as AccumulateState
-from lowrank_optax._src.accumulate import accumulate_gradients as accumulate_gradients
-from lowrank_optax._src.aliases import galore_adafactor as galore_adafactor
-from lowrank_optax._src.aliases import galore_adamw as galore_adamw
-from lowrank_optax._src.aliases import mlorc_adamw as mlorc_adamw
-from lowrank_optax._src.aliases import mlorc_lion as mlorc_lion
-from lowrank_optax._src.codec import BlockInt8 as BlockInt8
-from lowrank_optax._src.codec import Cast as Cast
-from lowrank_optax._src.codec import PackedInt4 as PackedInt4
-from lowrank_optax._src.compress import CompressState as CompressState
-from lowrank_optax._src.compress import compress_state as compress_state
-from lowrank_optax._src.hyperparams import inject_hyperparams as inject_hyperparams
-from lowrank_optax._src.leafwise import leafwise as leafwise
-from lowrank_optax._src.low_rank import LowRank as LowRank
-from lowrank_optax._src.matrix import MatrixAxes as MatrixAxes
-from lowrank_optax._src.matrix import MatrixView as MatrixView
-from lowrank_optax._src.memory import describe as describe
-from lowrank_optax._src.memory import memory_report as memory_report
-from lowrank_optax._src.memory import state_bytes as state_bytes
+from lowrank_optax._src.engines.compress import CompressState as CompressState
+from lowrank_optax._src.engines.compress import compress_state as compress_state
+from lowrank_optax._src.engines.leafwise import leafwise as leafwise
+from lowrank_optax._src.engines.project import ProjectState as ProjectState
+from lowrank_optax._src.engines.project import project_gradients as project_gradients
+from lowrank_optax._src.leaves.choose import default_matrices as default_matrices
+from lowrank_optax._src.leaves.matrix import MatrixAxes as MatrixAxes
+from lowrank_optax._src.leaves.matrix import MatrixView as MatrixView
+from lowrank_optax._src.methods.adafactor import galore_adafactor as galore_adafactor
 from lowrank_optax._src.methods.adafactor import (
     scale_by_adafactor as scale_by_adafactor,
 )
@@ -48,6 +38,7 @@ from lowrank_optax._src.methods.fira import fira_adamw as fira_adamw
 from lowrank_optax._src.methods.fira import fira_project as fira_project
 from lowrank_optax._src.methods.flora import flora as flora
 from lowrank_optax._src.methods.flora import flora_project as flora_project
+from lowrank_optax._src.methods.galore import galore_adamw as galore_adamw
 from lowrank_optax._src.methods.galore import galore_project as galore_project
 from lowrank_optax._src.methods.galore_plus import (
     galore_plus_adamw as galore_plus_adamw,
@@ -62,7 +53,9 @@ from lowrank_optax._src.methods.i3s import i3s_adamw as i3s_adamw
 from lowrank_optax._src.methods.i3s import i3s_subspace as i3s_subspace
 from lowrank_optax._src.methods.ldadam import ldadamw as ldadamw
 from lowrank_optax._src.methods.ldadam import scale_by_ldadam as scale_by_ldadam
+from lowrank_optax._src.methods.mlorc import mlorc_adamw as mlorc_adamw
 from lowrank_optax._src.methods.mlorc import mlorc_compress as mlorc_compress
+from lowrank_optax._src.methods.mlorc import mlorc_lion as mlorc_lion
 from lowrank_optax._src.methods.mlorc import mlorc_scale_by_adam as mlorc_scale_by_adam
 from lowrank_optax._src.methods.mlorc import mlorc_scale_by_lion as mlorc_scale_by_lion
 from lowrank_optax._src.methods.q_galore import (
@@ -75,37 +68,46 @@ from lowrank_optax._src.methods.quantize import (
 )
 from lowrank_optax._src.methods.quantize import galore_adamw_8bit as galore_adamw_8bit
 from lowrank_optax._src.methods.quantize import quantize_state as quantize_state
-from lowrank_optax._src.project import ProjectState as ProjectState
-from lowrank_optax._src.project import project_gradients as project_gradients
-from lowrank_optax._src.recovery import Drop as Drop
-from lowrank_optax._src.recovery import FiraResidual as FiraResidual
-from lowrank_optax._src.recovery import ScaleGradient as ScaleGradient
-from lowrank_optax._src.recovery import SparseResidual as SparseResidual
-from lowrank_optax._src.refresh import Every as Every
-from lowrank_optax._src.refresh import OnConvergence as OnConvergence
-from lowrank_optax._src.refresh import Staggered as Staggered
-from lowrank_optax._src.refresh import WhenDrifted as WhenDrifted
-from lowrank_optax._src.sharding import state_shardings as state_shardings
-from lowrank_optax._src.subspace import CrossHead as CrossHead
-from lowrank_optax._src.subspace import EnergyRank as EnergyRank
-from lowrank_optax._src.subspace import Hybrid as Hybrid
-from lowrank_optax._src.subspace import ImportanceSampled as ImportanceSampled
-from lowrank_optax._src.subspace import RandomGaussian as RandomGaussian
-from lowrank_optax._src.subspace import RandomOrthonormal as RandomOrthonormal
-from lowrank_optax._src.subspace import Switch as Switch
-from lowrank_optax._src.subspace import TopSingular as TopSingular
-from lowrank_optax._src.subspace import UniformSampled as UniformSampled
-from lowrank_optax._src.transfer import Keep as Keep
-from lowrank_optax._src.transfer import Reset as Reset
-from lowrank_optax._src.transfer import Rotate as Rotate
-from lowrank_optax._src.transfer import RotateFirst as RotateFirst
-from lowrank_optax._src.trees import default_matrices as default_matrices
-from lowrank_optax._src.typing import Codec as Codec
-from lowrank_optax._src.typing import Recovery as Recovery
-from lowrank_optax._src.typing import Refresh as Refresh
-from lowrank_optax._src.typing import Rule as Rule
-from lowrank_optax._src.typing import Subspace as Subspace
-from lowrank_optax._src.typing import Transfer as Transfer
+from lowrank_optax._src.parts.codec import BlockInt8 as BlockInt8
+from lowrank_optax._src.parts.codec import Cast as Cast
+from lowrank_optax._src.parts.codec import PackedInt4 as PackedInt4
+from lowrank_optax._src.parts.laws import Codec as Codec
+from lowrank_optax._src.parts.laws import Recovery as Recovery
+from lowrank_optax._src.parts.laws import Refresh as Refresh
+from lowrank_optax._src.parts.laws import Rule as Rule
+from lowrank_optax._src.parts.laws import Subspace as Subspace
+from lowrank_optax._src.parts.laws import Transfer as Transfer
+from lowrank_optax._src.parts.low_rank import LowRank as LowRank
+from lowrank_optax._src.parts.recovery import Drop as Drop
+from lowrank_optax._src.parts.recovery import FiraResidual as FiraResidual
+from lowrank_optax._src.parts.recovery import ScaleGradient as ScaleGradient
+from lowrank_optax._src.parts.recovery import SparseResidual as SparseResidual
+from lowrank_optax._src.parts.refresh import Every as Every
+from lowrank_optax._src.parts.refresh import OnConvergence as OnConvergence
+from lowrank_optax._src.parts.refresh import Staggered as Staggered
+from lowrank_optax._src.parts.refresh import WhenDrifted as WhenDrifted
+from lowrank_optax._src.parts.subspace import CrossHead as CrossHead
+from lowrank_optax._src.parts.subspace import EnergyRank as EnergyRank
+from lowrank_optax._src.parts.subspace import Hybrid as Hybrid
+from lowrank_optax._src.parts.subspace import ImportanceSampled as ImportanceSampled
+from lowrank_optax._src.parts.subspace import RandomGaussian as RandomGaussian
+from lowrank_optax._src.parts.subspace import RandomOrthonormal as RandomOrthonormal
+from lowrank_optax._src.parts.subspace import Switch as Switch
+from lowrank_optax._src.parts.subspace import TopSingular as TopSingular
+from lowrank_optax._src.parts.subspace import UniformSampled as UniformSampled
+from lowrank_optax._src.parts.transfer import Keep as Keep
+from lowrank_optax._src.parts.transfer import Reset as Reset
+from lowrank_optax._src.parts.transfer import Rotate as Rotate
+from lowrank_optax._src.parts.transfer import RotateFirst as RotateFirst
+from lowrank_optax._src.report.memory import describe as describe
+from lowrank_optax._src.report.memory import memory_report as memory_report
+from lowrank_optax._src.report.memory import state_bytes as state_bytes
+from lowrank_optax._src.report.sharding import state_shardings as state_shardings
+from lowrank_optax._src.training.accumulate import AccumulateState as AccumulateState
+from lowrank_optax._src.training.accumulate import (
+    accumulate_gradients as accumulate_gradients,
+)
+from lowrank_optax._src.training.inject import inject_hyperparams as inject_hyperparams
 
 __version__ = "0.1.0"
 

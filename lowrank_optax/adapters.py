@@ -10,9 +10,9 @@
 ['adapter_config.json', 'adapter_model.safetensors']
 """
 
-from lowrank_optax._src.adapters import LoraAdapter as LoraAdapter
-from lowrank_optax._src.adapters import extract_lora as extract_lora
-from lowrank_optax._src.adapters import module_name as module_name
-from lowrank_optax._src.adapters import save_peft as save_peft
+from lowrank_optax._src.report.adapters import LoraAdapter as LoraAdapter
+from lowrank_optax._src.report.adapters import extract_lora as extract_lora
+from lowrank_optax._src.report.adapters import module_name as module_name
+from lowrank_optax._src.report.adapters import save_peft as save_peft
 
 __all__ = ["LoraAdapter", "extract_lora", "module_name", "save_peft"]

@@ -21,10 +21,12 @@ True
 from lowrank_optax._src.linalg import gram_eigh as gram_eigh
 from lowrank_optax._src.linalg import orthonormalize as orthonormalize
 from lowrank_optax._src.linalg import range_basis as range_basis
-from lowrank_optax._src.random import draw as draw
-from lowrank_optax._src.randomized import randomized_svd as randomized_svd
-from lowrank_optax._src.randomized import range_finder as range_finder
-from lowrank_optax._src.randomized import subspace_iteration as subspace_iteration
+from lowrank_optax._src.linalg.random import draw as draw
+from lowrank_optax._src.linalg.randomized import randomized_svd as randomized_svd
+from lowrank_optax._src.linalg.randomized import range_finder as range_finder
+from lowrank_optax._src.linalg.randomized import (
+    subspace_iteration as subspace_iteration,
+)
 
 __all__ = [
     "draw",

@@ -1,5 +1,5 @@
 """Ranks that follow what is used, on the host between steps."""
 
-from lowrank_optax._src.rank import shrink as shrink
+from lowrank_optax._src.training.shrink import shrink as shrink
 
 __all__ = ["shrink"]

@@ -9,7 +9,7 @@ import reference
 from running import assert_close, random_grads, random_like, relative_error, run
 
 import lowrank_optax as lro
-from lowrank_optax._src.box import ParamBox
+from lowrank_optax._src.leaves.box import ParamBox
 
 STEPS, PERIOD, RANK = 50, 10, 3
 

@@ -11,7 +11,7 @@ import reference
 from running import assert_close, random_grads, random_like, relative_error, run
 
 import lowrank_optax as lro
-from lowrank_optax._src import random
+from lowrank_optax._src.linalg import random
 
 STEPS, PERIOD, RANK = 50, 10, 3
 ADAM = optax.scale_by_adam()

@@ -12,9 +12,9 @@ import pytest
 import reference
 
 import lowrank_optax as lro
-from lowrank_optax._src import dynamic
-from lowrank_optax._src.low_rank import LowRankCode
-from lowrank_optax._src.trees import views
+from lowrank_optax._src.leaves.choose import view_leaves
+from lowrank_optax._src.parts import int8_map
+from lowrank_optax._src.parts.low_rank import LowRankCode
 
 KEY = jax.random.key(0)
 
@@ -29,7 +29,7 @@ CODECS = {
 
 def view_of(*shape, **kwargs):
     leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return views([leaf], lro.MatrixAxes(), side="left", **kwargs)[0]
+    return view_leaves([leaf], lro.MatrixAxes(), side="left", **kwargs)[0]
 
 
 def normal(*shape, seed=0):
@@ -366,12 +366,12 @@ def test_an_average_in_bfloat16_reaches_a_constant():
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_bytes_stand_for_the_nearest_number_of_the_map(signed):
-    numbers = dynamic.dynamic_map(signed)
+    numbers = int8_map.dynamic_map(signed)
     assert len(set(numbers)) == 256
     every = jnp.arange(256, dtype=jnp.uint8)
-    decoded = dynamic.decode(every, signed)
+    decoded = int8_map.decode(every, signed)
     np.testing.assert_allclose(decoded, numbers, rtol=3e-7, atol=0)
-    again, largest = dynamic.encode(jnp.asarray(numbers[None], jnp.float32), signed)
+    again, largest = int8_map.encode(jnp.asarray(numbers[None], jnp.float32), signed)
     np.testing.assert_array_equal(again[0], every)
     assert largest == 1
     # All magnitudes, down to what is below the smallest number but not zero.
@@ -379,7 +379,7 @@ def test_bytes_stand_for_the_nearest_number_of_the_map(signed):
     x = rng.standard_normal((64, 256)) * 10 ** rng.uniform(-9, 0, (64, 256))
     x = np.float32(x if signed else np.abs(x))
     x[0] = 0.0
-    index, largest = dynamic.encode(jnp.asarray(x), signed)
+    index, largest = int8_map.encode(jnp.asarray(x), signed)
     size = np.abs(x).max(axis=-1, keepdims=True)
     np.testing.assert_array_equal(largest, size)
     unit = x.astype(np.float64) / np.where(size > 0, size, 1)

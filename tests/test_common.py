@@ -20,7 +20,7 @@ from registry import METHODS, PERIOD, example_params
 from running import assert_close, norm, random_grads, random_like, run, run_eagerly
 
 import lowrank_optax as lro
-from lowrank_optax._src import random
+from lowrank_optax._src.linalg import random
 
 BY_NAME = {method.name: method for method in METHODS}
 

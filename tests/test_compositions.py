@@ -9,7 +9,7 @@ import reference
 from running import norm, random_grads, random_like, relative_error, run
 
 import lowrank_optax as lro
-from lowrank_optax._src import compress
+from lowrank_optax._src.engines import compress
 
 ADAM, MOMENTUM = optax.scale_by_adam(), optax.trace(0.9)
 GAUSSIAN, ORTHONORMAL = lro.RandomGaussian(), lro.RandomOrthonormal()

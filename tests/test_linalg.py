@@ -9,13 +9,13 @@ import pytest
 
 from lowrank_optax import linalg
 from lowrank_optax._src.linalg import (
-    _inverse_root,
     eigh,
+    inverse_root,
     svd,
     unit_scale,
     whitening,
 )
-from lowrank_optax._src.random import filler
+from lowrank_optax._src.linalg.random import filler
 
 
 def normal(*shape, seed=0):
@@ -455,7 +455,7 @@ def test_batched_equals_loop(name, stack):
     np.testing.assert_allclose(result, loop, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("function", [eigh, svd, _inverse_root])
+@pytest.mark.parametrize("function", [eigh, svd, inverse_root])
 def test_a_stack_is_factored_one_by_one_on_cpu(function):
     """As many stacks at a time as there are threads would wait for ever in jaxlib."""
     x = jnp.eye(5) + 0 * jnp.ones((3, 5, 5))

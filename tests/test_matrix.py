@@ -15,8 +15,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import lowrank_optax as lro
 from lowrank_optax import MatrixAxes
-from lowrank_optax._src import trees
-from lowrank_optax._src.matrix import SIDES, DenseLeaf, MatrixView
+from lowrank_optax._src.leaves.choose import view_leaves
+from lowrank_optax._src.leaves.matrix import SIDES, DenseLeaf, MatrixView
+from lowrank_optax._src.leaves.paths import flatten, path_parts
 
 
 def abstract(*shape, dtype=jnp.float32):
@@ -37,7 +38,7 @@ def tree_of(paths, leaf):
 
 def seen(tree, **kwargs):
     """The views of a tree by path."""
-    return {v.path: v for v in trees.views(tree, **kwargs)}
+    return {v.path: v for v in view_leaves(tree, **kwargs)}
 
 
 # The default rule -------------------------------------------------------------------
@@ -138,7 +139,7 @@ def test_default_matrices_is_the_default_rule():
     tree = tree_of(MATRICES + DENSE, abstract(6, 4)) | {"bias": abstract(4)}
     specs = lro.default_matrices(tree)
     assert specs["bias"] is None
-    flat, _ = trees.flatten(specs), None
+    flat, _ = flatten(specs), None
     is_matrix = {p for p, v in seen(tree).items() if isinstance(v, MatrixView)}
     named = {"/".join(p) for p, s in zip(*flat[:2], strict=True) if s == MatrixAxes()}
     assert named == is_matrix == set(MATRICES)
@@ -325,7 +326,7 @@ class Attention(nnx.Module):
 
 def general(path, x):
     """Axes by a leaf's own path: what a callable spec typically does."""
-    named = "/".join(trees.path_parts(path))
+    named = "/".join(path_parts(path))
     if "query/kernel" in named:
         return MatrixAxes(0, (1, 2))
     if "out/kernel" in named:
@@ -353,7 +354,7 @@ def test_nnx_optimizer_selects_the_same_leaves_at_init_and_update(spec):
 
     def record(tree):
         matrices = SPECS[spec](tree) if callable(SPECS[spec]) else SPECS[spec]
-        views = trees.views(tree, matrices)
+        views = view_leaves(tree, matrices)
         calls.append({v.path: v for v in views if isinstance(v, MatrixView)})
         return matrices
 
@@ -423,7 +424,7 @@ CUBE = {"layer": {"kernel": abstract(3, 6, 4)}}
 )
 def test_axes_must_be_distinct_and_in_range(axes):
     with pytest.raises(ValueError) as error:
-        trees.views(CUBE, {"layer": {"kernel": axes}})
+        view_leaves(CUBE, {"layer": {"kernel": axes}})
     message = str(error.value)
     for part in ("'layer/kernel'", "(3, 6, 4)", str(axes), "distinct axes"):
         assert part in message
@@ -432,7 +433,7 @@ def test_axes_must_be_distinct_and_in_range(axes):
 def test_one_matrix_axes_that_does_not_fit_a_leaf_names_it():
     tree = CUBE | {"flat": abstract(6, 4)}
     with pytest.raises(ValueError, match=r"'flat' of shape \(6, 4\).*among its 2"):
-        trees.views(tree, MatrixAxes(0, (1, 2)))
+        view_leaves(tree, MatrixAxes(0, (1, 2)))
 
 
 def test_integer_leaves_cannot_be_matrices():
@@ -440,24 +441,24 @@ def test_integer_leaves_cannot_be_matrices():
     with pytest.raises(
         ValueError, match=r"'layer/index' of shape \(6, 4\).*int32.*Give None"
     ):
-        trees.views(tree, {"layer": {"index": MatrixAxes()}})
+        view_leaves(tree, {"layer": {"index": MatrixAxes()}})
 
 
 def test_unknown_paths_are_errors():
     tree = {"layer": {"kernel": abstract(6, 4), "bias": abstract(4)}}
     with pytest.raises(ValueError) as error:
-        trees.views(tree, {"layer": {"kernel": MatrixAxes()}, "laier": MatrixAxes()})
+        view_leaves(tree, {"layer": {"kernel": MatrixAxes()}, "laier": MatrixAxes()})
     message = str(error.value)
     assert "'laier'" in message and "does not have" in message
     assert "'layer/bias'" in message and "'layer/kernel'" in message
     # None asks for nothing, so its path may be any.
-    assert len(trees.views(tree, {"layer": {"kernel": MatrixAxes()}, "x": None})) == 2
+    assert len(view_leaves(tree, {"layer": {"kernel": MatrixAxes()}, "x": None})) == 2
 
 
 @pytest.mark.parametrize("wrong", [(0, 1), "kernel", 3])
 def test_leaves_of_a_spec_are_matrix_axes_or_none(wrong):
     with pytest.raises(TypeError, match="must be MatrixAxes or None"):
-        trees.views({"w": abstract(6, 4)}, {"w": wrong})
+        view_leaves({"w": abstract(6, 4)}, {"w": wrong})
 
 
 @pytest.mark.parametrize(
@@ -468,7 +469,7 @@ def test_leaves_of_a_spec_are_matrix_axes_or_none(wrong):
 def test_a_spec_that_matches_nothing_is_an_error(matrices):
     tree = {"bias": abstract(4), "embed": abstract(6, 4)}
     with pytest.raises(ValueError) as error:
-        trees.views(tree, matrices)
+        view_leaves(tree, matrices)
     message = str(error.value)
     for part in ("matches no parameter", "'bias' (4,)", "'embed' (6, 4)"):
         assert part in message
@@ -484,7 +485,7 @@ def test_unknown_sides_are_errors(side):
 
 @pytest.mark.parametrize("matrices", [None, MatrixAxes(), {}, {"w": MatrixAxes()}])
 def test_empty_trees_match_any_spec(matrices):
-    assert trees.views({}, matrices) == []
+    assert view_leaves({}, matrices) == []
 
 
 # Placeholders ------------------------------------------------------------------------
@@ -494,7 +495,7 @@ def test_empty_trees_match_any_spec(matrices):
 def test_specs_of_left_out_leaves_are_no_error(placeholder):
     spec = {"w": MatrixAxes(), "b": None}
     tree = {"w": placeholder, "b": abstract(4)}
-    assert [v.path for v in trees.views(tree, spec)] == ["b"]
+    assert [v.path for v in view_leaves(tree, spec)] == ["b"]
     views = seen({"w": abstract(4, 6), "x": placeholder}, matrices=MatrixAxes())
     assert isinstance(views["w"], MatrixView) and set(views) == {"w"}
 
@@ -502,7 +503,7 @@ def test_specs_of_left_out_leaves_are_no_error(placeholder):
 @pytest.mark.parametrize("placeholder", [None, optax.MaskedNode()], ids=str)
 def test_unknown_paths_are_errors_beside_placeholders(placeholder):
     with pytest.raises(ValueError, match="'typo'"):
-        trees.views({"w": placeholder, "b": abstract(4)}, {"typo": MatrixAxes()})
+        view_leaves({"w": placeholder, "b": abstract(4)}, {"typo": MatrixAxes()})
 
 
 def test_one_spec_serves_every_branch_of_a_partition():

@@ -12,7 +12,7 @@ import reference
 from running import assert_close, norm, random_grads, random_like, relative_error, run
 
 import lowrank_optax as lro
-from lowrank_optax._src import random
+from lowrank_optax._src.linalg import random
 
 STEPS, RANK = 12, 2
 SHAPES = {"wide": (5, 8), "tall": (8, 5)}

@@ -9,7 +9,7 @@ import reference
 from running import assert_close, random_grads, random_like, relative_error, run
 
 import lowrank_optax as lro
-from lowrank_optax._src.matrix import last_axes_view
+from lowrank_optax._src.leaves.matrix import last_axes_view
 
 KEY, ADAM = jax.random.key(0), optax.scale_by_adam()
 

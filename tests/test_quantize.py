@@ -12,7 +12,7 @@ import reference
 from running import assert_close, random_grads, random_like, relative_error, run
 
 import lowrank_optax as lro
-from lowrank_optax._src.matrix import last_axes_view
+from lowrank_optax._src.leaves.matrix import last_axes_view
 
 KEY = jax.random.key(0)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank_optax._src import random
+from lowrank_optax._src.linalg import random
 
 KEYS = jax.random.split(jax.random.key(0), 3)
 

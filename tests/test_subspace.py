@@ -9,7 +9,7 @@ import pytest
 import reference
 
 import lowrank_optax as lro
-from lowrank_optax._src import random
+from lowrank_optax._src.linalg import random
 
 KEY = jax.random.key(0)
 STEP = jnp.zeros([], jnp.int32)

@@ -10,12 +10,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton
 
-from lowrank_optax._src import dynamic, engine
-from lowrank_optax._src.codec import BlockInt8, BlockInt8Code
 from lowrank_optax._src.kernels.adam import Adam, adam_step
 from lowrank_optax._src.kernels.dispatch import by_platform
 from lowrank_optax._src.kernels.plan import BUDGET, power_of_two
 from lowrank_optax._src.kernels.tiles import flat
+from lowrank_optax._src.parts import int8_map
+from lowrank_optax._src.parts.codec import BlockInt8, BlockInt8Code
+from lowrank_optax._src.parts.part import compiled
 
 Array = jax.Array
 _GPU_PARAMS = triton.CompilerParams(num_warps=4, num_stages=1)
@@ -45,7 +46,7 @@ def passes(adam: Adam, coded: Any) -> dict[int, Callable[..., Any]]:
     return found
 
 
-@engine.compiled
+@compiled
 def adam_in_blocks(
     parts: tuple[Adam, int], grad: Array, mu: BlockInt8Code, nu: BlockInt8Code, count
 ):
@@ -63,8 +64,8 @@ def adam_in_blocks(
     adam, block = parts
     padded = (
         (grad, 0.0),
-        (mu.index, dynamic.zero(True)),
-        (nu.index, dynamic.zero(False)),
+        (mu.index, int8_map.zero(True)),
+        (nu.index, int8_map.zero(False)),
     )
     rows = [_in_rows(x, block, zero) for x, zero in padded]
     largest = [x.largest.reshape(len(rows[0]), -1) for x in (mu, nu)]
@@ -143,12 +144,12 @@ def adam_on_blocks(g, mu_index, nu_index, mu_largest, nu_largest, *numbers):
     """
     update, mu, nu = adam_step(
         g.astype(jnp.float32),
-        dynamic.decode(mu_index, True) * mu_largest,
-        dynamic.decode(nu_index, False) * nu_largest,
+        int8_map.decode(mu_index, True) * mu_largest,
+        int8_map.decode(nu_index, False) * nu_largest,
         *numbers,
     )
-    mu_index, mu_largest = dynamic.encode(mu, True)
-    nu_index, nu_largest = dynamic.encode(nu, False)
+    mu_index, mu_largest = int8_map.encode(mu, True)
+    nu_index, nu_largest = int8_map.encode(nu, False)
     return update.astype(g.dtype), mu_index, nu_index, mu_largest, nu_largest
 
 

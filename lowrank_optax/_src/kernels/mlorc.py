@@ -10,9 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._src import batching, engine, linalg
+from lowrank_optax._src import linalg
+from lowrank_optax._src.engines import batching
+from lowrank_optax._src.engines.accept import tree_where
 from lowrank_optax._src.kernels.tiles import Pass, dot, product
-from lowrank_optax._src.low_rank import Average, LowRank, Whole, clamp_negative
+from lowrank_optax._src.parts.low_rank import Average, LowRank, Whole, clamp_negative
 
 Array = jax.Array
 
@@ -51,7 +53,7 @@ def adam(
         batching.ask(Whole.best_code, nu_y, nu.right, nu_z),
     )
     finite = jnp.all(mu_finite & nu_finite)
-    return update, engine.where(finite, type(state)(mu, nu), state)
+    return update, tree_where(finite, type(state)(mu, nu), state)
 
 
 def mlorc_adam(g, nu_left, nu_right, zeta, b2, left, right, *rest):
@@ -85,7 +87,7 @@ def lion(rule: Any, grad: Array, state: Any, omega: Array) -> batching.Steps:
     (z,) = LION_SKETCH(grad, y, turned=rule.turned)
     parts = average.project(y, z)
     mu, finite = yield from batching.ask(Average.best_code, y, mu.right, *parts)
-    return update, engine.where(jnp.all(finite), type(state)(mu), state)
+    return update, tree_where(jnp.all(finite), type(state)(mu), state)
 
 
 def mlorc_lion(g, left, right, omega, b1):

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from lowrank_optax._src import engine
 from lowrank_optax._src.kernels import gpu, tpu
 from lowrank_optax._src.kernels.adam import adam_step
 from lowrank_optax._src.kernels.dispatch import by_platform
 from lowrank_optax._src.kernels.plan import Plan, plan, sizes_of, upright
 from lowrank_optax._src.kernels.tiles import dot, flat, same_batch
-from lowrank_optax._src.matrix import MatrixView
-from lowrank_optax._src.recovery import Drop
+from lowrank_optax._src.leaves.matrix import MatrixView
+from lowrank_optax._src.parts.part import compiled
+from lowrank_optax._src.parts.recovery import Drop
 
 Array = jax.Array
 INS = ("mn", "mk", "kn", "kn", *["11"] * 9)  # gradient, basis, moments, numbers
@@ -32,7 +32,7 @@ def suits(recovery: Any, view: MatrixView) -> bool:
     return type(recovery) is Drop and view.compute_dtype == jnp.float32
 
 
-@engine.compiled
+@compiled
 def projected_adam(parts: Any, grad: Array, basis: Array, mu: Array, nu: Array, count):
     """``scale P Adam(P^T G)`` and the new moments.
 

@@ -6,8 +6,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax._src import engine, matrix, trees
-from lowrank_optax._src.matrix import Matrices, MatrixView
+from lowrank_optax._src.engines.accept import accept_finite, increment
+from lowrank_optax._src.leaves import matrix
+from lowrank_optax._src.leaves.box import transformation
+from lowrank_optax._src.leaves.choose import view_dense, view_leaves
+from lowrank_optax._src.leaves.matrix import Matrices, MatrixView, Side
+from lowrank_optax._src.leaves.paths import flatten
+from lowrank_optax._src.methods.galore import galore_project
+from lowrank_optax._src.methods.optimizer import LearningRate, optimizer
+from lowrank_optax._src.parts.laws import Subspace, Transfer
+from lowrank_optax._src.parts.subspace import TopSingular
+from lowrank_optax._src.parts.transfer import Keep
 
 
 class AdafactorState(NamedTuple):
@@ -79,7 +88,7 @@ def scale_by_adafactor(
 
     def init(params):
         views = _views(params, matrices, creating=True)
-        _, leaves, treedef = trees.flatten(params)
+        _, leaves, treedef = flatten(params)
 
         def tree(at_matrix, elsewhere):
             each = zip(views, leaves, strict=True)
@@ -103,7 +112,7 @@ def scale_by_adafactor(
         moments = [
             treedef.flatten_up_to(x) for x in (state.v_row, state.v_col, state.v)
         ]
-        t = engine.increment(state.step)
+        t = increment(state.step)
         b2 = 1 - jnp.asarray(t, jnp.float32) ** -decay_rate
         out = []
         for i, (view, *old) in enumerate(zip(views, *moments, strict=True)):
@@ -121,12 +130,12 @@ def scale_by_adafactor(
             if clipping_threshold is not None:
                 u = _clip(u, clipping_threshold)
             out.append(view.leaf(u))
-            for field, x in zip(moments, engine.accept(new, old), strict=True):
+            for field, x in zip(moments, accept_finite(new, old), strict=True):
                 field[i] = x
         state = AdafactorState(t, *(treedef.unflatten(x) for x in moments))
         return treedef.unflatten(out), state
 
-    return engine.transformation(init, update)
+    return transformation(init, update)
 
 
 def clip_by_matrix_rms(
@@ -140,7 +149,7 @@ def clip_by_matrix_rms(
         out = [view.leaf(_clip(view.matrix(u), threshold)) for view, u in each]
         return treedef.unflatten(out), state
 
-    return engine.transformation(lambda params: optax.EmptyState(), update)
+    return transformation(lambda params: optax.EmptyState(), update)
 
 
 def _clip(u: jax.Array, threshold: Any) -> jax.Array:
@@ -151,10 +160,10 @@ def _clip(u: jax.Array, threshold: Any) -> jax.Array:
 def _views(tree: Any, matrices: Matrices, creating: bool = False) -> list[MatrixView]:
     """Every leaf by the rows and columns it is given, or by its own last two axes."""
     if matrices is None:
-        seen = trees.dense_views(tree, creating)
+        seen = view_dense(tree, creating)
     else:
-        seen = trees.views(tree, matrices, "left", creating)
-    leaves = trees.flatten(tree)[1]
+        seen = view_leaves(tree, matrices, "left", creating)
+    leaves = flatten(tree)[1]
     return [
         v if isinstance(v, MatrixView) else matrix.last_axes_view(v.path, x)
         for v, x in zip(seen, leaves, strict=True)
@@ -163,3 +172,56 @@ def _views(tree: Any, matrices: Matrices, creating: bool = False) -> list[Matrix
 
 def _factored(view: MatrixView) -> bool:
     return bool(view.left)
+
+
+def galore_adafactor(
+    learning_rate: LearningRate,
+    rank: int = 128,
+    update_every: Any = 200,
+    scale: Any = 0.25,
+    *,
+    decay_rate: Any = 0.8,
+    clipping_threshold: Any = 1.0,
+    momentum: Any = None,
+    weight_decay: Any = 0.0,
+    mask: Any = None,
+    subspace: Subspace = TopSingular(),
+    transfer: Transfer = Keep(),
+    side: Side = "short",
+    matrices: Matrices = None,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Adafactor in GaLore's subspace, its second moment factored there too.
+
+    State of a matrix: ``s r + (l + r)`` numbers, and ``l r`` more with momentum.
+
+    Args:
+      learning_rate: a float or a schedule; updates are not scaled by the weights' size.
+      rank, update_every, scale: r, T and alpha.
+      decay_rate: of the second moment, ``1 - t^-decay_rate``.
+      clipping_threshold: on the root mean square of the low-rank update of each matrix;
+        None for none.
+      momentum: decay of a first moment after the scaling; None for none.
+      weight_decay, mask: decoupled, on the full weights.
+      subspace, transfer, side, matrices, key: see `galore_project`.
+
+    >>> import jax.numpy as jnp, lowrank_optax as lro
+    >>> tx = lro.galore_adafactor(1e-2, rank=2)
+    >>> params = {"w": jnp.ones((4, 6))}
+    >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    inner = scale_by_adafactor(decay_rate, clipping_threshold)
+    if momentum is not None:
+        inner = optax.chain(inner, optax.ema(momentum, debias=False))
+    method = galore_project(
+        inner,
+        rank=rank,
+        update_every=update_every,
+        subspace=subspace,
+        transfer=transfer,
+        scale=scale,
+        side=side,
+        matrices=matrices,
+        key=key,
+    )
+    return optimizer(method, learning_rate, weight_decay, mask)

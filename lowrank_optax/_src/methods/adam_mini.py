@@ -6,13 +6,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax._src import batching, engine, matrix, trees
-from lowrank_optax._src.aliases import LearningRate, optimizer
-from lowrank_optax._src.matrix import Matrices, Side
+from lowrank_optax._src.engines import batching
+from lowrank_optax._src.engines.accept import accept_finite, increment
+from lowrank_optax._src.leaves import matrix
+from lowrank_optax._src.leaves.box import transformation
+from lowrank_optax._src.leaves.choose import view_blocks
+from lowrank_optax._src.leaves.matrix import Matrices, Side
+from lowrank_optax._src.leaves.paths import flatten
 from lowrank_optax._src.methods.galore import galore_project
-from lowrank_optax._src.subspace import TopSingular
-from lowrank_optax._src.transfer import Keep
-from lowrank_optax._src.typing import Subspace, Transfer
+from lowrank_optax._src.methods.optimizer import LearningRate, optimizer
+from lowrank_optax._src.parts.laws import Subspace, Transfer
+from lowrank_optax._src.parts.subspace import TopSingular
+from lowrank_optax._src.parts.transfer import Keep
 
 
 class AdamMiniState(NamedTuple):
@@ -81,8 +86,8 @@ def scale_by_adam_mini(
     """
 
     def init(params):
-        views = trees.block_views(params, matrices, creating=True)
-        _, leaves, treedef = trees.flatten(params)
+        views = view_blocks(params, matrices, creating=True)
+        _, leaves, treedef = flatten(params)
         return AdamMiniState(
             step=jnp.zeros([], jnp.int32),
             mu=treedef.unflatten([matrix.zeros_like(leaf) for leaf in leaves]),
@@ -90,10 +95,10 @@ def scale_by_adam_mini(
         )
 
     def update(updates, state, params=None, **extra):
-        views = trees.block_views(updates, matrices)
+        views = view_blocks(updates, matrices)
         grads, treedef = jax.tree.flatten(updates)
         mus, nus = (treedef.flatten_up_to(x) for x in (state.mu, state.nu))
-        t = engine.increment(state.step)
+        t = increment(state.step)
         out = []
         with batching.turns():
             for i, view in enumerate(views):
@@ -103,12 +108,12 @@ def scale_by_adam_mini(
                 size = jnp.sqrt(nu / (1 - b2**t)) + eps
                 out.append(view.leaf(mu / (1 - b1**t) / size))
                 new = view.leaf(mu, mus[i].dtype), nu
-                mus[i], nus[i] = engine.accept(new, (mus[i], nus[i]), out[i])
+                mus[i], nus[i] = accept_finite(new, (mus[i], nus[i]), out[i])
                 batching.end_turn_of((out[i], mus[i], nus[i]))
         state = AdamMiniState(t, treedef.unflatten(mus), treedef.unflatten(nus))
         return treedef.unflatten(out), state
 
-    return engine.transformation(init, update)
+    return transformation(init, update)
 
 
 def adam_mini(

@@ -5,15 +5,15 @@ from typing import Any
 import jax
 import optax
 
-from lowrank_optax._src.aliases import LearningRate, optimizer
-from lowrank_optax._src.engine import check_rank
-from lowrank_optax._src.matrix import Matrices, Side
-from lowrank_optax._src.project import project_gradients
-from lowrank_optax._src.recovery import Drop
-from lowrank_optax._src.refresh import OnConvergence
-from lowrank_optax._src.subspace import EnergyRank
-from lowrank_optax._src.transfer import Rotate
-from lowrank_optax._src.typing import Recovery, Transfer
+from lowrank_optax._src.engines.project import project_gradients
+from lowrank_optax._src.leaves.matrix import Matrices, Side
+from lowrank_optax._src.methods.optimizer import LearningRate, optimizer
+from lowrank_optax._src.parts.checks import check_rank
+from lowrank_optax._src.parts.laws import Recovery, Transfer
+from lowrank_optax._src.parts.recovery import Drop
+from lowrank_optax._src.parts.refresh import OnConvergence
+from lowrank_optax._src.parts.subspace import EnergyRank
+from lowrank_optax._src.parts.transfer import Rotate
 
 
 def adaptive_rank(

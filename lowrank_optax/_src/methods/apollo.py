@@ -5,13 +5,13 @@ from typing import Any
 import jax
 import optax
 
-from lowrank_optax._src.aliases import LearningRate, optimizer
-from lowrank_optax._src.matrix import Matrices, Side
-from lowrank_optax._src.project import project_gradients
-from lowrank_optax._src.recovery import Per, ScaleGradient
-from lowrank_optax._src.refresh import Every
-from lowrank_optax._src.subspace import RandomGaussian
-from lowrank_optax._src.typing import Subspace
+from lowrank_optax._src.engines.project import project_gradients
+from lowrank_optax._src.leaves.matrix import Matrices, Side
+from lowrank_optax._src.methods.optimizer import LearningRate, optimizer
+from lowrank_optax._src.parts.laws import Subspace
+from lowrank_optax._src.parts.recovery import Per, ScaleGradient
+from lowrank_optax._src.parts.refresh import Every
+from lowrank_optax._src.parts.subspace import RandomGaussian
 
 
 def apollo_scale(

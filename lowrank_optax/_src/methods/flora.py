@@ -5,14 +5,14 @@ from typing import Any
 import jax
 import optax
 
-from lowrank_optax._src.aliases import LearningRate, optimizer
-from lowrank_optax._src.matrix import Matrices, Side
+from lowrank_optax._src.engines.project import project_gradients
+from lowrank_optax._src.leaves.matrix import Matrices, Side
 from lowrank_optax._src.methods.adafactor import clip_by_matrix_rms, scale_by_adafactor
-from lowrank_optax._src.project import project_gradients
-from lowrank_optax._src.refresh import Every
-from lowrank_optax._src.subspace import RandomGaussian
-from lowrank_optax._src.transfer import RotateFirst
-from lowrank_optax._src.typing import Transfer
+from lowrank_optax._src.methods.optimizer import LearningRate, optimizer
+from lowrank_optax._src.parts.laws import Transfer
+from lowrank_optax._src.parts.refresh import Every
+from lowrank_optax._src.parts.subspace import RandomGaussian
+from lowrank_optax._src.parts.transfer import RotateFirst
 
 
 def flora_project(

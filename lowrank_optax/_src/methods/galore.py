@@ -5,12 +5,13 @@ from typing import Any
 import jax
 import optax
 
-from lowrank_optax._src.matrix import Matrices, Side
-from lowrank_optax._src.project import project_gradients
-from lowrank_optax._src.refresh import Every
-from lowrank_optax._src.subspace import TopSingular
-from lowrank_optax._src.transfer import Keep
-from lowrank_optax._src.typing import Subspace, Transfer
+from lowrank_optax._src.engines.project import project_gradients
+from lowrank_optax._src.leaves.matrix import Matrices, Side
+from lowrank_optax._src.methods.optimizer import LearningRate, optimizer
+from lowrank_optax._src.parts.laws import Subspace, Transfer
+from lowrank_optax._src.parts.refresh import Every
+from lowrank_optax._src.parts.subspace import TopSingular
+from lowrank_optax._src.parts.transfer import Keep
 
 
 def galore_project(
@@ -72,3 +73,50 @@ def galore_project(
         matrices=matrices,
         key=key,
     )
+
+
+def galore_adamw(
+    learning_rate: LearningRate,
+    rank: int = 128,
+    update_every: Any = 200,
+    scale: Any = 0.25,
+    *,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    weight_decay: Any = 0.0,
+    mask: Any = None,
+    subspace: Subspace = TopSingular(),
+    transfer: Transfer = Keep(),
+    side: Side = "short",
+    matrices: Matrices = None,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW in GaLore's subspace, see `galore_project`.
+
+    Args:
+      learning_rate: a float or a schedule.
+      rank, update_every, scale: r, T and alpha. The learning rate of a projected
+        matrix is effectively ``scale * learning_rate``; the papers pre-train with 0.01.
+      b1, b2, eps: of Adam.
+      weight_decay: decoupled, on the full weights, times the learning rate.
+      mask: which leaves decay, as in `optax.add_decayed_weights`.
+      subspace, transfer, side, matrices, key: see `galore_project`.
+
+    >>> import jax.numpy as jnp, lowrank_optax as lro
+    >>> tx = lro.galore_adamw(1e-2, rank=2)
+    >>> params = {"w": jnp.ones((4, 6))}
+    >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    method = galore_project(
+        optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+        rank=rank,
+        update_every=update_every,
+        subspace=subspace,
+        transfer=transfer,
+        scale=scale,
+        side=side,
+        matrices=matrices,
+        key=key,
+    )
+    return optimizer(method, learning_rate, weight_decay, mask)

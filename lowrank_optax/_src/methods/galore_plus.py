@@ -5,16 +5,16 @@ from typing import Any
 import jax
 import optax
 
-from lowrank_optax._src import trees
-from lowrank_optax._src.aliases import LearningRate, optimizer
-from lowrank_optax._src.engine import check_rank
-from lowrank_optax._src.matrix import Matrices, MatrixView, Side
-from lowrank_optax._src.project import project_gradients
-from lowrank_optax._src.recovery import Drop, SparseResidual
-from lowrank_optax._src.refresh import Every
-from lowrank_optax._src.subspace import CrossHead, TopSingular
-from lowrank_optax._src.transfer import Keep
-from lowrank_optax._src.typing import Subspace, Transfer
+from lowrank_optax._src.engines.project import project_gradients
+from lowrank_optax._src.leaves.matrix import Matrices, MatrixView, Side
+from lowrank_optax._src.leaves.paths import words
+from lowrank_optax._src.methods.optimizer import LearningRate, optimizer
+from lowrank_optax._src.parts.checks import check_rank
+from lowrank_optax._src.parts.laws import Subspace, Transfer
+from lowrank_optax._src.parts.recovery import Drop, SparseResidual
+from lowrank_optax._src.parts.refresh import Every
+from lowrank_optax._src.parts.subspace import CrossHead, TopSingular
+from lowrank_optax._src.parts.transfer import Keep
 
 _QUERY = frozenset("q query queries wq".split())
 _KEY = frozenset("k key keys wk".split())
@@ -134,8 +134,8 @@ def galore_plus_project(
 
 def _attends(path: str) -> int | None:
     """0 for a query kernel, 1 for a key kernel, None for any other."""
-    words = set(trees.words(path))
-    query, key = bool(words & _QUERY), bool(words & _KEY)
+    found = set(words(path))
+    query, key = bool(found & _QUERY), bool(found & _KEY)
     return None if query == key else int(key)
 
 

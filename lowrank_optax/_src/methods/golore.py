@@ -5,13 +5,13 @@ from typing import Any
 import jax
 import optax
 
-from lowrank_optax._src.aliases import LearningRate, optimizer
-from lowrank_optax._src.matrix import Matrices, Side
-from lowrank_optax._src.project import project_gradients
-from lowrank_optax._src.refresh import Every
-from lowrank_optax._src.subspace import RandomOrthonormal, Switch, TopSingular
-from lowrank_optax._src.transfer import Rotate
-from lowrank_optax._src.typing import Subspace, Transfer
+from lowrank_optax._src.engines.project import project_gradients
+from lowrank_optax._src.leaves.matrix import Matrices, Side
+from lowrank_optax._src.methods.optimizer import LearningRate, optimizer
+from lowrank_optax._src.parts.laws import Subspace, Transfer
+from lowrank_optax._src.parts.refresh import Every
+from lowrank_optax._src.parts.subspace import RandomOrthonormal, Switch, TopSingular
+from lowrank_optax._src.parts.transfer import Rotate
 
 
 def golore_project(

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax._src import engine, linalg
-from lowrank_optax._src.aliases import LearningRate, optimizer
-from lowrank_optax._src.leafwise import leafwise
+from lowrank_optax._src import linalg
+from lowrank_optax._src.engines.leafwise import leafwise
+from lowrank_optax._src.leaves.matrix import Matrices
 from lowrank_optax._src.linalg import matmul
-from lowrank_optax._src.matrix import Matrices
+from lowrank_optax._src.methods.optimizer import LearningRate, optimizer
+from lowrank_optax._src.parts.checks import check_rank
 
 
 def scale_by_ldadam(
@@ -79,7 +80,7 @@ def scale_by_ldadam(
     >>> state.own["basis"]["w"].shape, state.inner_state.mu["w"].shape
     ((4, 2), (2, 6))
     """
-    rule = LDAdam(engine.check_rank(rank), b1, b2, rho, eps, error_feedback)
+    rule = LDAdam(check_rank(rank), b1, b2, rho, eps, error_feedback)
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
     return leafwise(rule, dense=adam, side="short_left", matrices=matrices, key=key)
 

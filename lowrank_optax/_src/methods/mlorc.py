@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax._src import batching, engine
-from lowrank_optax._src.compress import by_moment, compress_fields
+from lowrank_optax._src.engines import batching
+from lowrank_optax._src.engines.accept import tree_where
+from lowrank_optax._src.engines.compress import by_moment, compress_fields
+from lowrank_optax._src.engines.leafwise import leafwise
 from lowrank_optax._src.kernels.dispatch import active
-from lowrank_optax._src.leafwise import leafwise
+from lowrank_optax._src.leaves.matrix import Matrices
 from lowrank_optax._src.linalg import at_least_float32
-from lowrank_optax._src.low_rank import (
+from lowrank_optax._src.methods.optimizer import LearningRate, optimizer
+from lowrank_optax._src.parts.low_rank import (
     Average,
     LowRank,
     LowRankCode,
@@ -21,7 +24,6 @@ from lowrank_optax._src.low_rank import (
     low_rank_product,
     negative_mean,
 )
-from lowrank_optax._src.matrix import Matrices
 
 
 def mlorc_compress(
@@ -254,7 +256,7 @@ class MLorcAdam:
             self.nu.compress(nu_omega, whole, state.nu, ends_turn=True),
         )
         finite = jnp.all(mu_finite & nu_finite)
-        new = engine.where(finite, MLorcAdamState(mu, nu), state)
+        new = tree_where(finite, MLorcAdamState(mu, nu), state)
         return _lying(self, m_hat / (jnp.sqrt(v_hat) + self.eps)), new
 
 
@@ -283,7 +285,7 @@ class MLorcLion:
         c = b1 * low_rank_product(mu) + (1 - b1) * g
         average = Average(self.b2, state.mu, grad, self.turned)
         mu, finite = yield from self.mu.compress(omega, average, state.mu, True)
-        new = engine.where(jnp.all(finite), MLorcLionState(mu), state)
+        new = tree_where(jnp.all(finite), MLorcLionState(mu), state)
         return _lying(self, jnp.sign(c)), new
 
 
@@ -299,3 +301,89 @@ def _kernels(grad, *sketches):
     from lowrank_optax._src.kernels import mlorc
 
     return mlorc if mlorc.suits(grad, *sketches) else None
+
+
+def mlorc_adamw(
+    learning_rate: LearningRate,
+    rank: int = 4,
+    *,
+    b1: Any = 0.8,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    weight_decay: Any = 0.0,
+    mask: Any = None,
+    oversample: int = 4,
+    power_iters: int = 0,
+    warm_start: bool = True,
+    compress: tuple[str, ...] = ("mu", "nu"),
+    matrices: Matrices = None,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """MLorc-AdamW, see `mlorc_scale_by_adam`.
+
+    Args:
+      learning_rate: a float or a schedule.
+      rank, b1, b2, eps: of the method.
+      weight_decay, mask: decoupled, on the full weights, times the learning rate.
+      oversample, power_iters, warm_start, compress: see `mlorc_scale_by_adam`.
+      matrices, key: see `project_gradients`.
+
+    >>> import jax.numpy as jnp, lowrank_optax as lro
+    >>> tx = lro.mlorc_adamw(1e-3, rank=2)
+    >>> params = {"w": jnp.ones((4, 6))}
+    >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    method = mlorc_scale_by_adam(
+        rank,
+        b1,
+        b2,
+        eps,
+        oversample=oversample,
+        power_iters=power_iters,
+        warm_start=warm_start,
+        compress=compress,
+        matrices=matrices,
+        key=key,
+    )
+    return optimizer(method, learning_rate, weight_decay, mask)
+
+
+def mlorc_lion(
+    learning_rate: LearningRate,
+    rank: int = 4,
+    *,
+    b1: Any = 0.9,
+    b2: Any = 0.99,
+    weight_decay: Any = 0.0,
+    mask: Any = None,
+    oversample: int = 4,
+    power_iters: int = 0,
+    warm_start: bool = True,
+    matrices: Matrices = None,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """MLorc-Lion, see `mlorc_scale_by_lion`.
+
+    Args:
+      learning_rate: a float or a schedule.
+      rank, b1, b2: of the method.
+      weight_decay, mask: decoupled, on the full weights, times the learning rate.
+      oversample, power_iters, warm_start: see `mlorc_scale_by_lion`.
+      matrices, key: see `project_gradients`.
+
+    >>> import jax.numpy as jnp, lowrank_optax as lro
+    >>> tx = lro.mlorc_lion(1e-4, rank=2)
+    >>> params = {"w": jnp.ones((4, 6))}
+    >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    method = mlorc_scale_by_lion(
+        rank,
+        b1,
+        b2,
+        oversample=oversample,
+        power_iters=power_iters,
+        warm_start=warm_start,
+        matrices=matrices,
+        key=key,
+    )
+    return optimizer(method, learning_rate, weight_decay, mask)

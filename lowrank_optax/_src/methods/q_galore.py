@@ -5,16 +5,16 @@ from typing import Any
 import jax
 import optax
 
-from lowrank_optax._src.aliases import LearningRate, optimizer
-from lowrank_optax._src.codec import BlockInt8, PackedInt4
-from lowrank_optax._src.compress import compress_state
-from lowrank_optax._src.matrix import Matrices, Side
+from lowrank_optax._src.engines.compress import compress_state
+from lowrank_optax._src.engines.project import project_gradients
+from lowrank_optax._src.leaves.matrix import Matrices, Side
+from lowrank_optax._src.methods.optimizer import LearningRate, optimizer
 from lowrank_optax._src.methods.quantize import quantize_state
-from lowrank_optax._src.project import project_gradients
-from lowrank_optax._src.refresh import WhenDrifted
-from lowrank_optax._src.subspace import TopSingular
-from lowrank_optax._src.transfer import Keep
-from lowrank_optax._src.typing import Subspace, Transfer
+from lowrank_optax._src.parts.codec import BlockInt8, PackedInt4
+from lowrank_optax._src.parts.laws import Subspace, Transfer
+from lowrank_optax._src.parts.refresh import WhenDrifted
+from lowrank_optax._src.parts.subspace import TopSingular
+from lowrank_optax._src.parts.transfer import Keep
 
 
 def q_galore_project(

@@ -5,16 +5,16 @@ from typing import Any
 import jax
 import optax
 
-from lowrank_optax._src.aliases import LearningRate, optimizer
-from lowrank_optax._src.codec import BlockInt8
-from lowrank_optax._src.compress import by_moment, compress_fields
-from lowrank_optax._src.matrix import Matrices, Side
+from lowrank_optax._src.engines.compress import by_moment, compress_fields
+from lowrank_optax._src.leaves.matrix import Matrices, Side
 from lowrank_optax._src.methods.adarankgrad import adaptive_rank
 from lowrank_optax._src.methods.galore import galore_project
-from lowrank_optax._src.recovery import Drop
-from lowrank_optax._src.subspace import TopSingular
-from lowrank_optax._src.transfer import Keep, Rotate
-from lowrank_optax._src.typing import Recovery, Subspace, Transfer
+from lowrank_optax._src.methods.optimizer import LearningRate, optimizer
+from lowrank_optax._src.parts.codec import BlockInt8
+from lowrank_optax._src.parts.laws import Recovery, Subspace, Transfer
+from lowrank_optax._src.parts.recovery import Drop
+from lowrank_optax._src.parts.subspace import TopSingular
+from lowrank_optax._src.parts.transfer import Keep, Rotate
 
 
 def quantize_state(

@@ -1,0 +1,1 @@
+"""The engines, which run a method's parts over a tree of parameters."""

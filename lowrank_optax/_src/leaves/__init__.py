@@ -1,0 +1,1 @@
+"""Leaves of parameter trees: which are matrices, and where their state stands."""

@@ -1,0 +1,125 @@
+"""Boxes of arrays, and meshes: the only code that knows NNX variables and shardings.
+
+A `ParamBox` is a boxed abstract parameter, by which optimizer state is traced back to
+its source.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import NamedSharding
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ParamBox:
+    """An array with the path of the parameter that it belongs to and a spec.
+
+    Speaks the part of the NNX variable's interface that the library knows, so whatever
+    state a transformation makes beside a parameter comes out in a box of its path.
+    """
+
+    value: Any
+    path: str = dataclasses.field(metadata={"static": True})
+    out_sharding: tuple[Any, ...] | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
+
+    def get_value(self):
+        return self.value
+
+    def get_metadata(self):
+        return {"out_sharding": self.out_sharding}
+
+    def replace(self, value, **changes):
+        return dataclasses.replace(self, value=value, **changes)
+
+
+def is_box(x: Any) -> bool:
+    return isinstance(x, ParamBox)
+
+
+def transformation(
+    init: Callable[..., Any], update: Callable[..., tuple[Any, Any]]
+) -> optax.GradientTransformationExtraArgs:
+    """An optax transformation from an ``init`` and an ``update`` over plain arrays.
+
+    ``update`` never sees boxes, and on a mesh of explicit axes runs with automatic
+    ones; what it returns has the structure, boxes and shardings of what came in.
+    """
+
+    def update_fn(updates, state, params=None, **extra):
+        plain = [_unbox(x) for x in (updates, state, params, extra)]
+
+        def run(updates, state, params, extra):
+            return update(updates, state, params, **extra)
+
+        new = _with_auto_axes(run, *plain)
+        for result, given in zip(new, plain[:2], strict=True):
+            if jax.tree.structure(result) != jax.tree.structure(given):
+                raise ValueError(
+                    "A transformation changed the structure of its updates or state: "
+                    f"{jax.tree.structure(given)} became {jax.tree.structure(result)}."
+                )
+        return tuple(
+            jax.tree.unflatten(jax.tree.structure(old), jax.tree.leaves(x))
+            for old, x in zip((updates, state), new, strict=True)
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update_fn)
+
+
+def _unbox(tree: Any) -> Any:
+    return jax.tree.map(value_of, tree, is_leaf=is_variable)
+
+
+def _with_auto_axes(run: Any, *args: Any) -> Any:
+    """``run(*args)``, its two results sharded as the first two arguments came in."""
+    shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, args[:2])
+    if any(explicit_axes(s.mesh) for s in jax.tree.leaves(shardings)):
+        run = jax.sharding.auto_axes(run, out_sharding=shardings)
+    return run(*args)
+
+
+def is_variable(x: Any) -> bool:
+    """Whether ``x`` is a boxed array, as a Flax NNX variable is (no flax import)."""
+    return hasattr(x, "get_value") and hasattr(x, "get_metadata")
+
+
+def leaf_spec(leaf: Any) -> tuple[tuple[Any, ...] | None, Any]:
+    """A leaf's partition spec, one entry an axis, and its mesh; None where it has none.
+
+    Known for an annotated variable, for a concrete array with a `NamedSharding`, and
+    for a traced one on a mesh of explicit axes.
+    """
+    if leaf is None:
+        return None, None
+    if is_variable(leaf):
+        spec = leaf.get_metadata().get("out_sharding")
+        if spec is None:
+            return None, None
+        ndim = leaf.get_value().ndim
+        # nnx.vmap stacks layers in front without telling the annotation.
+        return (None,) * (ndim - len(spec)) + tuple(spec), None
+    sharding = getattr(leaf, "sharding", None)
+    if isinstance(leaf, jax.core.Tracer):
+        sharding = jax.typeof(leaf).sharding
+        if not explicit_axes(sharding.mesh):
+            return None, None
+    if not isinstance(sharding, NamedSharding):
+        return None, None
+    spec = tuple(sharding.spec)
+    return spec + (None,) * (leaf.ndim - len(spec)), sharding.mesh
+
+
+def explicit_axes(mesh: Any) -> bool:
+    """Whether a mesh has axes whose shardings are part of the types."""
+    kinds = getattr(mesh, "axis_types", ())
+    return any(kind == jax.sharding.AxisType.Explicit for kind in kinds)
+
+
+def value_of(leaf: Any) -> Any:
+    return leaf.get_value() if is_variable(leaf) else leaf

@@ -1,0 +1,186 @@
+"""Where a parameter's entries stand in an optimizer's state."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax._src.leaves.box import (
+    ParamBox,
+    is_box,
+    is_variable,
+    leaf_spec,
+    value_of,
+)
+from lowrank_optax._src.leaves.choose import limits, quietly
+from lowrank_optax._src.leaves.paths import flatten, path_parts
+from lowrank_optax._src.training import stack
+from lowrank_optax._src.training.phases import accumulating
+
+Where = tuple[str, int]  # a field of a state, and the number of a parameter's leaf
+
+
+class StateFields:
+    """The fields of an optimizer's state that mirror the parameters' tree.
+
+    Found by initialising the optimizer, for its shapes alone, with every parameter in
+    a box of its path: wherever a box comes out again, it is that parameter's entry of
+    a field. So masks, labels and partitions inside are followed as they are. What
+    stands below a parameter's place, as in a code, is a field of its own, "mu.left".
+    """
+
+    def __init__(self, inner: optax.GradientTransformation):
+        self._inner = inner
+        self._layouts: dict[Any, Layout] = {}
+
+    def layout(self, tree: Any) -> "Layout":
+        """Where the fields are, for parameters (or their shapes) like ``tree``."""
+        flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_variable)
+        values = [value_of(x) for _, x in flat]
+        shapes = tuple((tuple(x.shape), jnp.dtype(x.dtype)) for x in values)
+        within = accumulating() is not None, stack.parts()
+        seen = (treedef, shapes, limits(), *within)
+        if seen not in self._layouts:
+            boxes = [
+                ParamBox(jax.ShapeDtypeStruct(*shape), path=str(i))
+                for i, shape in enumerate(shapes)
+            ]
+            with quietly():
+                # A function of its own, or JAX would answer for other limits.
+                state = jax.eval_shape(
+                    lambda params: self._inner.init(params), treedef.unflatten(boxes)
+                )
+            # An inner mask may have left out what is in the box.
+            state = jax.tree.map(
+                lambda x: x.value if is_box(x) and not hasattr(x.value, "shape") else x,
+                state,
+                is_leaf=is_box,
+            )
+            found, structure = jax.tree_util.tree_flatten_with_path(
+                state, is_leaf=is_box
+            )
+            self._layouts[seen] = Layout(
+                structure,
+                [_field(k, x, [path for path, _ in flat]) for k, x in found],
+                {i: x for i, (_, x) in enumerate(found)},
+                _masked_fields(state, {tuple(path) for path, _ in flat}),
+            )
+        return self._layouts[seen]
+
+
+def _field(key_path: Any, entry: Any, paths: list[Any]) -> Where | None:
+    if not is_box(entry):
+        return None
+    leaf = int(entry.path)
+    path = tuple(paths[leaf])
+    for end in range(len(key_path), len(path) - 1, -1):
+        start = end - len(path)
+        if tuple(key_path[start:end]) == path:
+            field = "/".join(path_parts(key_path[:start]))
+            return ".".join((field, *path_parts(key_path[end:]))), leaf
+    return None
+
+
+def _masked_fields(state: Any, paths: set[Any]) -> list[str]:
+    """Fields in which some parameter, or each of them, has no entry."""
+
+    def left_out(x):
+        return isinstance(x, optax.MaskedNode)
+
+    entries, _ = jax.tree_util.tree_flatten_with_path(
+        state, is_leaf=lambda x: is_box(x) or left_out(x)
+    )
+    starts = (
+        key_path[:start]
+        for key_path, x in entries
+        if left_out(x)
+        for start in range(len(key_path))
+        if tuple(key_path[start:]) in paths
+    )
+    return ["/".join(path_parts(start)) for start in starts]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where each parameter's entries stand in a state, see `StateFields`."""
+
+    structure: Any
+    where: list[Where | None]
+    found: dict[int, Any]
+    masked: list[str]
+
+    @property
+    def names(self) -> list[str]:
+        """Paths of the fields within the state, such as ``"0/mu"``."""
+        return list(dict.fromkeys([*(w[0] for w in self.where if w), *self.masked]))
+
+    @property
+    def abstract(self) -> dict[Where, Any]:
+        """Shape and dtype of each entry as the optimizer makes it."""
+        entries = ((w, self.found[i].value) for i, w in enumerate(self.where) if w)
+        return dict(entries)
+
+    def get(self, state: Any) -> dict[Where, Any]:
+        """What stands at each parameter's place in each field."""
+        entries = self.structure.flatten_up_to(state)
+        return {w: x for w, x in zip(self.where, entries, strict=True) if w}
+
+    def set(self, state: Any, values: dict[Where, Any]) -> Any:
+        """The state with other values at some places."""
+        entries = self.structure.flatten_up_to(state)
+        placed = zip(self.where, entries, strict=True)
+        return self.structure.unflatten(
+            [values.get(w, x) if w else x for w, x in placed]
+        )
+
+
+def fit_boxes(layout: Layout, state: Any, tree: Any) -> Any:
+    """The state without annotations that do not fit, as factored moments inherit them.
+
+    An optimizer that keeps something of another shape than its parameter leaves it in
+    the parameter's box, whose sharding would be that of another array. It stays if it
+    says something else than the parameter's, or if the axes that it splits are alike.
+    """
+    leaves = flatten(tree)[1]
+
+    def fit(where, x):
+        source = leaves[where[1]]
+        if not is_variable(x):
+            return x
+        annotations = (y.get_metadata().get("out_sharding") for y in (x, source))
+        shape, own = x.get_value().shape, source.get_value().shape
+        split = [a is not None for a in leaf_spec(source)[0] or ()]
+        alike = len(shape) == len(own) and all(
+            i == j for i, j, s in zip(shape, own, split, strict=False) if s
+        )
+        if alike or len(set(annotations)) > 1:
+            return x
+        return x.replace(x.get_value(), out_sharding=None)
+
+    return layout.set(state, {w: fit(w, x) for w, x in layout.get(state).items()})
+
+
+def field_name(name: str) -> str:
+    """The field's own name at the end of its path."""
+    return name.rpartition("/")[2]
+
+
+def is_part_of_code(name: str) -> bool:
+    """Whether a field is an array of a code, such as "inner_state/mu.left"."""
+    return "." in field_name(name)
+
+
+def boxed_state(tx: Any, params: Any) -> Any:
+    """``tx.init(params)`` by shapes alone, arrays boxed with their parameter's path."""
+    paths, leaves, treedef = flatten(params)
+    boxes = []
+    for parts, leaf in zip(paths, leaves, strict=True):
+        spec, _ = leaf_spec(leaf)
+        x = value_of(leaf)
+        x = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        boxes.append(ParamBox(x, "/".join(parts), spec))
+    # A function of its own, or JAX would answer from memory what is recorded and
+    # limited anew at every call.
+    return jax.eval_shape(lambda params: tx.init(params), treedef.unflatten(boxes))

@@ -1,0 +1,42 @@
+"""Paths and leaves of a tree of parameters."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax._src import linalg
+from lowrank_optax._src.leaves.box import is_variable
+
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
+
+
+def path_parts(key_path: tuple[Any, ...]) -> tuple[str, ...]:
+    """Readable parts of a key path, equal for an NNX state and for its pure form."""
+    parts = [jax.tree_util.keystr((k,), simple=True) for k in key_path]
+    if parts and isinstance(key_path[-1], jax.tree_util.GetAttrKey):
+        if parts[-1] == "value":
+            parts.pop()
+    return tuple(parts)
+
+
+def words(path: str) -> list[str]:
+    """The words of a path in lower case, parts split at case too."""
+    return [word.lower() for word in _WORD.findall(path)]
+
+
+def full_precision(leaf: Any) -> Any:
+    """Floating-point arrays in float32 at least, boxes kept; others as they are."""
+
+    def cast(x):
+        floating = jnp.issubdtype(x.dtype, jnp.floating)
+        return linalg.at_least_float32(x) if floating else x
+
+    return jax.tree.map(cast, leaf)
+
+
+def flatten(tree: Any) -> tuple[list[tuple[str, ...]], list[Any], Any]:
+    """Paths, leaves (boxes kept whole) and tree definition."""
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_variable)
+    return [path_parts(k) for k, _ in flat], [x for _, x in flat], treedef

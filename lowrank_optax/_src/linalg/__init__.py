@@ -1,0 +1,19 @@
+"""Linear algebra on arrays: products, factorizations, random matrices."""
+
+from lowrank_optax._src.linalg.factor import cholesky_pass as cholesky_pass
+from lowrank_optax._src.linalg.factor import gram_eigh as gram_eigh
+from lowrank_optax._src.linalg.factor import orthonormalize as orthonormalize
+from lowrank_optax._src.linalg.factor import range_basis as range_basis
+from lowrank_optax._src.linalg.factor import whitening as whitening
+from lowrank_optax._src.linalg.lapack import eigh as eigh
+from lowrank_optax._src.linalg.lapack import inverse_root as inverse_root
+from lowrank_optax._src.linalg.lapack import one_by_one as one_by_one
+from lowrank_optax._src.linalg.lapack import svd as svd
+from lowrank_optax._src.linalg.products import at_least_float32 as at_least_float32
+from lowrank_optax._src.linalg.products import matmul as matmul
+from lowrank_optax._src.linalg.products import near_one as near_one
+from lowrank_optax._src.linalg.products import power_of_two as power_of_two
+from lowrank_optax._src.linalg.products import project as project
+from lowrank_optax._src.linalg.products import sketch as sketch
+from lowrank_optax._src.linalg.products import unit_columns as unit_columns
+from lowrank_optax._src.linalg.products import unit_scale as unit_scale

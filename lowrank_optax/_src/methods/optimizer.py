@@ -1,0 +1,23 @@
+"""Whole optimizers: a method, decoupled weight decay in full space, a learning rate."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+LearningRate = float | jax.Array | Callable[[Any], Any]
+
+
+def optimizer(
+    method: optax.GradientTransformation,
+    learning_rate: LearningRate,
+    weight_decay: Any,
+    mask: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """A method, decoupled weight decay (``mask`` as in optax), and a learning rate."""
+    return optax.chain(
+        method,
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )

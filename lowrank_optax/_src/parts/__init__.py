@@ -1,0 +1,1 @@
+"""The parts of methods, and their laws."""

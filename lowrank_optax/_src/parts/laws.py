@@ -1,0 +1,174 @@
+"""The protocols of the parts, and their laws. A method is a choice of parts.
+
+Every part is a frozen dataclass without arrays. An engine owns ranks, sides, scales,
+signs, keys and the safety of the state; a part owns only what is its own. Matrices
+arrive as ``(*batch, m, n)`` in float32 at least, basis side on the left; write
+``*b m n`` code with ``@``, ``.mT`` and ``...``, never ``vmap``. What a part requires of
+the others beyond their laws, or lacks itself, it may say: see `compatible`.
+"""
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from lowrank_optax._src.leaves.matrix import MatrixView
+
+Step = Int[Array, ""]
+
+
+@runtime_checkable
+class Subspace(Protocol):
+    """Which subspace the gradient is projected to.
+
+    A class attribute ``stored = False`` says that the basis follows from the key alone:
+    the state then keeps the step of its drawing, and the basis is drawn again wherever
+    it is needed. Then only the shape and dtype of ``old`` may be used.
+
+    A method ``select_and_project``, where there is one, takes the same arguments and
+    returns ``(basis, basis^T grad)``, for one that knows both already; a subspace that
+    is not stored is never asked for it, nor is a derived class that has a ``select`` of
+    its own and not this.
+    """
+
+    def select(
+        self,
+        key: Key[Array, "*b"],
+        grad: Float[Array, "*b m n"],
+        old: Float[Array, "*b m r"],
+        step: Step,
+    ) -> Float[Array, "*b m r"]:
+        """A new basis for ``grad``, scaled to a largest magnitude in [1/2, 1).
+
+        Law: columns orthonormal to 1e-5 or exactly zero, finite for any finite
+        ``grad``. ``old`` is the basis to be replaced, zero at the start. ``key`` is one
+        for each matrix; see `lowrank_optax.linalg.draw`.
+        """
+        ...
+
+
+@runtime_checkable
+class Refresh(Protocol):
+    """When the basis is renewed: one scalar predicate a leaf; step 0 is always due.
+
+    A class attribute ``uses_size = False`` says that `due` does without ``size``, and
+    is given None: what is due is then not first projected to the old basis. A derived
+    class whose own `due` looks at it says ``uses_size = True`` again.
+    """
+
+    def init(self, view: MatrixView) -> Any:
+        """A NamedTuple of scalars, or ``optax.MaskedNode()`` for none."""
+        ...
+
+    def due(
+        self, state: Any, step: Step, phase: float, size: Array | None
+    ) -> Bool[Array, ""]:
+        """Whether to renew now.
+
+        ``phase`` in [0, 1) spreads the leaves by cost; ``size`` is the Frobenius norm
+        of the gradient projected to the present basis, None if ``uses_size = False``.
+        """
+        ...
+
+    def after(self, state: Any, due: Array, size: Array, overlap: Array) -> Any:
+        """The next state; ``overlap`` is ``||new^T old||_F^2 / r``, 1 if not due.
+
+        It is 0 where there is nothing to compare: no old basis, or a gradient that is
+        zero or not finite, which leaves the old one. r counts the columns of the old
+        basis that are not zero. ``size`` is as above, or that of the whole gradient if
+        due: what the new basis was chosen for.
+        """
+        ...
+
+
+@runtime_checkable
+class Transfer(Protocol):
+    """What becomes of the inner optimizer's moments when the basis is renewed."""
+
+    def carry(
+        self, moments: dict[str, Array], overlap: Float[Array, "*b r r"]
+    ) -> dict[str, Array]:
+        """The moments in the new basis, by ``overlap = new^T old``.
+
+        ``moments`` maps state field paths to arrays of the leaf, (\\*b, r, n) or of
+        another shape. Law: second moments stay >= 0.
+        """
+        ...
+
+
+@runtime_checkable
+class Recovery(Protocol):
+    """What is done with what the projection leaves out.
+
+    A method ``observe(basis, moments, state) -> state``, where there is one, is called
+    after each update with the inner optimizer's new moments, as in `Transfer.carry`.
+    """
+
+    def init(self, view: MatrixView) -> Any:
+        """A NamedTuple of arrays, or ``optax.MaskedNode()`` for none."""
+        ...
+
+    def prepare(self, grad: Float[Array, "*b m n"], state: Any) -> Array:
+        """The gradient to project."""
+        ...
+
+    def recover(
+        self,
+        grad: Float[Array, "*b m n"],
+        coeff: Float[Array, "*b r n"],
+        direction: Float[Array, "*b r n"],
+        basis: Float[Array, "*b m r"],
+        scale: Any,
+        state: Any,
+    ) -> tuple[Float[Array, "*b m n"], Any]:
+        """The full update from ``coeff = basis^T grad`` and the inner's ``direction``.
+
+        ``scale`` multiplies ``basis @ direction`` only.
+        """
+        ...
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """How a state matrix is stored between steps."""
+
+    def init(self, view: MatrixView) -> NamedTuple:
+        """The code of zero. Law: ``decode(init)`` is zero, as moments start."""
+        ...
+
+    def encode(self, key: Key[Array, "*b"], x: Array, old: Any) -> NamedTuple:
+        """The code of ``x``; ``old`` is the code that it replaces.
+
+        ``key`` is one for each matrix, and another one for each field of a leaf, unless
+        the codec has an attribute ``one_key = True``.
+        """
+        ...
+
+    def decode(self, code: Any) -> Array:
+        """The matrix of a code. Law: a non-negative codec decodes to >= 0."""
+        ...
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """A whole update rule on one matrix, for `leafwise`."""
+
+    def init(self, view: MatrixView) -> NamedTuple:
+        """State by field; a field that the dense optimizer has too is kept there."""
+        ...
+
+    def update(
+        self,
+        key: Key[Array, "*b"],
+        step: Step,
+        grad: Float[Array, "*b m n"],
+        state: Any,
+    ) -> Any:
+        """``(update, next state)``, shaped as ``grad`` and ``state``; ``step`` from 0.
+
+        ``grad`` is in float32. A rule with a method ``at(view)`` says by that what
+        rule is used at a leaf, whose gradients come in the leaf's own dtype.
+
+        May be a generator, ``x, = yield [(function, array)]``, to have small problems
+        of all leaves solved as one batch: see `lowrank_optax._src.engines.batching`.
+        """
+        ...

@@ -1,0 +1,353 @@
+"""Which subspace a gradient is projected to."""
+
+import dataclasses
+from typing import Any, ClassVar, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax._src import linalg
+from lowrank_optax._src.linalg import random, randomized
+from lowrank_optax._src.parts import compatible
+from lowrank_optax._src.parts.checks import check_rank
+from lowrank_optax._src.parts.laws import Subspace
+
+Method = Literal["svd", "gram_eigh", "rsvd", "subspace_iteration", "warm"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TopSingular:
+    """The leading left singular vectors of the gradient: GaLore's subspace.
+
+    Args:
+      method: how they are found.
+        "svd": exactly, as the GaLore paper does; slow on accelerators.
+        "gram_eigh": by the eigendecomposition of the smaller Gram matrix, exact up to
+        half the digits, about six times cheaper.
+        "rsvd": Gaussian sketch of rank + 8 columns with one power iteration, matmuls
+        only: the default.
+        "subspace_iteration": the same with two power iterations.
+        "warm": one power iteration that starts from the old basis, with 8 Gaussian
+        columns beside it.
+    """
+
+    method: Method = "rsvd"
+
+    def __post_init__(self):
+        if self.method not in get_args(Method):
+            raise ValueError(
+                f"Unknown method {self.method!r} of TopSingular: it must be one of "
+                f"{', '.join(get_args(Method))}."
+            )
+
+    def select(self, key, grad, old, step):
+        return self.select_and_project(key, grad, old, step)[0]
+
+    def select_and_project(self, key, grad, old, step):
+        rank = old.shape[-1]
+        if self.method == "svd":
+            basis = linalg.svd(grad)[0][..., :rank]
+            return basis, linalg.project(basis, grad)
+        if self.method == "gram_eigh":
+            basis = linalg.gram_eigh(grad, rank)[0]
+            return basis, linalg.project(basis, grad)
+        if self.method == "warm":
+            # At the start there is no old basis: a zero column would waste its place.
+            started = jnp.any(old != 0, axis=(-2, -1), keepdims=True)
+            fresh_key, key = random.split(key)
+            fresh = random.normal(fresh_key, old.shape, old.dtype)
+            start = jnp.where(started, old, fresh)
+            return randomized.leading_singular(key, grad, rank, iters=1, start=start)
+        iters = 1 if self.method == "rsvd" else 2
+        return randomized.leading_singular(key, grad, rank, iters)
+
+
+# Relative to the largest: what is smaller is the noise of a Gram matrix, not a value.
+_NULL = 1e-3
+# The logarithm of its weight: with fewer other vectors than the rank, the rest is drawn
+# among the null ones (I3-5).
+_NULL_WEIGHT = -1e4
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportanceSampled:
+    """Singular vectors drawn with their singular values as weights: I3S.
+
+    Without replacement, one after the other among those that are left; in the order of
+    the singular values. All min(m, n) vectors can be drawn, those of singular values
+    below 1e-3 of the largest only where the others do not suffice.
+
+    Args:
+      pool: None draws among all singular vectors, by `gram_eigh`. A number, at least
+        the rank, draws among so many leading ones of a randomized SVD instead: cheaper,
+        and an approximation that leaves the tail of the spectrum out.
+      weight_power: the weights are singular values to this power, at least 0: 1 is the
+        paper's, 2 draws by energy (I3-4).
+
+    >>> import optax, lowrank_optax as lro
+    >>> tx = lro.project_gradients(
+    ...     optax.scale_by_adam(), rank=4, subspace=lro.ImportanceSampled(pool=16)
+    ... )
+    """
+
+    pool: int | None = None
+    weight_power: Any = 1.0
+
+    def __post_init__(self):
+        if self.pool is not None:
+            check_rank(self.pool, "pool")
+        power = self.weight_power
+        if isinstance(power, (int, float)) and power < 0:
+            raise ValueError(f"`weight_power` must be at least 0, got {power}.")
+
+    @property
+    def largest_rank(self) -> int | None:
+        return self.pool
+
+    def select(self, key, grad, old, step):
+        rank = old.shape[-1]
+        sketch_key, key = random.split(key)
+        if self.pool is None:
+            vectors, values = linalg.gram_eigh(grad)
+        else:
+            size = max(self.pool, rank)
+            within = randomized.range_finder(sketch_key, grad, size + 8, power_iters=1)
+            coeff = linalg.matmul(within.mT, grad)
+            vectors, values = linalg.gram_eigh(coeff, size)
+            vectors = linalg.matmul(within, vectors)
+        # The largest k of log w + Gumbel noise are k draws without replacement.
+        known = values > _NULL * values[..., :1]
+        logs = self.weight_power * jnp.log(jnp.where(known, values, 1.0))
+        weights = jnp.where(known, logs, _NULL_WEIGHT)
+        noise = random.draw(jax.random.gumbel, key, values.shape, values.dtype)
+        return _take(vectors, weights + noise, rank)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hybrid:
+    """The leading singular vectors, and others drawn uniformly: Algorithm 3 of I3S.
+
+    Args:
+      leading: how many are taken from the top; the remaining ones, up to the rank, are
+        drawn among all others without replacement.
+
+    >>> import optax, lowrank_optax as lro
+    >>> tx = lro.project_gradients(
+    ...     optax.trace(0.9), rank=4, subspace=lro.Hybrid(leading=2)
+    ... )
+    """
+
+    leading: int
+
+    def __post_init__(self):
+        if self.leading < 0:
+            raise ValueError(f"`leading` must be at least 0, got {self.leading}.")
+
+    @property
+    def least_rank(self) -> int:
+        return self.leading
+
+    def select(self, key, grad, old, step):
+        vectors, values = linalg.gram_eigh(grad)
+        score = random.draw(jax.random.uniform, key, values.shape, values.dtype)
+        first = jnp.arange(values.shape[-1]) < self.leading
+        return _take(vectors, jnp.where(first, 2.0, score), old.shape[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class UniformSampled:
+    """Singular vectors drawn uniformly without replacement: `Hybrid` without leaders.
+
+    >>> import optax, lowrank_optax as lro
+    >>> tx = lro.project_gradients(
+    ...     optax.scale_by_adam(), rank=4, subspace=lro.UniformSampled()
+    ... )
+    """
+
+    def select(self, key, grad, old, step):
+        return Hybrid(0).select(key, grad, old, step)
+
+
+def _take(vectors, score, rank):
+    """The columns of the highest scores, in their order; ties go to the first."""
+    chosen = jnp.sort(jax.lax.top_k(score, rank)[1], axis=-1)
+    return jnp.take_along_axis(vectors, chosen[..., None, :], axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomOrthonormal:
+    """A uniformly random subspace, whatever the gradient: GoLore's.
+
+    The orthonormal factor of a Gaussian matrix, with the signs of a triangular factor
+    of positive diagonal, is uniform on the Stiefel manifold.
+
+    >>> import optax, lowrank_optax as lro
+    >>> tx = lro.project_gradients(
+    ...     optax.scale_by_adam(), rank=4, subspace=lro.RandomOrthonormal()
+    ... )
+    """
+
+    lacks: ClassVar[tuple[str, ...]] = (compatible.CHOSEN,)
+
+    def select(self, key, grad, old, step):
+        return linalg.orthonormalize(random.normal(key, old.shape, old.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class Switch:
+    """One subspace up to a step, another one from then on.
+
+    Args:
+      step: the first step at which ``after`` chooses; it is asked at a refresh only.
+      before, after: the subspaces.
+
+    >>> import optax, lowrank_optax as lro
+    >>> late = lro.Switch(8000, lro.TopSingular(), lro.RandomOrthonormal())
+    >>> tx = lro.project_gradients(optax.scale_by_adam(), rank=4, subspace=late)
+    """
+
+    step: Any
+    before: Subspace
+    after: Subspace
+
+    @property
+    def lacks(self) -> tuple[str, ...]:
+        before, after = (getattr(x, "lacks", ()) for x in (self.before, self.after))
+        chosen = compatible.CHOSEN  # by one of them is enough
+        return tuple(
+            x for x in {*before, *after} if x != chosen or x in before and x in after
+        )
+
+    def select(self, key, grad, old, step):
+        return jax.lax.cond(
+            step >= self.step,
+            lambda: self.after.select(key, grad, old, step),
+            lambda: self.before.select(key, grad, old, step),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class EnergyRank:
+    """As many leading singular vectors as the energy asks for: AdaRankGrad's IASS.
+
+    The engine's rank is the maximum. Of a randomized SVD with one power iteration
+    (AR-6), rotated to singular directions (AR-5), those columns are kept that bring the
+    residual ``||G - Q Q^T G||_F^2 / ||G||_F^2`` to the threshold; the others are zero.
+    The residual falls with every column, so no search is needed (AR-1).
+
+    Args:
+      min_rank: the least number of columns.
+      max_residual_energy: the residual that is allowed, of squares (AR-3); in [0, 1].
+
+    >>> import optax, lowrank_optax as lro
+    >>> tx = lro.project_gradients(
+    ...     optax.scale_by_adam(), rank=16, subspace=lro.EnergyRank(min_rank=2)
+    ... )
+    """
+
+    min_rank: int = 1
+    max_residual_energy: Any = 0.48
+
+    def __post_init__(self):
+        check_rank(self.min_rank, "min_rank")
+        allowed = self.max_residual_energy
+        if isinstance(allowed, (int, float)) and not 0 <= allowed <= 1:
+            raise ValueError(
+                f"`max_residual_energy` must be in [0, 1], got {allowed}: it is the "
+                "share of the squared gradient that may be left out."
+            )
+
+    @property
+    def least_rank(self) -> int:
+        return self.min_rank
+
+    def select(self, key, grad, old, step):
+        return self.select_and_project(key, grad, old, step)[0]
+
+    def select_and_project(self, key, grad, old, step):
+        rank = old.shape[-1]
+        basis, coeff = randomized.leading_singular(key, grad, rank, iters=1)
+        energy = jnp.sum(coeff**2, axis=-1)
+        total = jnp.sum(grad**2, axis=(-2, -1))[..., None]
+        residual = total - jnp.cumsum(energy, axis=-1)
+        too_few = jnp.sum(residual > self.max_residual_energy * total, axis=-1)
+        used = jnp.maximum(too_few + 1, self.min_rank)[..., None, None]
+        kept = jnp.arange(rank) < used
+        return jnp.where(kept, basis, 0.0), jnp.where(kept.mT, coeff, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomGaussian:
+    """Independent normal entries of variance 1 / r: APOLLO's and Flora's.
+
+    ``P P^T`` is the identity in expectation only, and the columns are not orthonormal.
+    The basis is not stored but drawn again from its key at every step.
+
+    >>> import jax.numpy as jnp, optax, lowrank_optax as lro
+    >>> tx = lro.project_gradients(
+    ...     optax.trace(0.9),
+    ...     rank=4,
+    ...     subspace=lro.RandomGaussian(),
+    ...     transfer=lro.RotateFirst(),
+    ... )
+    >>> lro.state_bytes(tx, {"w": jnp.ones((64, 64))})  # l r floats, two counters
+    1032
+    """
+
+    stored: ClassVar[bool] = False
+    lacks: ClassVar[tuple[str, ...]] = (
+        compatible.ORTHONORMAL,
+        compatible.CHOSEN,
+        compatible.ALIGNED,
+    )
+
+    def select(self, key, grad, old, step):
+        return random.normal(key, old.shape, old.dtype) * old.shape[-1] ** -0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossHead:
+    """A subspace of one attention head, for all of them: GaLore+'s.
+
+    For query and key kernels, whose columns are heads side by side and whose rows are
+    the input: the side must be that of the input (GP-12). At each choice and for each
+    matrix another head is drawn (GP-11); several, where the rank exceeds the width of
+    one, which has no more singular vectors than that (GP-4).
+
+    Args:
+      num_heads: of the kernel; with grouped queries, a key kernel has its own number.
+      base: the subspace, which sees the columns of the drawn heads only.
+
+    >>> import optax, lowrank_optax as lro
+    >>> tx = lro.project_gradients(
+    ...     optax.scale_by_adam(), rank=4, subspace=lro.CrossHead(8), side="left"
+    ... )
+    """
+
+    num_heads: int
+    base: Subspace = TopSingular("subspace_iteration")
+    requires: ClassVar[tuple[str, ...]] = (compatible.CHOSEN, compatible.NAMED_SIDE)
+
+    def __post_init__(self):
+        check_rank(self.num_heads, "num_heads")
+        compatible.check(self, self.base)
+
+    @property
+    def lacks(self) -> tuple[str, ...]:
+        return getattr(self.base, "lacks", ())
+
+    def select(self, key, grad, old, step):
+        *batch, m, n = grad.shape
+        heads = self.num_heads
+        if n % heads:
+            raise ValueError(
+                f"Cannot share a subspace among {heads} heads: they do not divide the "
+                f"{n} columns of a gradient of shape {grad.shape}."
+            )
+        drawn = min(heads, -(-old.shape[-1] * heads // n))
+        head_key, key = random.split(key)
+        score = random.draw(jax.random.uniform, head_key, (*batch, heads), jnp.float32)
+        chosen = jax.lax.top_k(score, drawn)[1][..., None, :, None]
+        blocks = grad.reshape(*batch, m, heads, n // heads)
+        part = jnp.take_along_axis(blocks, chosen, axis=-2).reshape(*batch, m, -1)
+        return self.base.select(key, linalg.unit_scale(part)[0], old, step)

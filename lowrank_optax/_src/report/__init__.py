@@ -1,0 +1,1 @@
+"""What a transformation costs and does, for people to read."""

@@ -1,0 +1,1 @@
+"""Training around transformations: accumulation, layers, hyperparameters."""

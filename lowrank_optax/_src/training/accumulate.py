@@ -1,0 +1,205 @@
+"""Gradient accumulation in the subspace: sums of (r, n) instead of (m, n)."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax._src.leaves.box import is_box, transformation
+from lowrank_optax._src.leaves.choose import quietly
+from lowrank_optax._src.leaves.fields import boxed_state
+from lowrank_optax._src.leaves.paths import flatten
+from lowrank_optax._src.parts import compatible
+from lowrank_optax._src.training.phases import accumulating, accumulation
+
+_REMEDY = (
+    "Use optax.MultiSteps, which sums whole gradients, or average the gradients of "
+    "the micro-batches before one update."
+)
+
+
+class AccumulateState(NamedTuple):
+    """In the state of `accumulate_gradients`, each projecting engine's.
+
+    Attributes:
+      count: gradients in the sum, int32.
+      total: their sum, (*batch, r, n) at matrices and of the parameter's own shape
+        elsewhere.
+      inner_state: the engine's own, a `ProjectState`.
+    """
+
+    count: jax.Array
+    total: Any
+    inner_state: Any
+
+
+def accumulate_gradients(
+    tx: optax.GradientTransformation, every: int
+) -> optax.GradientTransformationExtraArgs:
+    r"""Update once in several steps, by the mean of their projected gradients.
+
+    For gradients G_1, ..., G_k of micro-batches, and the basis P of a matrix, which is
+    chosen by G_1 if a refresh is due and stays for the window:
+
+    .. math::
+      S \leftarrow S + P^\top G_i, \quad
+      N = \rho(S / k), \quad \Delta = s\,P N \text{ at the last, else } 0
+
+    With a basis that is given this is the update by the mean gradient itself. Kept
+    are, beside the state of ``tx``, ``r n`` numbers a matrix where `optax.MultiSteps`
+    keeps ``m n``, and the whole sum of each leaf that is not a matrix. Steps, periods
+    and schedules inside ``tx`` count windows.
+
+    In a chain, what comes after the projection (weight decay, learning rate) acts once,
+    at the end of a window. What comes before it acts on each micro-batch's gradient, as
+    the whole sum is never known: ``clip_by_global_norm`` bounds each of them.
+
+    Args:
+      tx: `project_gradients` or what is made of it, alone or inside of chains and
+        wrappers, with a recovery that needs no full gradient (`Drop`).
+      every: k, gradients a window.
+
+    Returns:
+      A transformation whose updates are zero but at the last step of each window. Its
+      state is that of ``tx``, with an `AccumulateState` for each `ProjectState`.
+
+    Raises:
+      ValueError: for ``every`` below 1; at init, for a ``tx`` that projects no
+        gradients, leaves some of the parameters to others, keeps moments before the
+        projection, or recovers more than is projected.
+
+    >>> import jax.numpy as jnp, optax, lowrank_optax as lro
+    >>> tx = lro.accumulate_gradients(lro.galore_adamw(1e-2, rank=2), every=2)
+    >>> params = {"w": jnp.ones((4, 6)), "b": jnp.ones(6)}
+    >>> state = tx.init(params)
+    >>> state[0].total["w"].shape, state[0].inner_state.basis["w"].shape
+    ((2, 6), (4, 2))
+    >>> for _ in range(2):
+    ...     updates, state = tx.update(params, state, params)
+    ...     print(float(abs(updates["b"]).max()) > 0)
+    False
+    True
+    """
+    if isinstance(every, int) and every < 1:
+        raise ValueError(f"`every` must be at least 1, got {every}.")
+    tx = optax.with_extra_args_support(tx)
+
+    def init(params):
+        with accumulation("start"):
+            with quietly():
+                _check_state(boxed_state(tx, params), params)
+            return tx.init(params)
+
+    def update(updates, state, params=None, **extra):
+        with accumulation("add"):
+            _, added = tx.update(updates, state, params, **extra)
+        # Within a window, nothing moves but the engines.
+        state = jax.tree.map(
+            lambda old, new: new if _is_sum(new) else old, state, added, is_leaf=_is_sum
+        )
+
+        def finish():
+            with accumulation("finish"):
+                return tx.update(updates, state, params, **extra)
+
+        def wait():
+            shapes, _ = jax.eval_shape(finish)
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), state
+
+        return jax.lax.cond(_sums(state)[0].count >= every, finish, wait)
+
+    return transformation(init, update)
+
+
+def start(state: Any, proxies: Any) -> Any:
+    """An engine's first state, with a sum beside it if gradients are accumulated."""
+    if accumulating() is None:
+        return state
+    total = jax.tree.map(jnp.zeros_like, proxies)
+    return AccumulateState(jnp.zeros([], jnp.int32), total, state)
+
+
+def stepwise(down: Callable[..., Any], up: Callable[..., Any]) -> Callable[..., Any]:
+    """An engine's update by its two halves, which accumulation takes one by one.
+
+    Args:
+      down: ``(updates, state, first) -> (low, state)``, what the inner optimizer sees.
+        Unless ``first``, nothing may change that what is in the sum depends on.
+      up: ``(updates, low, state, params, **extra) -> (updates, state)``.
+    """
+
+    def update(updates, state, params=None, **extra):
+        phase = accumulating()
+        if phase is None:
+            low, state = down(updates, state, True)
+            return up(updates, low, state, params, **extra)
+        count, total, state = state
+        if phase == "add":
+            low, state = down(updates, state, count == 0)
+            total = jax.tree.map(
+                lambda t, x: jnp.where(count == 0, x, t + x), total, low
+            )
+            return updates, AccumulateState(count + 1, total, state)
+        mean = jax.tree.map(lambda t: t / jnp.maximum(count, 1), total)
+        out, state = up(updates, mean, state, params, **extra)
+        zeros = jax.tree.map(jnp.zeros_like, total)
+        return out, AccumulateState(jnp.zeros_like(count), zeros, state)
+
+    return update
+
+
+def check(recovery: Any) -> None:
+    """Refuse a recovery that needs whole gradients, if gradients are accumulated."""
+    need = compatible.COEFFICIENTS
+    if accumulating() and need not in getattr(recovery, "provides", ()):
+        raise _refused(compatible.name(recovery), need)
+
+
+def _check_state(state: Any, params: Any) -> None:
+    """Refuse a transformation by its state, each entry in a box of its parameter."""
+    sums = _sums(state)
+    if not sums:
+        classes = {type(x).__name__: None for x in _named_tuples(state)}
+        other = (
+            f"an optimizer of the state {', '.join(classes) or type(state).__name__}"
+        )
+        raise _refused(other, "gradients in a subspace, as project_gradients has them")
+    entries = jax.tree.leaves(state, is_leaf=lambda x: _is_sum(x) or is_box(x))
+    for x in entries[: next(i for i, x in enumerate(entries) if _is_sum(x))]:
+        if is_box(x):
+            other = f"moments of '{x.path}' that come before the projection"
+            raise _refused(other, "that only the projection depends on the gradients")
+    summed = {
+        box.path
+        for x in sums
+        for box in jax.tree.leaves(x.total, is_leaf=is_box)
+        if is_box(box)
+    }
+    for parts in flatten(params)[0]:
+        path = "/".join(parts)
+        if path not in summed:
+            need = "every parameter inside of project_gradients"
+            remedy = "Accumulate the parts of a mask or a partition each by itself."
+            raise _refused(f"the parameter '{path}' outside of it", need, remedy)
+
+
+def _refused(other: str, need: str, remedy: str = _REMEDY) -> ValueError:
+    name = "accumulate_gradients"
+    lacking = other if other.isidentifier() else "that"
+    return compatible.cannot_use(name, other, name, need, lacking, remedy)
+
+
+def _is_sum(x: Any) -> bool:
+    return isinstance(x, AccumulateState)
+
+
+def _sums(state: Any) -> list[AccumulateState]:
+    return [x for x in jax.tree.leaves(state, is_leaf=_is_sum) if _is_sum(x)]
+
+
+def _named_tuples(state: Any) -> list[Any]:
+    """The outermost states inside of chains, which are plain tuples."""
+    found = jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "_fields"))
+    return [x for x in found if hasattr(x, "_fields")]

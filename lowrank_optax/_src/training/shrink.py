@@ -1,0 +1,92 @@
+"""Less memory for ranks that are no longer used."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lowrank_optax._src.leaves.choose import limited_ranks, quietly
+from lowrank_optax._src.parts.checks import check_rank
+from lowrank_optax._src.report.diagnostics import bases
+
+
+def shrink(
+    tx: optax.GradientTransformation,
+    opt_state: Any,
+    params: Any,
+    multiple_of: int = 8,
+) -> tuple[Any, Any]:
+    """Free the memory of basis columns that are zero, and of their moments.
+
+    For the host, between steps: it looks at the ranks, cuts each matrix' basis and
+    moments to the next multiple, and hands back a transformation for them, whose
+    updates are compiled anew for the new shapes. Training goes on as it would have:
+    bases are still chosen at the full rank and then cut. Only a rank that would grow
+    beyond what is left is held there; so much does ``multiple_of`` leave for it. (And
+    factored second moments average over fewer rows, which changes them for a while.)
+    Drop the old state, or nothing is freed. What a checkpoint of it looks like is
+    ``jax.eval_shape(tx.init, params)`` of the new transformation.
+
+    Args:
+      tx: any Optax transformation with `adaptive_rank` or the like in it; chains and
+        wrappers included.
+      opt_state: its state, of concrete arrays.
+      params: arrays or abstract ones.
+      multiple_of: ranks are rounded up to a multiple, so that few shapes occur.
+
+    Returns:
+      ``(tx, opt_state)``. Matrices whose basis is still unset keep their rank, and so
+      do those whose moments would be stored in another form at the new one.
+
+    Raises:
+      TypeError, ValueError: for ``multiple_of`` below 1 or not an int.
+
+    >>> import jax.numpy as jnp, optax, lowrank_optax as lro
+    >>> tx = lro.adaptive_rank(optax.scale_by_adam(), max_rank=4)
+    >>> params = {"w": jnp.ones((6, 8))}
+    >>> _, state = tx.update(params, tx.init(params))  # ones are of rank 1
+    >>> tx, state = lro.rank.shrink(tx, state, params, multiple_of=2)
+    >>> state.basis["w"].shape, state.inner_state.mu["w"].shape
+    ((8, 2), (2, 6))
+    >>> updates, state = tx.update(params, state)
+    """
+    check_rank(multiple_of, "multiple_of")
+    ranks: dict[str, int] = {}
+    for path, basis, _ in bases(opt_state):
+        used = np.any(np.asarray(basis) != 0, axis=tuple(range(basis.ndim - 1)))
+        # Columns stay in their places: up to the last one that is used.
+        last = int(np.max(np.flatnonzero(used), initial=-1)) + 1 or basis.shape[-1]
+        multiple = -(-last // multiple_of) * multiple_of
+        ranks[path] = max(multiple, ranks.get(path, 0))
+
+    def at(ranks):
+        def init(params):
+            with limited_ranks(ranks):
+                return tx.init(params)
+
+        def update(updates, state, params=None, **extra):
+            with limited_ranks(ranks):
+                return tx.update(updates, state, params, **extra)
+
+        return optax.GradientTransformationExtraArgs(init, update)
+
+    def shapes(ranks):
+        with quietly():
+            return jax.eval_shape(at(ranks).init, params)
+
+    def fits(ranks):
+        return jax.tree.structure(shapes(ranks)) == jax.tree.structure(opt_state)
+
+    if not fits(ranks):
+        ranks = {path: r for path, r in ranks.items() if fits({path: r})}
+    cut = jax.tree.map(_cut, opt_state, shapes(ranks))
+    return at(ranks), cut
+
+
+def _cut(x: jax.Array, like: Any) -> jax.Array:
+    """The leading part of ``x`` of this shape; ``x`` itself where that is all."""
+    if x.shape == like.shape:
+        return x
+    return jnp.asarray(x)[tuple(slice(size) for size in like.shape)]
