@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import lowrank_optax as lro
 from benchmarks.record import write_record
-from lowrank_optax._src.kernels import int8, mlorc, plan, projected_adam
+from lowrank_optax._src.kernels import int8, plan
 
 LAYERS = {"attention": (4096, 4096), "up": (4096, 11008), "down": (11008, 4096)}
 PLATFORMS = ("cuda", "tpu")
@@ -52,9 +52,6 @@ class Settings:
 
 
 METHODS: dict[str, Callable[[int], optax.GradientTransformation]] = {
-    "MLorc-AdamW": lambda r: lro.mlorc_scale_by_adam(r),
-    "MLorc-Lion": lambda r: lro.mlorc_scale_by_lion(r),
-    "GaLore": lambda r: lro.galore_project(optax.scale_by_adam(), rank=r),
     "8-bit Adam": lambda r: lro.quantize_state(optax.scale_by_adam()),
 }
 
@@ -76,28 +73,11 @@ def moved(cut: plan.Plan, ins: Sequence[str], outs: Sequence[str], dtype: Any) -
 def cuts(name: str, rank: int, shape: tuple[int, int], platform: str) -> list[Any]:
     """The tiles of each pass of a method: ``(rows, columns, KiB, bytes moved)``."""
     m, n = sorted(shape)
-    if name == "8-bit Adam":
-        rows = int8.rows_at_once(platform, n, BLOCK, jnp.float32)
-        size = m * n * (2 * WORD + 4) + m * n // BLOCK * 4 * WORD
-        if platform == "cuda":
-            return [(rows, BLOCK, 0, size)]
-        return [(rows, n, int8.tpu_bytes(rows, n, BLOCK, jnp.float32), size)]
-    sizes = {"m": m, "n": n, "r": rank, "k": rank, "l": rank + 4, "1": 1}
-    if name == "GaLore":
-        cut = projected_adam.cut_for(platform, sizes, jnp.float32)
-        # The basis is read in both walks.
-        ins, outs = (*projected_adam.INS, "mk"), projected_adam.OUTS
-        found = [(cut, moved(cut, ins, outs, jnp.float32))]
-    else:
-        passes = {
-            "MLorc-AdamW": (mlorc.ADAM, mlorc.ADAM_SKETCHES),
-            "MLorc-Lion": (mlorc.LION, mlorc.LION_SKETCH),
-        }[name]
-        found = []
-        for one in passes:
-            cut = one.plan(platform, sizes, jnp.float32)
-            found.append((cut, moved(cut, one.ins, one.outs, jnp.float32)))
-    return [(cut.block["m"], cut.block["n"], cut.bytes, size) for cut, size in found]
+    rows = int8.rows_at_once(platform, n, BLOCK, jnp.float32)
+    size = m * n * (2 * WORD + 4) + m * n // BLOCK * 4 * WORD
+    if platform == "cuda":
+        return [(rows, BLOCK, 0, size)]
+    return [(rows, n, int8.tpu_bytes(rows, n, BLOCK, jnp.float32), size)]
 
 
 def lowered_calls(name: str, rank: int, shape: tuple[int, int], platform: str) -> int:

@@ -13,9 +13,9 @@ from lowrank_optax import linalg as linalg
 from lowrank_optax import rank as rank
 from lowrank_optax._src.engines.compress import CompressState as CompressState
 from lowrank_optax._src.engines.compress import compress_state as compress_state
-from lowrank_optax._src.engines.leafwise import leafwise as leafwise
 from lowrank_optax._src.engines.project import ProjectState as ProjectState
 from lowrank_optax._src.engines.project import project_gradients as project_gradients
+from lowrank_optax._src.engines.rules import leafwise as leafwise
 from lowrank_optax._src.leaves.choose import default_matrices as default_matrices
 from lowrank_optax._src.leaves.matrix import MatrixAxes as MatrixAxes
 from lowrank_optax._src.leaves.matrix import MatrixView as MatrixView

@@ -131,12 +131,12 @@ def convergence_steps(sizes, whole, threshold, max_interval, min_interval, decay
     """AR-9 to AR-12 in plain Python: the steps at which a basis is renewed."""
     due, age, average, level = [], None, 0.0, 0.0
     for step, (size, norm) in enumerate(zip(sizes, whole, strict=True)):
-        average = decay * average + (1 - decay) * size
         converged = age is not None and age >= min_interval and average <= level
         if age is None or converged or age >= max_interval:
             due.append(step)
             age, average, level = 1, norm, threshold * norm
-        else:
+        else:  # of this step, the next one knows
+            average = decay * average + (1 - decay) * size
             age += 1
     return due
 
@@ -163,10 +163,10 @@ def test_refreshes_on_convergence(case):
     want = convergence_steps(sizes, whole, threshold, longest, shortest)
     assert len(want) >= 1 and want == (expected or want)
     rule = lro.OnConvergence(threshold, longest, shortest)
-    state, due_steps = rule.init(None), []
+    state, due_steps = rule.init(None, 0.5), []
     for step in range(60):
         # A basis of zero, as at the start, is always due.
-        due = rule.due(state, step, 0.0, jnp.asarray(sizes[step])) | (step == 0)
+        due = rule.due(state, step) | (step == 0)
         size = jnp.asarray(whole[step] if due else sizes[step])
         state = rule.after(state, due, size, jnp.ones([]))
         due_steps += [step] if due else []
@@ -220,8 +220,6 @@ def adarankgrad_adam(grads, bases, scale, b1=0.9, b2=0.999, eps=1e-8):
     average = level = 0.0
     directions, refreshed = [], []
     for step, g in enumerate(map(reference.wide, grads)):
-        if q is not None:
-            average = 0.9 * average + 0.1 * np.linalg.norm(q.T @ g)
         if q is None or age >= LONGEST or (age >= SHORTEST and average <= level):
             old, q = q, reference.wide(bases[step])
             r = ranks(q)
@@ -235,6 +233,8 @@ def adarankgrad_adam(grads, bases, scale, b1=0.9, b2=0.999, eps=1e-8):
             level = np.sqrt(1 - ALLOWED) * average
             age = 0
             refreshed.append(step)
+        else:
+            average = 0.9 * average + 0.1 * np.linalg.norm(q.T @ g)
         age += 1
         x = q.T @ g
         m = b1 * m + (1 - b1) * x

@@ -20,7 +20,8 @@ from registry import METHODS, PERIOD, example_params
 from running import assert_close, norm, random_grads, random_like, run, run_eagerly
 
 import lowrank_optax as lro
-from lowrank_optax._src.linalg import random
+from lowrank_optax._src.engines import compress, one_matrix, rules
+from lowrank_optax._src.leaves import keys
 
 BY_NAME = {method.name: method for method in METHODS}
 
@@ -154,10 +155,26 @@ STACKED = ["galore_adafactor", "flora"] + [
 ]
 
 
+@pytest.fixture
+def one_key(monkeypatch):
+    """Each matrix of a stack draws by a key of its own; here by that of a leaf alone.
+
+    Compiled bodies know the one or the other.
+    """
+    matrix_keys = keys.matrix_keys
+
+    def same(seed, step, batch, field=""):
+        return jnp.broadcast_to(matrix_keys(seed, step, (), field), batch)
+
+    for module in (compress, one_matrix, rules):
+        monkeypatch.setattr(module, "matrix_keys", same)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
 @pytest.mark.parametrize("name", STACKED)
-def test_a_stacked_leaf_is_the_loop_over_its_slices(name, monkeypatch):
-    # Each matrix of a stack draws by a key of its own; here by that of a leaf alone.
-    monkeypatch.setattr(random, "matrix_keys", jnp.broadcast_to)
+def test_a_stacked_leaf_is_the_loop_over_its_slices(name, one_key):
     tx = BY_NAME[name].make(matrices=lro.MatrixAxes())
     params = random_like({"query": (3, 4, 6)}, seed=0)  # more layers than the rank
     grads = random_grads(params, PERIOD + 1)

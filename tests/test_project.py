@@ -154,10 +154,10 @@ class Reporter:
 
     due_at: tuple[int, ...]
 
-    def init(self, view):
+    def init(self, view, phase):
         return Reports(jnp.zeros([]), jnp.zeros([]))
 
-    def due(self, state, step, phase, size):
+    def due(self, state, step):
         return jnp.any(step == jnp.array(self.due_at))
 
     def after(self, state, due, size, overlap):
@@ -216,7 +216,7 @@ def test_what_a_subspace_is_given():
     total = 0.0
     for step, (g, size) in enumerate(zip(grads, (1e-20, 1e20), strict=True)):
         _, state = tx.update({"w": size * g}, state)
-        largest, _ = np.frexp(np.max(np.abs(size * np.asarray(g))))  # in [1/2, 1)
+        largest = np.max(np.abs(size * np.asarray(g)))  # on its own scale
         np.testing.assert_allclose(  # signs are the engine's
             abs(state.basis["w"][0]), [largest, abs(total), step], rtol=1e-6
         )
@@ -238,20 +238,27 @@ def test_a_first_basis_has_the_same_signs_however_it_is_found():
 
 @dataclasses.dataclass(frozen=True)
 class OnlySelects:
-    """A subspace that does not know the projection."""
+    """A subspace of one's own, with nothing but what the law asks for."""
 
     def select(self, key, grad, old, step):
         return lro.TopSingular().select(key, grad, old, step)
 
 
-def test_a_subspace_may_know_the_projection_or_not():
-    # Scaled, with signs of the old basis that turn, a zero and a broken gradient.
-    sizes = (1, 1e12, 0, 1e-9, 1, 1)
+# Scaled, with signs of the old basis that turn, a zero and a broken gradient.
+SIZES = (1, 1e12, 0, 1e-9, 1, 1)
+
+
+def of_sizes(shape):
     grads = [
         {"w": size * g, "stack": jnp.stack([g, 1e-3 * size * g[::-1]])}
-        for size, g in zip(sizes, gradients((5, 8), steps=6), strict=True)
+        for size, g in zip(SIZES, gradients(shape, steps=6), strict=True)
     ]
     grads[4]["stack"] = grads[4]["stack"].at[0, 1, 2].set(jnp.nan)
+    return grads
+
+
+def test_a_subspace_of_ones_own_is_used_as_those_of_the_library():
+    grads = of_sizes((5, 8))
     found = [
         run(
             project(subspace=subspace, refresh=lro.Every(1), matrices=lro.MatrixAxes()),
@@ -264,6 +271,25 @@ def test_a_subspace_may_know_the_projection_or_not():
     for new, old in zip(updates, expected, strict=True):
         assert_close(new, old, rtol=1e-4, atol=1e-5)
     assert_close(state.basis, expected_state.basis, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("subspace", [lro.TopSingular(), EXACT, lro.EnergyRank(1, 0.5)])
+def test_at_a_refresh_the_gradient_is_projected_to_the_new_basis(subspace):
+    grads = of_sizes((5, 8))
+    tx = project(
+        SGD, subspace=subspace, refresh=lro.Every(1), matrices=lro.MatrixAxes()
+    )
+    state, update = tx.init(grads[0]), jax.jit(tx.update)
+    for grad in grads:
+        updates, state = update(grad, state)
+        for name, g in grad.items():
+            basis = np.asarray(state.basis[name], np.float64)
+            g = np.asarray(g, np.float64)
+            size = np.linalg.norm(g, axis=(-2, -1), keepdims=True)
+            fine = np.isfinite(size) & (size > 0)
+            size = np.where(fine, size, 1)
+            error = np.where(fine, updates[name] - basis @ (basis.mT @ g), 0) / size
+            np.testing.assert_allclose(error, 0, atol=1e-6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,32 +314,44 @@ def test_a_derived_subspace_is_asked_for_its_own_basis():
     assert_close(moment, 0.1 * basis.T @ grads[0]["w"], rtol=1e-5, atol=1e-6)
 
 
+class Told(NamedTuple):
+    size: jax.Array
+    phase: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
-class Third:
-    """Every third step; keeps what `due` was given."""
+class OnceSmall:
+    """Due at the step after one whose projected gradient was small."""
 
-    given: list = dataclasses.field(default_factory=list, hash=False)
-    uses_size: bool = True
+    below: float
 
-    def init(self, view):
-        return optax.MaskedNode()
+    def init(self, view, phase):
+        return Told(jnp.full([], jnp.inf), jnp.full([], phase, jnp.float32))
 
-    def due(self, state, step, phase, size):
-        self.given.append(size)
-        return step % 3 == 0
+    def due(self, state, step):
+        return state.size < self.below
 
     def after(self, state, due, size, overlap):
-        return state
+        return state._replace(size=size)
 
 
-def test_a_rule_is_given_the_size_only_if_it_uses_it():
-    grads = [{"w": g} for g in gradients((5, 8), steps=7)]
-    rules = [Third(), Third(uses_size=False), lro.Every(3)]
-    found = [run(project(refresh=rule), grads[0], grads) for rule in rules]
-    assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
-    assert_close(found[2], found[0], rtol=1e-5, atol=1e-6)
-    assert {np.shape(x) for x in rules[0].given} == {()}
-    assert set(rules[1].given) == {None}
+def test_a_rule_decides_by_what_it_was_told_at_the_step_before():
+    sizes = (1.0, 1.0, 1e-3, 1.0, 1.0, 1e-3, 1e-3, 1.0)
+    grads = gradients((5, 8), steps=len(sizes))
+    tx = project(refresh=OnceSmall(0.5))
+    state, renewed = tx.init({"w": grads[0]}), []
+    for step, (size, g) in enumerate(zip(sizes, grads, strict=True)):
+        old, (_, state) = state, jax.jit(tx.update)({"w": size * g}, state)
+        if not np.array_equal(state.basis["w"], old.basis["w"]):
+            renewed.append(step)
+    assert renewed == [0, 3, 6, 7]
+
+
+def test_the_phases_of_the_leaves_are_their_shares_of_the_cost():
+    params = random_like({"a": (4, 6), "b": (8, 9), "c": (2, 4, 6), "d": (6,)}, 0)
+    tx = project(refresh=OnceSmall(0.5), matrices=lro.MatrixAxes())
+    phases = {k: v.phase for k, v in tx.init(params).refresh.items() if k != "d"}
+    assert_close(phases, {"a": 12 / 144, "b": 60 / 144, "c": 120 / 144})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,19 @@ RULES = [lro.Every, lro.Staggered]
 
 
 def due_steps(rule, steps, phase=0.0):
-    due = jax.jit(lambda step: rule.due(rule.init(None), step, phase, jnp.ones([])))
-    return [i for i in range(steps) if due(jnp.asarray(i, jnp.int32))]
+    """When a rule is due of its own; the engine renews at step 0 whatever it says."""
+
+    @jax.jit
+    def one_step(state, step):
+        due = rule.due(state, step)
+        new = rule.after(state, due | (step == 0), jnp.ones([]), jnp.ones([]))
+        return due, new
+
+    state, found = rule.init(None, phase), []
+    for i in range(steps):
+        due, state = one_step(state, jnp.asarray(i, jnp.int32))
+        found += [i] if due else []
+    return found
 
 
 def refreshed_steps(tx, params, steps):
@@ -37,11 +48,13 @@ def refreshed_steps(tx, params, steps):
 def test_rules_follow_the_protocol(rule):
     rule = rule(4)
     assert isinstance(rule, lro.Refresh)
-    state = rule.init(None)
-    due = rule.due(state, jnp.int32(3), 0.5, jnp.ones([]))
+    state = rule.init(None, 0.5)
+    due = rule.due(state, jnp.int32(3))
     assert due.shape == () and due.dtype == jnp.bool_
     after = rule.after(state, due, jnp.ones([]), jnp.ones([]))
     assert jax.tree.structure(after) == jax.tree.structure(state)
+    for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
+        assert old.shape == new.shape == () and old.dtype == new.dtype
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -62,25 +75,42 @@ def test_every_leaf_at_multiples_of_the_period(phase):
 @pytest.mark.parametrize("phase", [0.0, 0.2, 0.55, 0.99])
 @pytest.mark.parametrize("period", [1, 4, 7])
 def test_staggered_keeps_the_period(phase, period):
-    steps = due_steps(lro.Staggered(period), 5 * period, phase)
-    assert len(steps) == 5 and set(np.diff(steps)) == {period}
+    steps = due_steps(lro.Staggered(period), 5 * period + 1, phase)
+    assert len(steps) == 5 and 1 <= steps[0] <= period
+    assert set(np.diff(steps)) == {period}
 
 
 def test_staggered_takes_each_offset_for_its_share_of_phases():
-    first = [due_steps(lro.Staggered(4), 4, (i + 0.5) / 20)[0] for i in range(20)]
-    assert sorted(first) == sorted(5 * [0, 1, 2, 3])
+    first = [due_steps(lro.Staggered(4), 5, (i + 0.5) / 20)[0] for i in range(20)]
+    assert sorted(first) == sorted(5 * [1, 2, 3, 4])
+
+
+@pytest.mark.parametrize("phase", [0.0, 0.2, 0.55, 0.99])
+def test_staggered_counts_down_from_its_place_in_the_period(phase):
+    """A leaf that begins late, or is renewed out of turn, keeps its place."""
+    rule = lro.Staggered(7)
+    state = rule.init(None, phase)
+    assert state.left.dtype == jnp.int32 and state.left == 7 - int(7 * phase)
+    for step in range(1, 30):
+        due = rule.due(state, jnp.int32(step - 1))
+        state = rule.after(state, due | True, jnp.ones([]), jnp.ones([]))
+        assert (state.left - (7 - int(7 * phase) - step)) % 7 == 0
+        assert 0 <= state.left < 7
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_the_period_may_be_traced(rule):
     @jax.jit
-    def due(period, step):
-        return rule(period).due(optax.MaskedNode(), step, 0.3, jnp.ones([]))
+    def dues(period):
+        state, found = rule(period).init(None, 0.3), []
+        for step in range(7):
+            found.append(rule(period).due(state, jnp.int32(step)))
+            state = rule(period).after(state, found[-1], jnp.ones([]), jnp.ones([]))
+        return jnp.stack(found)
 
     for period in (2, 3):
-        for step in range(7):
-            fixed = rule(period).due(optax.MaskedNode(), jnp.int32(step), 0.3, None)
-            assert due(jnp.int32(period), jnp.int32(step)) == fixed
+        fixed = due_steps(rule(period), 7, 0.3)
+        assert list(np.flatnonzero(dues(jnp.int32(period)))) == fixed
 
 
 def test_the_engine_refreshes_all_leaves_together():

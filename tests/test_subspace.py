@@ -9,7 +9,7 @@ import pytest
 import reference
 
 import lowrank_optax as lro
-from lowrank_optax._src.linalg import random
+from lowrank_optax._src.linalg import random, randomized
 
 KEY = jax.random.key(0)
 STEP = jnp.zeros([], jnp.int32)
@@ -18,10 +18,8 @@ EXACT = ["svd", "gram_eigh"]
 
 
 def select(method, grad, old, key=KEY):
-    """The basis for a gradient, scaled as the engine hands it over."""
+    """The basis for a gradient, on its own scale as the engine hands it over."""
     grad = np.asarray(grad, np.float32)
-    largest = np.abs(grad).max(axis=(-2, -1), keepdims=True)
-    grad = grad / np.where(largest > 0, largest, 1)
     return np.asarray(_select(lro.TopSingular(method), key, grad, jnp.asarray(old)))
 
 
@@ -60,21 +58,42 @@ def projector(basis):
     return basis @ np.swapaxes(basis, -1, -2)
 
 
-PROJECTING = [lro.TopSingular(method) for method in METHODS] + [lro.EnergyRank(2, 0.3)]
-
-
+@pytest.mark.parametrize("scale", [2.0**-96, 1.0, 2.0**96], ids=["tiny", "1", "huge"])
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12), (2, 3, 9, 7)])
-@pytest.mark.parametrize("subspace", PROJECTING, ids=str)
-def test_what_is_projected_on_the_way_is_the_projection(subspace, shape):
-    grad = jnp.asarray(normal(*shape, seed=3), jnp.float32)
-    old = jnp.asarray(no_basis(*shape[:-1], 5))
+@pytest.mark.parametrize("iters", [1, 2])
+def test_what_is_projected_on_the_way_is_the_projection(iters, shape, scale):
+    """Of the vectors that `TopSingular` and `EnergyRank` take."""
+    grad = scale * jnp.asarray(normal(*shape, seed=3), jnp.float32)
     keys = jax.random.split(KEY, shape[:-2]) if len(shape) > 2 else KEY
-    find = jax.jit(lambda *x: subspace.select_and_project(*x, old, STEP))
-    basis, coeff = map(np.asarray, find(keys, grad))
-    selected = subspace.select(keys, grad, old, STEP)
+    find = jax.jit(lambda *x: randomized.leading_singular(*x, 5, iters))
+    basis, coeff = (np.asarray(x, np.float64) for x in find(keys, grad))
+    selected = lro.linalg.subspace_iteration(keys, grad, 5, iters)
     np.testing.assert_allclose(basis, selected, rtol=0, atol=1e-5)
-    expected = np.swapaxes(basis, -1, -2).astype(np.float64) @ np.asarray(grad)
-    np.testing.assert_allclose(coeff, expected, rtol=0, atol=2e-5)
+    expected = np.swapaxes(basis, -1, -2) @ np.asarray(grad, np.float64)
+    np.testing.assert_allclose(coeff / scale, expected / scale, rtol=0, atol=2e-5)
+
+
+CHOOSING = [lro.TopSingular(method) for method in METHODS] + [
+    lro.EnergyRank(2, 0.3),
+    lro.ImportanceSampled(),
+    lro.ImportanceSampled(pool=8),
+    lro.Hybrid(2),
+    lro.UniformSampled(),
+    lro.CrossHead(4),
+]
+
+
+@pytest.mark.parametrize("exponent", [-100, -60, 60, 100])
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (2, 9, 8)], ids=str)
+@pytest.mark.parametrize("subspace", CHOOSING, ids=str)
+def test_the_scale_of_a_gradient_changes_no_basis(subspace, shape, exponent):
+    grad = jnp.asarray(normal(*shape, seed=3), jnp.float32)
+    old = jnp.asarray(no_basis(*shape[:-1], 4))
+    keys = jax.random.split(KEY, shape[:-2]) if len(shape) > 2 else KEY
+    expected = _select(subspace, keys, grad, old)
+    basis = _select(subspace, keys, 2.0**exponent * grad, old)
+    check_law(np.asarray(basis))
+    np.testing.assert_allclose(basis, expected, rtol=0, atol=1e-4)
 
 
 GRADS = {
@@ -87,6 +106,8 @@ GRADS = {
     "graded": normal(12, 20) * np.logspace(0, -12, 12)[:, None],
     "one entry": np.eye(12, 20) * (np.arange(20) == 3),
     "outlier": normal(12, 20) + 1e6 * np.eye(12, 20, 5) * (np.arange(20) == 7),
+    "tiny": 1e-35 * normal(12, 20),
+    "huge": 1e37 * normal(12, 20),
 }
 
 

@@ -1,12 +1,12 @@
 """What is not finite never becomes state."""
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-
-from lowrank_optax._src.engines import batching
 
 
 def increment(step: jax.Array) -> jax.Array:
@@ -30,13 +30,32 @@ def all_finite(tree: Any) -> jax.Array:
     return jnp.stack(each).all() if each else jnp.array(True)
 
 
-def accept_finite(new: Any, old: Any, direction: jax.Array | None = None) -> Any:
-    """``new`` if every array of it is finite, else ``old``: bad input never sticks.
+def accept_finite(new: Any, old: Any) -> Any:
+    """``new`` if every array of it is finite, else ``old``: bad input never sticks."""
+    return tree_where(all_finite(new), new, old)
 
-    What else is made of the old state, as the direction is, must come before the new
-    one, which then can take its place in memory.
+
+def accept_leaf(new: Any, old: Any, size: int) -> Any:
+    """The state of one leaf of so many numbers, which belongs together.
+
+    Its small arrays tell whether to accept it. Those that are as large as the leaf are
+    looked at number by number, in the pass in which they are written.
     """
-    ok = all_finite(new)
-    return tree_where(
-        ok if direction is None else batching.after(ok, direction), new, old
-    )
+    ok = all_finite([x for x in jax.tree.leaves(new) if x.size < size])
+
+    def pick(x, y):
+        return jnp.where(ok if x.size < size else ok & jnp.isfinite(x), x, y)
+
+    return jax.tree.map(pick, new, old)
+
+
+def accept_elements(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+    """The new moments of a leaf, number by number where they all are finite.
+
+    The numbers of one place in all fields belong together. Fields of several shapes,
+    as factored moments have, are accepted as a whole or not at all.
+    """
+    if len({x.shape for x in new.values()}) != 1:
+        return accept_finite(dict(new), dict(old))
+    each = [jnp.isfinite(x) for x in new.values()]
+    return tree_where(functools.reduce(jnp.logical_and, each), dict(new), dict(old))

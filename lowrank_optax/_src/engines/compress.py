@@ -1,7 +1,6 @@
 """The state-space engine: an optimizer whose moments are stored compressed."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,10 +8,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax._src.engines import batching
-from lowrank_optax._src.engines.accept import accept_finite, increment, tree_where
-from lowrank_optax._src.engines.groups import UpdateInGroups
-from lowrank_optax._src.kernels.adam import Adam, recognize
+from lowrank_optax._src.engines.accept import (
+    accept_elements,
+    accept_finite,
+    increment,
+    tree_where,
+)
+from lowrank_optax._src.engines.around import ByLeaves
+from lowrank_optax._src.engines.order import Order
+from lowrank_optax._src.kernels.adam import Adam
 from lowrank_optax._src.kernels.dispatch import active
 from lowrank_optax._src.leaves import matrix
 from lowrank_optax._src.leaves.box import (
@@ -22,22 +26,22 @@ from lowrank_optax._src.leaves.box import (
     value_of,
 )
 from lowrank_optax._src.leaves.choose import view_dense, view_leaves
+from lowrank_optax._src.leaves.context import accumulating, layer_depth
 from lowrank_optax._src.leaves.fields import (
     StateFields,
+    Where,
+    by_leaf,
     field_name,
     fit_boxes,
     is_part_of_code,
 )
-from lowrank_optax._src.leaves.keys import leaf_keys
+from lowrank_optax._src.leaves.keys import leaf_seed, matrix_keys
 from lowrank_optax._src.leaves.matrix import MatrixView
 from lowrank_optax._src.leaves.paths import flatten, full_precision
-from lowrank_optax._src.linalg import random
 from lowrank_optax._src.parts import compatible
 from lowrank_optax._src.parts.laws import Codec
 from lowrank_optax._src.parts.part import compiled
 from lowrank_optax._src.parts.transfer import FIRST_MOMENTS, SECOND_MOMENTS
-from lowrank_optax._src.training import stack
-from lowrank_optax._src.training.phases import accumulating
 
 # Smaller leaves stay as they are under an element-wise codec (int8, cast).
 ELEMENTWISE_MIN_SIZE = 4096
@@ -166,48 +170,71 @@ def compress_fields(
     *,
     matrices: matrix.Matrices,
     key: int | jax.Array,
+    fused: Adam | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`compress_state`, with the codecs chosen once the state's fields are known."""
-    adam = recognize(inner)
-    inner = optax.with_extra_args_support(inner)
-    fields = StateFields(inner)
+    """`compress_state`, with the codecs chosen once the state's fields are known.
 
-    def see(tree, names, moments, creating=False):
+    Args:
+      inner, matrices, key: as of `compress_state`.
+      choose: from names of fields to their codecs.
+      fused: the numbers of ``inner``, if it is Adam: kernels may stand for it then.
+    """
+    inner = optax.with_extra_args_support(inner)
+    engine = _Compression(inner, StateFields(inner), choose, matrices, key, fused)
+    return transformation(engine.init, engine.update)
+
+
+Coded = dict[Where, tuple[Codec, MatrixView]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Compression:
+    """The arguments of `compress_fields`, and what is done with them."""
+
+    inner: optax.GradientTransformationExtraArgs
+    fields: StateFields
+    choose: Callable[[list[str]], Mapping[str, Codec]]
+    matrices: matrix.Matrices
+    key: int | jax.Array
+    fused: Adam | None
+
+    def _see(
+        self, tree: Any, names: list[str], moments: Any, creating: bool = False
+    ) -> tuple[list[Any], Coded]:
         """How each leaf is seen, and the codec of each coded moment with its view."""
-        codec_of = choose(names) if flatten(tree)[1] else {}
+        codec_of = self.choose(names) if flatten(tree)[1] else {}
         if all(map(_elementwise, codec_of.values())):
             views = view_dense(tree, creating)
         else:
-            views = view_leaves(tree, matrices, creating=creating)
-        return views, {
+            views = view_leaves(tree, self.matrices, creating=creating)
+        coded = {
             (name, i): (codec_of[name], view)
             for (name, i), x in moments.items()
             if name in codec_of
             and (view := _code_view(codec_of[name], views[i], x)) is not None
         }
-
-    def init(params):
-        _, leaves, treedef = flatten(params)
-        whole = treedef.unflatten([full_precision(x) for x in leaves])
-        layout = fields.layout(whole)
-        # Compiled, the moments that are not kept are never allocated; but boxes and
-        # shardings only survive outside.
-        placed = any(leaf_spec(x)[0] is not None for x in leaves)
-        placed |= any(is_variable(x) for x in leaves)
-        state = None
-        if placed:
-            state = fit_boxes(layout, inner.init(whole), whole)
-        moments = layout.get(state) if placed else layout.abstract
-        views, coded = see(params, layout.names, moments, creating=True)
-        codec_of = choose(layout.names) if leaves else {}
         wanted = {i for name, i in moments if name in codec_of}
         if not coded and any(isinstance(views[i], MatrixView) for i in wanted):
             kinds = {compatible.name(codec) for codec in codec_of.values()}
-            codec, names = " and ".join(sorted(kinds)), ", ".join(codec_of)
+            codec, names_ = " and ".join(sorted(kinds)), ", ".join(codec_of)
             need = "moments with rows and columns"
             raise compatible.cannot_use(
-                codec, f"the fields {names}", codec, need, "that"
+                codec, f"the fields {names_}", codec, need, "that"
             )
+        return views, coded
+
+    def init(self, params):
+        _, leaves, treedef = flatten(params)
+        whole = treedef.unflatten([full_precision(x) for x in leaves])
+        layout = self.fields.layout(whole)
+        # Compiled, the moments that are not kept are never allocated; but boxes and
+        # shardings only survive outside.
+        placed = any(leaf_spec(x)[0] is not None or is_variable(x) for x in leaves)
+        state = None
+        if placed:
+            state = fit_boxes(layout, self.inner.init(whole), whole)
+        moments = layout.get(state) if placed else layout.abstract
+        views, coded = self._see(params, layout.names, moments, creating=True)
 
         def without_codes(state):
             moments = {w: value_of(layout.get(state)[w]) for w in coded}
@@ -220,23 +247,15 @@ def compress_fields(
         if placed:
             state, start, largest = without_codes(state)
         else:
-            compiled = jax.jit(lambda whole: without_codes(inner.init(whole)))
-            state, start, largest = compiled(whole)
-        for (name, i), x in largest.items():
-            if not isinstance(x, jax.core.Tracer) and x > 0:
-                raise ValueError(
-                    f"Cannot compress the state field '{name}' of parameter "
-                    f"'{views[i].path}': it starts at {x:.3g}, and codes start "
-                    "at zero. Let the inner optimizer start it at zero."
-                )
-        codes = {w: codec.init(view) for w, (codec, view) in coded.items()}
+            make = jax.jit(lambda whole: without_codes(self.inner.init(whole)))
+            state, start, largest = make(whole)
+        _check_start(largest, views)
         step = jnp.zeros([], jnp.int32)
-        keys = leaf_keys(key, [v.path for v in views], step)
+        codes = {w: codec.init(view) for w, (codec, view) in coded.items()}
         for w, x in start.items():
-            codec, view = coded[w]
             plain = jax.tree.map(value_of, codes[w], is_leaf=is_variable)
-            own_keys = _own_keys(codec, keys[w[1]], w[0], view)
-            code = _encode(codec, own_keys, view.matrix(x), plain)
+            view = coded[w][1]
+            code = self._encode(w, coded, view.matrix(x), plain, step)
             codes[w] = jax.tree.map(
                 lambda old, new: old.replace(new) if is_variable(old) else new,
                 codes[w],
@@ -245,93 +264,101 @@ def compress_fields(
             )
         return CompressState(step, layout.set(state, codes), {})
 
-    def update(updates, state, params=None, **extra):
+    def _encode(self, w: Where, coded: Coded, x: jax.Array, old: Any, step) -> Any:
+        codec, view = coded[w]
+        seed = leaf_seed(self.key, view.path)
+        field = "" if getattr(codec, "one_key", False) else w[0]
+        parts = codec, field, view.batch_shape
+        return _encode(parts, seed, step, x, old)
+
+    def update(self, updates, state, params=None, **extra):
         treedef = jax.tree.structure(updates)
         given = treedef.flatten_up_to(updates)
         whole = [full_precision(g) for g in given]
-        layout = fields.layout(treedef.unflatten(whole))
-        views, coded = see(updates, layout.names, layout.abstract)
-        keys = leaf_keys(key, [v.path for v in views], state.step)
-        old = layout.get(state.inner_state)
-        own = [[w for w in old if w[1] == i] for i in range(len(views))]
-        directions, new = list(given), dict(old)
-
-        def decode(w, code):
-            codec, view = coded[w]
-            return view.leaf(_decode(codec, code))
-
-        def encode(w, x, before):
-            codec, view = coded[w]
-            own_keys = _own_keys(codec, keys[w[1]], w[0], view)
-            own_keys = batching.wait_turn(own_keys)
-            code = _encode(codec, own_keys, view.matrix(x), old[w])
-            if accumulating() == "add":  # most often, only the sum has changed
-                code = tree_where(jnp.any(x != before), code, old[w])
-            return code
-
-        def accept(i, moments):
-            """Of a leaf with codes as a whole or not at all: they belong together."""
-            if any(w in coded for w in moments):
-                kept = {w: old[w] for w in moments}
-                moments = accept_finite(moments, kept, directions[i])
-            new.update(moments)
+        layout = self.fields.layout(treedef.unflatten(whole))
+        views, coded = self._see(updates, layout.names, layout.abstract)
+        old = by_leaf(layout.get(state.inner_state), range(len(given)))
+        out, new = dict(enumerate(given)), dict(old)
 
         # At these, one pass stands for the inner optimizer and both codecs.
-        in_one = {} if adam is None else _passes(adam, coded)
+        in_one = {} if self.fused is None else _passes(self.fused, coded)
         for i, adam_in_blocks in in_one.items():
-            view = coded["mu", i][1]
-            direction, *codes = adam_in_blocks(
-                view.matrix(given[i], given[i].dtype),
-                old["mu", i],
-                old["nu", i],
-                state.inner_state.count,
+            view, own = coded["mu", i][1], old[i]
+            count = state.inner_state.count
+            grad = view.matrix(given[i], given[i].dtype)
+            direction, mu, nu = adam_in_blocks(grad, own["mu"], own["nu"], count)
+            out[i] = view.leaf(direction, given[i].dtype)
+            new[i] = accept_finite({"mu": mu, "nu": nu}, own)
+
+        later = {
+            (name, i): jax.eval_shape(lambda x, w=(name, i): decode(coded, w, x), x)
+            for i, own in old.items()
+            for name, x in own.items()
+            if (name, i) in coded and i not in in_one
+        }
+        masks = {w: optax.MaskedNode() for w in coded if w[1] in in_one}
+        leaves = {i: g for i, g in enumerate(whole) if i not in in_one}
+        weights = None
+        if params is not None:
+            weights = dict(enumerate(treedef.flatten_up_to(params)))
+            weights = {i: full_precision(weights[i]) for i in leaves}
+        shapes = layout.set(state.inner_state, masks | later)
+        inner = ByLeaves(self.inner, layout, treedef, shapes, leaves, weights, extra)
+        order = Order()
+        for group in inner.groups:
+            codes = order.start({i: old[i] for i in group})
+            moments = {
+                i: {n: decode(coded, (n, i), x) for n, x in codes[i].items()}
+                for i in group
+            }
+            directions, found = inner.step(
+                {i: leaves[i] for i in group},
+                moments,
+                {} if weights is None else {i: weights[i] for i in group},
             )
-            directions[i] = view.leaf(direction, given[i].dtype)
-            accept(i, {("mu", i): codes[0], ("nu", i): codes[1]})
-
-        masks = {w: optax.MaskedNode() for i in in_one for w in own[i]}
-        later = {w: functools.partial(decode, w) for w in coded if w not in masks}
-        shapes = {w: jax.eval_shape(decode, old[w]) for w, decode in later.items()}
-        run = UpdateInGroups(
-            inner,
-            layout,
-            treedef,
-            [optax.MaskedNode() if i in in_one else g for i, g in enumerate(whole)],
-            layout.set(state.inner_state, masks | shapes),
-            params,
-            extra,
-        )
-        with batching.turns():
-            for leaves in run.leaves:
-                before = {
-                    w: later[w](batching.wait_turn(old[w]))
-                    for i in leaves
-                    for w in own[i]
-                    if w in later
-                }
-                results, inner_state = run(leaves, before)
-                found = layout.get(inner_state)
-                for i in leaves:
-                    directions[i] = results[i].astype(given[i].dtype)
-                    moments = {w: found[w] for w in own[i]}
-                    moments |= {
-                        w: encode(w, moments[w], before[w])
-                        for w in moments
-                        if w in later
-                    }
-                    accept(i, moments)
-                batching.end_turn_of(
-                    [(directions[i], [new[w] for w in own[i]]) for i in leaves]
-                )
-        _, inner_state = run.results()
+            for i in group:
+                out[i] = directions[i].astype(given[i].dtype)
+                new[i] = self._code(i, coded, found[i], moments[i], old[i], state.step)
+            order.end([(out[i], new[i]) for i in group])
         new_state = CompressState(
-            step=increment(state.step),
-            inner_state=layout.set(inner_state, new),
-            own=state.own,
+            step=increment(state.step), inner_state=inner.state(new), own=state.own
         )
-        return treedef.unflatten(directions), new_state
+        return treedef.unflatten(out[i] for i in range(len(out))), new_state
 
-    return transformation(init, update)
+    def _code(self, i, coded, found, before, old, step) -> dict[str, Any]:
+        """The moments of a leaf as they are kept."""
+        new = dict(found)
+        for name, x in found.items():
+            if (name, i) not in coded:
+                continue
+            view = coded[name, i][1]
+            new[name] = self._encode((name, i), coded, view.matrix(x), old[name], step)
+            if accumulating() == "add":  # most often, only the sum has changed
+                changed = jnp.any(x != before[name])
+                new[name] = tree_where(changed, new[name], old[name])
+        if any((name, i) in coded for name in found):
+            # They belong together: of a leaf with codes as a whole or not at all.
+            return accept_finite(new, old)
+        return accept_elements(new, old)
+
+
+def decode(coded: Coded, w: Where, code: Any) -> Any:
+    """A moment at full size, as the inner optimizer knows it."""
+    if w not in coded:
+        return code
+    codec, view = coded[w]
+    return view.leaf(_decode(codec, code))
+
+
+def _check_start(largest: Mapping[Where, jax.Array], views: list[Any]) -> None:
+    """Refuse to compress what does not start at zero, as codes do."""
+    for (name, i), x in largest.items():
+        if not isinstance(x, jax.core.Tracer) and x > 0:
+            raise ValueError(
+                f"Cannot compress the state field '{name}' of parameter "
+                f"'{views[i].path}': it starts at {x:.3g}, and codes start "
+                "at zero. Let the inner optimizer start it at zero."
+            )
 
 
 def _passes(adam: Adam, coded: Any) -> dict[int, Callable[..., Any]]:
@@ -348,14 +375,9 @@ def _decode(codec, code):
 
 
 @compiled
-def _encode(codec, key, x, old):
-    return codec.encode(key, x, old)
-
-
-def _own_keys(codec: Codec, key: jax.Array, name: str, view: MatrixView) -> jax.Array:
-    """A key for each matrix of a field, of which a leaf may have several."""
-    key = key if getattr(codec, "one_key", False) else random.named(key, name)
-    return random.matrix_keys(key, view.batch_shape)
+def _encode(parts, seed, step, x, old):
+    codec, field, batch = parts
+    return codec.encode(matrix_keys(seed, step, batch, field), x, old)
 
 
 def _elementwise(codec: Codec) -> bool:
@@ -368,7 +390,7 @@ def _code_view(codec: Codec, view: Any, leaf: Any) -> MatrixView | None:
     if not jnp.issubdtype(moment.dtype, jnp.floating):
         return None
     if _elementwise(codec):
-        if moment.size * stack.parts() < ELEMENTWISE_MIN_SIZE:
+        if moment.size * layer_depth() < ELEMENTWISE_MIN_SIZE:
             return None
     elif not isinstance(view, MatrixView) or moment.ndim < 2:
         return None

@@ -1,26 +1,43 @@
 """The gradient-space engine: an optimizer that runs inside a low-rank subspace."""
 
 import dataclasses
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from lowrank_optax._src.engines import batching, projection
-from lowrank_optax._src.engines.accept import all_finite, increment, tree_where
-from lowrank_optax._src.kernels.adam import recognize
-from lowrank_optax._src.kernels.dispatch import active
+from lowrank_optax._src.engines.accept import (
+    accept_elements,
+    accept_finite,
+    increment,
+    tree_where,
+)
+from lowrank_optax._src.engines.around import ByLeaves
+from lowrank_optax._src.engines.one_matrix import (
+    Matrix,
+    Moments,
+    Own,
+    Parts,
+    is_stored,
+    renew_due,
+)
+from lowrank_optax._src.engines.order import Order
 from lowrank_optax._src.leaves import matrix
 from lowrank_optax._src.leaves.box import transformation
 from lowrank_optax._src.leaves.choose import view_leaves
-from lowrank_optax._src.leaves.fields import StateFields, fit_boxes
-from lowrank_optax._src.leaves.keys import leaf_keys
-from lowrank_optax._src.leaves.matrix import MatrixView
+from lowrank_optax._src.leaves.fields import (
+    Layout,
+    StateFields,
+    by_field,
+    by_leaf,
+    fit_boxes,
+)
+from lowrank_optax._src.leaves.keys import leaf_seed
+from lowrank_optax._src.leaves.matrix import MatrixView, nameless
 from lowrank_optax._src.leaves.paths import flatten, full_precision
-from lowrank_optax._src.linalg import random
 from lowrank_optax._src.parts import compatible
 from lowrank_optax._src.parts.checks import check_number, check_rank
 from lowrank_optax._src.parts.laws import Recovery, Refresh, Subspace, Transfer
@@ -29,7 +46,6 @@ from lowrank_optax._src.parts.refresh import Every, spread
 from lowrank_optax._src.parts.subspace import TopSingular
 from lowrank_optax._src.parts.transfer import Keep
 from lowrank_optax._src.training import accumulate
-from lowrank_optax._src.training.phases import accumulating
 
 
 class ProjectState(NamedTuple):
@@ -60,7 +76,7 @@ def project_gradients(
     refresh: Refresh = Every(200),
     transfer: Transfer = Keep(),
     recovery: Recovery | Callable[[MatrixView], Recovery] = Drop(),
-    scale: Any = 1.0,
+    scale: ArrayLike = 1.0,
     side: matrix.Side | Callable[[str], matrix.Side] = "short",
     matrices: matrix.Matrices = None,
     key: int | jax.Array = 0,
@@ -79,7 +95,8 @@ def project_gradients(
     the parameters at matrix leaves; weight decay belongs outside, in full space.
 
     Args:
-      inner: any Optax transformation, called once on the whole tree.
+      inner: any Optax transformation; it is called on one leaf after the other, or
+        together on those that it joins, as a global norm does.
       rank: r; the effective rank of a leaf is ``min(rank, m, n)``.
       subspace: which subspace, or a function from a `MatrixView` to it.
       refresh: when it is renewed; step 0 always is.
@@ -123,14 +140,36 @@ def project_gradients(
     """
     rank = check_rank(rank)
     check_number(scale, "scale")
-    adam = recognize(inner)
     inner = optax.with_extra_args_support(inner)
-    fields = StateFields(inner)
-    stored = projection.is_stored(subspace)
+    engine = _Projection(
+        inner, StateFields(inner), rank, subspace, refresh, transfer, recovery, scale,
+        side, matrices, key,
+    )  # fmt: skip
+    if not any(map(callable, (subspace, recovery, side))):
+        engine.check(subspace, recovery, side)
+    return transformation(engine.init, accumulate.stepwise(engine))
 
-    def check(subspace, recovery, side):
-        compatible.check_rank(subspace, rank)
-        for part in (refresh, recovery):
+
+@dataclasses.dataclass(frozen=True)
+class _Projection:
+    """The arguments of `project_gradients`, and what is done with them."""
+
+    inner: optax.GradientTransformationExtraArgs
+    fields: StateFields
+    rank: int
+    subspace: Any
+    refresh: Refresh
+    transfer: Transfer
+    recovery: Any
+    scale: ArrayLike
+    side: Any
+    matrices: matrix.Matrices
+    key: int | jax.Array
+
+    def check(self, subspace: Subspace, recovery: Recovery, side: Any) -> None:
+        """Refuse parts that do not go together."""
+        compatible.check_rank(subspace, self.rank)
+        for part in (self.refresh, recovery):
             compatible.check(part, subspace)
         accumulate.check(recovery)
         need = compatible.NAMED_SIDE
@@ -138,223 +177,226 @@ def project_gradients(
             user, other = compatible.name(subspace), f"side={side!r}"
             raise compatible.cannot_use(user, other, user, need, "that")
 
-    if not any(map(callable, (subspace, recovery, side))):
-        check(subspace, recovery, side)
-
-    def load(views, kept):
-        """For each matrix a function to its basis: as it is kept, or drawn again.
-
-        Drawn once what the function is given is known: else those of all leaves would
-        be drawn first, and alive at once.
-        """
-        if stored:
-            return {i: lambda known, i=i: kept[i] for i in views}
-        paths = [view.path for view in views.values()]
-        keys = leaf_keys(key, paths, [kept[i] for i in views])
-        shapes = ((*v.batch_shape, v.m, v.rank(rank)) for v in views.values())
-        drawn = {}
-        for (i, view), shape, own in zip(views.items(), shapes, keys, strict=True):
-            parts = subspace, shape, view.compute_dtype
-            own = random.matrix_keys(own, view.batch_shape)
-            drawn[i] = functools.partial(projection.draw, parts, own)
-        return drawn
-
-    def init(params):
-        views = view_leaves(params, matrices, side, creating=True)
+    def init(self, params):
+        views = view_leaves(params, self.matrices, self.side, creating=True)
         treedef = flatten(params)[2]
 
         def tree(at_matrix, elsewhere=lambda view: optax.MaskedNode()):
             return treedef.unflatten(
-                [
-                    at_matrix(v) if isinstance(v, MatrixView) else elsewhere(v)
-                    for v in views
-                ]
+                at_matrix(v) if isinstance(v, MatrixView) else elsewhere(v)
+                for v in views
             )
 
         proxies = tree(
-            lambda v: v.zeros(v.rank(rank), "n"),
+            lambda v: v.zeros(v.rank(self.rank), "n"),
             lambda v: full_precision(v.source),
         )
-        inner_state = inner.init(proxies)
-        layout = fields.layout(proxies)
-        cases = {}
-        for i, v in enumerate(views):
-            if isinstance(v, MatrixView):
-                parts = _at(v, subspace), _at(v, recovery)
-                check(*parts, side(v.path) if callable(side) else side)
-                own = tuple((f, x) for (f, j), x in layout.abstract.items() if i == j)
-                if own:
-                    compatible.check(transfer, *parts)
-                cases[own, v.m, v.rank(rank), type(parts[1])] = parts[1], v
-        for (own, _, r, _), (part, view) in cases.items():
-            view = dataclasses.replace(view, source=None)
-            _check_moments(transfer, part, view, r, dict(own))
+        inner_state = self.inner.init(proxies)
+        layout = self.fields.layout(proxies)
+        self._check_leaves(views, layout)
+        stored = is_stored(self.subspace)
+        phases = dict(zip(map(id, views), spread(_sizes(views)), strict=True))
         state = ProjectState(
             step=jnp.zeros([], jnp.int32),
             basis=tree(
-                (lambda v: v.zeros("m", v.rank(rank)))
-                if stored
-                else (lambda v: jnp.zeros([], jnp.int32))
+                lambda v: (
+                    v.zeros("m", v.rank(self.rank))
+                    if stored
+                    else jnp.zeros([], jnp.int32)
+                )
             ),
-            refresh=tree(refresh.init),
-            recovery=tree(lambda v: _at(v, recovery).init(v)),
+            refresh=tree(lambda v: self.refresh.init(v, phases[id(v)])),
+            recovery=tree(lambda v: _at(v, self.recovery).init(v)),
             inner_state=fit_boxes(layout, inner_state, proxies),
         )
         return accumulate.start(state, proxies)
 
-    def in_one_pass(at_matrix):
-        """The kernels that stand for the inner optimizer and what is around it."""
-        if adam is None or accumulating() or not active():
-            return {}
-        from lowrank_optax._src.kernels.projected_adam import projected_adam, suits
+    def _check_leaves(self, views: Sequence[Any], layout: Layout) -> None:
+        """Refuse parts that do not go together at some leaf, with its moments."""
+        cases = {}
+        for i, v in enumerate(views):
+            if isinstance(v, MatrixView):
+                parts = _at(v, self.subspace), _at(v, self.recovery)
+                self.check(
+                    *parts, self.side(v.path) if callable(self.side) else self.side
+                )
+                own = tuple((f, x) for (f, j), x in layout.abstract.items() if i == j)
+                if own:
+                    compatible.check(self.transfer, *parts)
+                cases[own, v.m, v.rank(self.rank), type(parts[1])] = parts[1], v
+        for (own, _, r, _), (part, view) in cases.items():
+            view = dataclasses.replace(view, source=None)
+            _check_moments(self.transfer, part, view, r, dict(own))
 
-        return {
-            i: functools.partial(projected_adam, (adam, scale, v.turned))
-            for i, v in at_matrix.items()
-            if suits(_at(v, recovery), v)
+    def _leaves(self, updates: Any, state: ProjectState) -> "_Leaves":
+        """The leaves of an update, and what belongs to those that are matrices."""
+        treedef = jax.tree.structure(updates)
+        views = view_leaves(updates, self.matrices, self.side)
+        grads, *own = (
+            treedef.flatten_up_to(x)
+            for x in (updates, state.basis, state.refresh, state.recovery)
+        )
+        matrices = {
+            i: Matrix(
+                Parts(
+                    nameless(v),
+                    _at(v, self.subspace),
+                    self.transfer,
+                    _at(v, self.recovery),
+                    v.rank(self.rank),
+                ),
+                grads[i],
+                Own(*(x[i] for x in own)),
+                leaf_seed(self.key, v.path),
+            )
+            for i, v in enumerate(views)
+            if isinstance(v, MatrixView)
         }
-
-    def down(updates, state, first):
-        """The projected gradients, and the state with the bases for them."""
-        treedef = jax.tree.structure(updates)
-        views = view_leaves(updates, matrices, side)
-        at_matrix = {i: v for i, v in enumerate(views) if isinstance(v, MatrixView)}
-        phases = spread([getattr(view, "size", 0.0) for view in views])
-        keys = leaf_keys(key, [v.path for v in views], state.step)
-        grads = treedef.flatten_up_to(updates)
-        bases, refreshes, recoveries = (
-            treedef.flatten_up_to(x)
-            for x in (state.basis, state.refresh, state.recovery)
-        )
-        low = [full_precision(g) for g in grads]
-        for i, view in at_matrix.items():
-            r = bases[i].shape[-1] if stored else view.rank(rank)
-            shape = (*view.batch_shape, r, view.n)
-            low[i] = jax.ShapeDtypeStruct(shape, view.compute_dtype)
-        layout = fields.layout(treedef.unflatten(low))
-        moments = layout.get(state.inner_state)
-
-        basis_at = load(at_matrix, bases)
-        # Leaf by leaf: XLA's CPU backend orders by depth, and would first project all
-        # gradients and last project all directions back, with all of them alive.
-        in_one, turn = in_one_pass(at_matrix), jnp.zeros([])
-        for i, view in at_matrix.items():
-            own = {name: x for (name, j), x in moments.items() if j == i}
-            low[i], basis, due, refreshes[i], own, size = projection.down(
-                (
-                    _at(view, subspace),
-                    refresh,
-                    transfer,
-                    _at(view, recovery),
-                    view.rank(rank),
-                    view.turned,
-                ),
-                random.matrix_keys(keys[i], view.batch_shape),
-                state.step,
-                phases[i],
-                first,
-                view.matrix(grads[i]),
-                basis_at[i](turn),
-                refreshes[i],
-                recoveries[i],
-                own,
-                turn,
-            )
-            if i not in in_one:  # which does without the projection made here
-                turn = size
-            bases[i] = basis if stored else jnp.where(due, state.step, bases[i])
-            moments |= {(name, i): x for name, x in own.items()}
-        return treedef.unflatten(low), state._replace(
-            basis=treedef.unflatten(bases),
-            refresh=treedef.unflatten(refreshes),
-            inner_state=layout.set(state.inner_state, moments),
-        )
-
-    def up(updates, low, state, params, **extra):
-        """The update by the projected gradients, in the bases of the state."""
-        treedef = jax.tree.structure(updates)
-        views = view_leaves(updates, matrices, side)
-        at_matrix = {i: v for i, v in enumerate(views) if isinstance(v, MatrixView)}
-        grads, coeffs, bases, recoveries = (
-            treedef.flatten_up_to(x)
-            for x in (updates, low, state.basis, state.recovery)
-        )
-        layout = fields.layout(low)
-        moments = layout.get(state.inner_state)
-        recovery_at = {i: _at(view, recovery) for i, view in at_matrix.items()}
-
-        # Drawn once more, and not kept from where the gradients were projected.
-        basis_at = load(at_matrix, bases)
-        in_one = in_one_pass(at_matrix)
-        masks = {w: optax.MaskedNode() for w in moments if w[1] in in_one}
-        if params is not None:
-            weights = [full_precision(w) for w in treedef.flatten_up_to(params)]
-            for i, view in at_matrix.items():
-                weight = view.matrix(weights[i])
-                weights[i] = projection.project_param(
-                    None, basis_at[i](coeffs[i]), weight
-                )
-            params = treedef.unflatten(weights)
-        with batching.at_once():
-            directions, inner_state = inner.update(
-                treedef.unflatten(
-                    optax.MaskedNode() if i in in_one else x
-                    for i, x in enumerate(coeffs)
-                ),
-                layout.set(state.inner_state, moments | masks),
-                params,
-                **extra,
-            )
-
-        directions = treedef.flatten_up_to(directions)
-        new_moments = layout.get(inner_state)
-        out = [
-            d if i in at_matrix else d.astype(g.dtype)
-            for i, (d, g) in enumerate(zip(directions, grads, strict=True))
+        low = [
+            matrices[i].low if i in matrices else full_precision(x)
+            for i, x in enumerate(grads)
         ]
-        for i, view in at_matrix.items():
-            own = [w for w in new_moments if w[1] == i]
-            if i in in_one:
-                new, new_moments["mu", i], new_moments["nu", i] = in_one[i](
-                    view.matrix(grads[i], grads[i].dtype),
-                    basis_at[i](grads[i]),
-                    moments["mu", i],
-                    moments["nu", i],
-                    state.inner_state.count,
-                )
-                recovery_state = recoveries[i]
-                out[i] = view.leaf(new)
-                ok = all_finite([new_moments[w] for w in own])
-            else:
-                seen = hasattr(recovery_at[i], "observe")
-                new, recovery_state = projection.recover(
-                    (recovery_at[i], scale),
-                    view.matrix(grads[i]),
-                    coeffs[i],
-                    directions[i],
-                    basis_at[i](directions[i]),
-                    recoveries[i],
-                    {name: new_moments[name, i] for name, _ in own} if seen else None,
-                )
-                # Told by the gradient, not by each of the moments: the choice is then
-                # made while they are computed, and costs no pass; but after the
-                # directions, which are made of the old ones too.
-                out[i] = view.leaf(new)
-                size = jnp.linalg.norm(coeffs[i])
-                ok = jnp.isfinite(batching.after(size, out[i]))
-                ok &= all_finite(recovery_state)
-            # What is not finite must not stay in the state for good; the moments of a
-            # leaf belong together.
-            recoveries[i] = tree_where(ok, recovery_state, recoveries[i])
-            new_moments |= {w: tree_where(ok, new_moments[w], moments[w]) for w in own}
-        new_state = state._replace(
-            step=increment(state.step),
-            recovery=treedef.unflatten(recoveries),
-            inner_state=layout.set(inner_state, new_moments),
-        )
-        return treedef.unflatten(out), new_state
+        layout = self.fields.layout(treedef.unflatten(low))
+        moments = by_leaf(layout.get(state.inner_state), range(len(grads)))
+        return _Leaves(treedef, layout, grads, low, matrices, moments)
 
-    return transformation(init, accumulate.stepwise(down, up))
+    def _renew(self, leaves: "_Leaves", step: jax.Array, first: Any = True) -> None:
+        """Renew the bases that are due, and carry their moments along."""
+        due = {
+            i: x.is_due(self.refresh, step, first) for i, x in leaves.matrices.items()
+        }
+        renewed = renew_due(leaves.matrices, due, step, leaves.moments)
+        for i, now in renewed.items():
+            leaves.matrices[i] = leaves.matrices[i].renewed(now, due[i])
+            leaves.moments[i] = now.moments
+
+    def _count(self, x: Matrix, size: jax.Array, first: Any = True) -> Any:
+        """The rule's state after a step whose projected gradient had this norm."""
+        size = jnp.where(x.due, x.size, size)
+        after = self.refresh.after(x.own.refresh, x.due, size, x.share)
+        after = tree_where(x.due | first, after, x.own.refresh)
+        return accept_finite(after, x.own.refresh)
+
+    def add(
+        self, updates: Any, state: ProjectState, first: jax.Array
+    ) -> tuple[Any, ProjectState]:
+        """The projected gradients; unless ``first``, in the bases that there are."""
+        leaves = self._leaves(updates, state)
+        self._renew(leaves, state.step, first)
+        low, own = list(leaves.low), {}
+        for i, x in leaves.matrices.items():
+            low[i] = x.down()
+            refresh = self._count(x, jnp.linalg.norm(low[i]), first)
+            own[i] = x.own._replace(refresh=refresh)
+        inner_state = leaves.layout.set(state.inner_state, by_field(leaves.moments))
+        return leaves.treedef.unflatten(low), leaves.store(state, own, inner_state)
+
+    def update(
+        self,
+        updates: Any,
+        state: ProjectState,
+        params: Any = None,
+        summed: Any = None,
+        **extra: Any,
+    ) -> tuple[Any, ProjectState]:
+        """Renew the bases that are due; then leaf by leaf project, step, recover.
+
+        Args:
+          updates: gradients.
+          state: of before.
+          params: weights, or None.
+          summed: projected gradients to step by, in the bases that there are; None for
+            those of ``updates``.
+          extra: for the inner optimizer.
+        """
+        leaves = self._leaves(updates, state)
+        if summed is None:
+            self._renew(leaves, state.step)
+        else:
+            summed = leaves.treedef.flatten_up_to(summed)
+        weights = None if params is None else leaves.treedef.flatten_up_to(params)
+        low = dict(enumerate(leaves.low))
+        inner = ByLeaves(
+            self.inner,
+            leaves.layout,
+            leaves.treedef,
+            state.inner_state,
+            low,
+            None if weights is None else low,
+            extra,
+        )
+        order, out, own, new = Order(), {}, {}, {}
+        for group in inner.groups:
+            at = {i: leaves.matrices[i] for i in group if i in leaves.matrices}
+            at = {i: x.after(order) for i, x in at.items()}
+            seen = {i: leaves.low[i] if summed is None else summed[i] for i in group}
+            if summed is None:
+                seen |= {i: x.down() for i, x in at.items()}
+            given = {}
+            if weights is not None:
+                given = {i: full_precision(weights[i]) for i in group}
+                given |= {i: x.down_weight(weights[i]) for i, x in at.items()}
+            moments = {i: leaves.moments[i] for i in group}
+            directions, found = inner.step(seen, moments, given)
+            for i in group:
+                if i not in at:
+                    out[i] = directions[i].astype(leaves.grads[i].dtype)
+                    new[i] = accept_elements(found[i], moments[i])
+                    continue
+                size = jnp.linalg.norm(seen[i])
+                out[i], recovery, new[i] = at[i].up(
+                    self.scale, seen[i], directions[i], found[i], moments[i]
+                )
+                kept = leaves.matrices[i].own._replace(recovery=recovery)
+                if summed is None:
+                    kept = kept._replace(refresh=self._count(leaves.matrices[i], size))
+                own[i] = kept
+                order.end(size)
+        state = leaves.store(state, own, inner.state(new))
+        state = state._replace(step=increment(state.step))
+        return leaves.treedef.unflatten(out[i] for i in range(len(out))), state
+
+
+@dataclasses.dataclass
+class _Leaves:
+    """The leaves of one update, in the order of their tree.
+
+    Attributes:
+      treedef: of the updates.
+      layout: of the inner optimizer's state.
+      grads: as they lie in memory.
+      low: what the inner optimizer sees, by its shape alone at matrices.
+      matrices: by the number of the leaf.
+      moments: the inner optimizer's, by the number of the leaf and the field.
+    """
+
+    treedef: jax.tree_util.PyTreeDef
+    layout: Layout
+    grads: list[jax.Array]
+    low: list[Any]
+    matrices: dict[int, Matrix]
+    moments: dict[int, Moments]
+
+    def weight(self, i: int, weight: jax.Array) -> jax.Array:
+        """A weight as the inner optimizer sees it, ``P^T W`` at a matrix."""
+        if i in self.matrices:
+            return self.matrices[i].down_weight(weight)
+        return full_precision(weight)
+
+    def store(
+        self, state: ProjectState, own: Mapping[int, Own], inner_state: Any
+    ) -> ProjectState:
+        trees = (state.basis, state.refresh, state.recovery)
+        columns = [self.treedef.flatten_up_to(x) for x in trees]
+        for i, kept in own.items():
+            for column, x in zip(columns, kept, strict=True):
+                column[i] = x
+        basis, refresh, recovery = map(self.treedef.unflatten, columns)
+        return ProjectState(state.step, basis, refresh, recovery, inner_state)
+
+
+def _sizes(views: Sequence[Any]) -> list[float]:
+    return [float(getattr(view, "size", 0)) for view in views]
 
 
 def _check_moments(transfer, recovery, view, rank, moments) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from lowrank_optax._src.leaves.box import value_of
+from lowrank_optax._src.leaves.context import limits, note_views, record_views
 from lowrank_optax._src.leaves.matrix import (
     SIDES,
     DenseLeaf,
@@ -105,8 +106,7 @@ def view_leaves(
         )
     if creating:
         _warn_of_stacks(result, matrices)
-        if _logs:
-            _logs[-1].extend(result)
+        note_views(result)
     return result
 
 
@@ -235,40 +235,6 @@ def default_matrices(params: Any) -> Any:
         _by_rule(p, value_of(x), None)[0] for p, x in zip(paths, leaves, strict=True)
     )
     return treedef.unflatten(list(rule))
-
-
-_logs: list[list[MatrixView | DenseLeaf]] = []
-
-
-@contextlib.contextmanager
-def record_views() -> Iterator[list[MatrixView | DenseLeaf]]:
-    """Collect the views that every transformation initialised within makes."""
-    _logs.append([])
-    try:
-        yield _logs[-1]
-    finally:
-        _logs.pop()
-
-
-_limits: list[dict[str, int]] = []
-
-
-def limits() -> tuple[tuple[str, int], ...]:
-    """Path and limit of each rank that is limited here, see `limited_ranks`."""
-    smallest: dict[str, int] = {}
-    for limit in _limits:
-        smallest |= {p: min(r, smallest.get(p, r)) for p, r in limit.items()}
-    return tuple(sorted(smallest.items()))
-
-
-@contextlib.contextmanager
-def limited_ranks(limits: dict[str, int]) -> Iterator[None]:
-    """Let state that is created within have at most these ranks, by path."""
-    _limits.append(limits)
-    try:
-        yield
-    finally:
-        _limits.pop()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Where a parameter's entries stand in an optimizer's state."""
 
 import dataclasses
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -14,10 +15,9 @@ from lowrank_optax._src.leaves.box import (
     leaf_spec,
     value_of,
 )
-from lowrank_optax._src.leaves.choose import limits, quietly
+from lowrank_optax._src.leaves.choose import quietly
+from lowrank_optax._src.leaves.context import accumulating, layer_depth, limits
 from lowrank_optax._src.leaves.paths import flatten, path_parts
-from lowrank_optax._src.training import stack
-from lowrank_optax._src.training.phases import accumulating
 
 Where = tuple[str, int]  # a field of a state, and the number of a parameter's leaf
 
@@ -40,7 +40,7 @@ class StateFields:
         flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_variable)
         values = [value_of(x) for _, x in flat]
         shapes = tuple((tuple(x.shape), jnp.dtype(x.dtype)) for x in values)
-        within = accumulating() is not None, stack.parts()
+        within = accumulating() is not None, layer_depth()
         seen = (treedef, shapes, limits(), *within)
         if seen not in self._layouts:
             boxes = [
@@ -61,25 +61,41 @@ class StateFields:
             found, structure = jax.tree_util.tree_flatten_with_path(
                 state, is_leaf=is_box
             )
+            leaves = {tuple(path): i for i, (path, _) in enumerate(flat)}
+            fields = [_field(k, x, leaves) for k, x in found]
+            below = {
+                field[1]: field[0][1]
+                for field, (key_path, _) in zip(fields, found, strict=True)
+                if field and len(field[1]) < len(key_path)
+            }
             self._layouts[seen] = Layout(
                 structure,
-                [_field(k, x, [path for path, _ in flat]) for k, x in found],
+                [field and field[0] for field in fields],
                 {i: x for i, (_, x) in enumerate(found)},
-                _masked_fields(state, {tuple(path) for path, _ in flat}),
+                _masked_fields(state, set(leaves)),
+                below,
             )
         return self._layouts[seen]
 
 
-def _field(key_path: Any, entry: Any, paths: list[Any]) -> Where | None:
-    if not is_box(entry):
-        return None
-    leaf = int(entry.path)
-    path = tuple(paths[leaf])
-    for end in range(len(key_path), len(path) - 1, -1):
-        start = end - len(path)
-        if tuple(key_path[start:end]) == path:
+def _field(
+    key_path: Any, entry: Any, leaves: Mapping[Any, int]
+) -> tuple[Where, Any] | None:
+    """Which field of which parameter an entry is, and where the parameter's place ends.
+
+    A number that is kept for a parameter, such as an age, is in no box; it stands below
+    the parameter's path all the same.
+    """
+    for end in range(len(key_path), -1, -1):
+        for start in range(end + 1):
+            leaf = leaves.get(tuple(key_path[start:end]))
+            if leaf is None or (is_box(entry) and int(entry.path) != leaf):
+                continue
+            if start == end and not is_box(entry):  # the tree is a single leaf
+                continue
             field = "/".join(path_parts(key_path[:start]))
-            return ".".join((field, *path_parts(key_path[end:]))), leaf
+            where = ".".join((field, *path_parts(key_path[end:]))), leaf
+            return where, tuple(key_path[:end])
     return None
 
 
@@ -110,6 +126,34 @@ class Layout:
     where: list[Where | None]
     found: dict[int, Any]
     masked: list[str]
+    below: dict[Any, int]  # places of parameters at which more than an array stands
+
+    def hide(self, state: Any, leaves: Container[int]) -> Any:
+        """The state with a mask at the whole place of each parameter but these."""
+        return self._at_places(state, leaves, lambda place: optax.MaskedNode())
+
+    def unhide(self, state: Any, leaves: Container[int]) -> Any:
+        """The inverse of `hide`, with a mask for each array."""
+        masks = [optax.MaskedNode()] * len(self.where)
+        bare = self.structure.unflatten(masks)
+        found = jax.tree_util.tree_leaves_with_path(
+            bare,
+            is_leaf=lambda path, _: tuple(path) in self.below,
+            is_leaf_takes_path=True,
+        )
+        hidden = {tuple(path): x for path, x in found}
+        return self._at_places(state, leaves, hidden.__getitem__)
+
+    def _at_places(self, state, leaves, make):
+        places = {p for p, i in self.below.items() if i not in leaves}
+        if not places:
+            return state
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: make(tuple(path)) if tuple(path) in places else x,
+            state,
+            is_leaf=lambda path, _: tuple(path) in places,
+            is_leaf_takes_path=True,
+        )
 
     @property
     def names(self) -> list[str]:
@@ -119,7 +163,7 @@ class Layout:
     @property
     def abstract(self) -> dict[Where, Any]:
         """Shape and dtype of each entry as the optimizer makes it."""
-        entries = ((w, self.found[i].value) for i, w in enumerate(self.where) if w)
+        entries = ((w, value_of(self.found[i])) for i, w in enumerate(self.where) if w)
         return dict(entries)
 
     def get(self, state: Any) -> dict[Where, Any]:
@@ -134,6 +178,19 @@ class Layout:
         return self.structure.unflatten(
             [values.get(w, x) if w else x for w, x in placed]
         )
+
+
+def by_leaf(values: Mapping[Where, Any], leaves: Iterable[int]) -> dict[int, Any]:
+    """``{leaf: {field: value}}``, with an entry for each of the leaves."""
+    found: dict[int, dict[str, Any]] = {i: {} for i in leaves}
+    for (name, i), x in values.items():
+        found[i][name] = x
+    return found
+
+
+def by_field(values: Mapping[int, Mapping[str, Any]]) -> dict[Where, Any]:
+    """The inverse of `by_leaf`."""
+    return {(name, i): x for i, own in values.items() for name, x in own.items()}
 
 
 def fit_boxes(layout: Layout, state: Any, tree: Any) -> Any:

@@ -1,30 +1,53 @@
-"""The random key of each leaf."""
+"""The random keys of a leaf: equal on every host, restart-exact."""
 
 import operator
 import zlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_optax._src.engines import batching
+from lowrank_optax._src.leaves.context import layer_place
+from lowrank_optax._src.linalg.random import over_keys
 
 
-def leaf_keys(
-    key: int | jax.Array, paths: list[str], step: jax.Array | list[jax.Array]
-) -> list[jax.Array]:
-    """The random key of each leaf at one step: equal on every host, restart-exact.
+class Seed(NamedTuple):
+    """From what a leaf's keys are made at each step.
 
-    ``fold_in(fold_in(key, crc32(path)), step)``, for all leaves in one operation; the
-    step is that of all of them, or a list of one for each.
+    Attributes:
+      key: of the whole transformation.
+      name: a hash of the leaf's path.
+      place: where its first matrix stands in the whole stack, see `stack`.
     """
+
+    key: jax.Array
+    name: np.uint32
+    place: jax.Array | int
+
+
+def leaf_seed(key: int | jax.Array, path: str) -> Seed:
+    """The seed of the leaf at a path, for a key or an int that stands for one."""
     if not isinstance(key, jax.Array):
         key = jax.random.key(operator.index(key))
-    if not paths:
-        return []
-    names = [zlib.crc32(path.encode()) for path in paths]
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
-        key, np.array(names, np.uint32)
-    )
-    steps = jnp.broadcast_to(jnp.asarray(step), (len(paths),))
-    return batching.unstack(jax.vmap(jax.random.fold_in)(keys, steps), steps[0])
+    return Seed(key, np.uint32(zlib.crc32(path.encode())), layer_place())
+
+
+def matrix_keys(
+    seed: Seed, step: jax.Array, batch: tuple[int, ...], field: str = ""
+) -> jax.Array:
+    """``(*batch,)`` keys, one for each matrix of a leaf, at a step.
+
+    ``fold_in(fold_in(key, crc32(path)), step)``, folded by the name of a state field if
+    one is given, and by the places of the matrix along each batch axis. So what a
+    matrix of a stack sees does not depend on the others in it, nor on whether these are
+    updated with it.
+    """
+    key = jax.random.fold_in(jax.random.fold_in(seed.key, seed.name), step)
+    if field:
+        key = jax.random.fold_in(key, np.uint32(zlib.crc32(field.encode())))
+    for axis, size in enumerate(batch):
+        places = jnp.arange(size) + (seed.place if axis == 0 else 0)
+        fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+        key = over_keys(key, lambda k, fold=fold, places=places: fold(k, places))
+    return key

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank_optax._src.leaves.box import is_variable, leaf_spec, value_of
+from lowrank_optax._src.linalg.products import Lying
 
 Side = Literal["short", "short_left", "long", "left", "right"]
 
@@ -109,6 +110,11 @@ class MatrixView:
         x = matrix.reshape(tuple(self.shape[a] for a in order))
         return jnp.transpose(x, tuple(np.argsort(order))).astype(dtype or self.dtype)
 
+    def lying(self, leaf: jax.Array) -> Lying:
+        """The matrix in the order of the leaf's memory."""
+        x = self.matrix(leaf)
+        return Lying(x.mT if self.turned else x, self.turned)
+
     def zeros(self, *dims: int | str, dtype: Any = None) -> Any:
         """Zeros of shape ``(*batch, *dims)`` that live where the leaf lives.
 
@@ -198,3 +204,8 @@ def zeros_like(leaf: Any) -> Any:
     view = last_axes_view("", leaf)
     own_axes = ("m", "n")[max(0, 2 - len(view.shape)) :]
     return view.zeros(*own_axes)
+
+
+def nameless(view: MatrixView) -> MatrixView:
+    """The view without its path: leaves of equal shape share one compiled body."""
+    return dataclasses.replace(view, path="", source=None)

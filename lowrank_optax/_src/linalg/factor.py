@@ -6,35 +6,35 @@ nothing here needs Householder QR, which is slow on accelerators. Arithmetic is 
 float32 at least, at the highest matmul precision.
 """
 
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lowrank_optax._src.linalg import random
+from lowrank_optax._src.linalg import random, small, thin
 from lowrank_optax._src.linalg.lapack import eigh, inverse_root
-from lowrank_optax._src.linalg.products import matmul, unit_columns, unit_scale
+from lowrank_optax._src.linalg.products import gram, matmul, unit_columns, unit_scale
 
 _EPS = 1.1920929e-07  # float32; the laws below are promised at this precision
 
 
-def _gram(y: Array) -> Array:
-    return matmul(y.mT, y)
-
-
-def _polish(y: Array, gram: Array | None = None) -> Array:
+def _polish(y: Array) -> Array:
     """One Newton-Schulz step: squares a small orthonormality error, keeps zeros."""
-    gram = _gram(y) if gram is None else gram
-    return matmul(y, 1.5 * jnp.eye(y.shape[-1], dtype=y.dtype) - 0.5 * gram)
+    return matmul(y, 1.5 * jnp.eye(y.shape[-1], dtype=y.dtype) - 0.5 * gram(y))
 
 
-def cholesky_pass(y: Array, gram: Array | None = None) -> Array:
+def cholesky_pass(y: Array) -> Array:
     """``y R^-1`` with ``R^T R = y^T y + shift``: same span, far better conditioned."""
-    r = y.shape[-1]
-    gram = _gram(y) if gram is None else gram
+    return matmul(y, _shifted_inverse(gram(y)))
+
+
+def _shifted_inverse(square: Array) -> Array:
+    r = square.shape[-1]
     # The absolute floor is for the zero matrix, which must come out zero.
-    shift = 2 * r * _EPS * jnp.max(jnp.diagonal(gram, axis1=-2, axis2=-1), -1) + 1e-30
-    eye = jnp.eye(r, dtype=y.dtype)
-    return matmul(y, inverse_root(gram + shift[..., None, None] * eye).mT)
+    shift = 2 * r * _EPS * jnp.max(jnp.diagonal(square, axis1=-2, axis2=-1), -1) + 1e-30
+    eye = jnp.eye(r, dtype=square.dtype)
+    return inverse_root(square + shift[..., None, None] * eye).mT
 
 
 def orthonormalize(a: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
@@ -60,77 +60,100 @@ def orthonormalize(a: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
     >>> bool(jnp.allclose(q.T @ q, jnp.eye(3), atol=1e-5))
     True
     """
-    m, r = a.shape[-2:]
-    if r > m:
-        raise ValueError(
-            f"Cannot orthonormalize a matrix of shape {a.shape}: {r} columns cannot be "
-            f"orthonormal in {m} dimensions. Pass at most {m} columns."
-        )
+    flat = a.reshape(-1, *a.shape[-2:])
+    return orthonormalize_each([flat], None)[0].reshape(a.shape)
+
+
+def orthonormalize_each(arrays: Sequence[Array], count: Array | None) -> list[Array]:
+    """`orthonormalize` of many matrices, whose small problems are common calls."""
+    for a in arrays:
+        m, r = a.shape[-2:]
+        if r > m:
+            raise ValueError(
+                f"Cannot orthonormalize a matrix of shape {a.shape}: {r} columns "
+                f"cannot be orthonormal in {m} dimensions. Pass at most {m} columns."
+            )
+    stacks = thin.Stacks([(a,) for a in arrays], count)
+    ys = list(map(_filled, stacks.stack(arrays)))
+    for _ in range(max((_passes(a.shape[-1]) for a in arrays), default=0)):
+        inverses = thin.across(_shifted_inverse, map(gram, ys))
+        ys = [matmul(y, t) for y, t in zip(ys, inverses, strict=True)]
+    return stacks.unstack([_polish(_polish(y)) for y in ys])
+
+
+def _filled(a: Array) -> Array:
+    """Unit columns, with a little of a fixed matrix in general position."""
     y, _ = unit_scale(a)
     # A column's own scale carries no information about the span, and costs accuracy.
     largest = jnp.max(jnp.abs(y), axis=-2, keepdims=True)
     y = unit_columns(y / jnp.where(largest > 0, largest, 1.0))
-    y = y + 1e-6 * m**-0.5 * random.filler(m, r).astype(y.dtype)
-    tolerance = max(1e-3, 4 * r * _EPS)  # of a column; below is what the shift leaves
+    m, r = y.shape[-2:]
+    return y + 1e-6 * m**-0.5 * random.filler(m, r).astype(y.dtype)
 
-    def far(state):
-        _, gram, passes = state
-        error = jnp.linalg.norm(gram - jnp.eye(r, dtype=y.dtype), axis=-1)
-        return (passes < 8) & jnp.any(error > tolerance)
 
-    def lift(state):
-        y, gram, passes = state
-        y = cholesky_pass(y, gram)
-        return y, _gram(y), passes + 1
+def _passes(r: int) -> int:
+    """So many lift the least singular value of the filler, 1e-9, to one.
 
-    # Each pass lifts a small singular value at least a hundredfold: two are enough for
-    # most, and six for dependent columns.
-    y, gram, _ = jax.lax.while_loop(far, lift, (y, _gram(y), 0))
-    return _polish(_polish(y, gram))
+    Each lifts a small one by the root of the shift, a hundredfold or more.
+    """
+    return 4 if r <= small.WIDEST else 5 if r <= 256 else 6
 
 
 def _whiten(y: Array) -> tuple[Array, Array]:
     """``(y T, y U)`` with ``T`` the pseudo-inverse root of ``y^T y = U L U^T``.
 
-    Ascending order. Directions below the noise of the Gram matrix are exactly zero in
-    the first and left over, at their own small scale, in the second.
+    Directions below the noise of the Gram matrix are exactly zero in the first and left
+    over, at their own small scale, in the second.
     """
-    values, vectors = eigh(_gram(y))
-    keep = values > 4 * y.shape[-1] * _EPS * values[..., -1:]
+    values, vectors = eigh(gram(y))
+    keep = values > 4 * y.shape[-1] * _EPS * values[..., :1]
     root = jnp.where(keep, jax.lax.rsqrt(jnp.where(keep, values, 1.0)), 0.0)
     rotated = matmul(y, vectors)
     return rotated * root[..., None, :], jnp.where(keep[..., None, :], 0.0, rotated)
 
 
-def whitening(y: Float[Array, "*b m r"]) -> Float[Array, "*b r r"]:
-    """``T`` such that the columns of ``y T`` are orthonormal to 1e-4, or zero.
+def lifting(square: Float[Array, "b k k"]) -> Float[Array, "b k k"]:
+    """``T`` such that the columns of ``y T`` are far better conditioned than ``y``'s.
 
-    Where only products with ``y`` are known, such as ``y^T A``, that of its basis is
-    ``T^T (y^T A)``. Two rounds, as the Gram matrix of the first does not tell
-    directions below 3e-3 of the largest from noise: without the second, a code of a
-    matrix dominated by one direction has up to twice its error. Directions below 1e-3
-    are left out, as ``T`` multiplies the rounding errors of ``y^T A`` by the inverse;
-    `range_basis` finds those too, and has no ``T``.
+    From ``square = y^T y``; the columns of y need not be of one size. Those of ``y T``
+    are orthogonal to what the Gram matrix can tell, and of norm one, or less where they
+    depend on others: the shift, relative to a column, keeps noise below a thousandth.
     """
-    eye = jnp.eye(y.shape[-1], dtype=y.dtype)
-    scale = _inverse_norms(y, 0.0)
-    unit = y * scale
-    _, t = eigh(_gram(unit))
-    t = t * _inverse_norms(matmul(unit, t), 1e-3)
-    values, vectors = eigh(_gram(matmul(unit, t)))
-    keep = values > 8 * y.shape[-1] * _EPS * values[..., -1:]
+    diagonal = jnp.diagonal(square, axis1=-2, axis2=-1)
+    # Columns below are the rounding errors of the largest.
+    used = diagonal > 1e-11 * jnp.max(diagonal, axis=-1, keepdims=True)
+    unit = jnp.where(used, jax.lax.rsqrt(jnp.where(used, diagonal, 1.0)), 0.0)
+    k = square.shape[-1]
+    square = square * unit[..., None] * unit[..., None, :]
+    # A column that is not used gets a one, so that there is an inverse.
+    shift = jnp.where(used, 2 * k * _EPS, 1.0)
+    shifted = square + shift[..., None] * jnp.eye(k, dtype=square.dtype)
+    if k > small.WIDEST:
+        return unit[..., None] * inverse_root(shifted).mT
+    return unit[..., None] * _by_unrolling(small.pivoted_inverse, shifted, 0.0)
+
+
+def whitening(square: Float[Array, "b k k"]) -> Float[Array, "b k k"]:
+    """``T`` such that the columns of ``y T`` are orthonormal to 1e-5, or zero.
+
+    From ``square = y^T y`` of columns that `lifting` has made: what is below a half
+    there is noise, or so small that what is made of it by ``T`` would be.
+    """
+    if square.shape[-1] <= small.WIDEST:
+        return _by_unrolling(small.inverse_cholesky, square, 0.25)
+    values, vectors = eigh(square)
+    keep = values > 0.25
     root = jnp.where(keep, jax.lax.rsqrt(jnp.where(keep, values, 1.0)), 0.0)
-    t = matmul(t, vectors * root[..., None, :])
-    for _ in range(2):
-        t = matmul(t, 1.5 * eye - 0.5 * _gram(matmul(unit, t)))
-    return scale.mT * t
+    return vectors * root[..., None, :]
 
 
-def _inverse_norms(y: Array, floor: float) -> Array:
-    """Of the columns, (*batch, 1, r); zero for those below ``floor`` of the largest."""
-    norm = jnp.linalg.norm(y, axis=-2, keepdims=True)
-    used = norm > floor * jnp.max(norm, axis=-1, keepdims=True)
-    return jnp.where(used, 1.0 / jnp.where(used, norm, 1.0), 0.0)
+def _by_unrolling(inverse: Callable[..., Array], square: Array, least: float) -> Array:
+    """An inverse of small matrices, on CPU in a loop, which costs less to compile."""
+    return jax.lax.platform_dependent(
+        square,
+        cpu=lambda x: inverse(x, least, unroll=False),
+        default=lambda x: inverse(x, least),
+    )
 
 
 def range_basis(a: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
@@ -157,9 +180,9 @@ def range_basis(a: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
         left_over, scale = unit_scale(jnp.where(norm > floor, left_over, 0.0))
         floor = floor / scale
         new, left_over = _whiten(left_over)
-        # New columns stand last, as the old ones do: move them in front of those.
+        # New columns stand first, as the old ones do: move them behind those.
         used = jnp.sum(jnp.any(basis != 0, axis=-2), axis=-1)[..., None, None]
-        place = (jnp.arange(a.shape[-1]) + used) % a.shape[-1]
+        place = (jnp.arange(a.shape[-1]) - used) % a.shape[-1]
         new = new - matmul(basis, matmul(basis.mT, new))
         basis = _polish(_polish(basis + jnp.take_along_axis(new, place, axis=-1)))
         for _ in range(2):  # once is not enough in floating point, twice is
@@ -186,9 +209,8 @@ def gram_eigh(
     a, scale = unit_scale(a)
     m, n = a.shape[-2:]
     rank = min(m, n) if rank is None else min(rank, m, n)
-    values, vectors = eigh(_gram(a.mT) if m <= n else _gram(a))
-    vectors = jnp.flip(vectors, -1)[..., :rank]
-    values = jnp.flip(values, -1)[..., :rank]
+    values, vectors = eigh(gram(a.mT) if m <= n else gram(a))
+    vectors, values = vectors[..., :rank], values[..., :rank]
     if m > n:
         vectors = orthonormalize(matmul(a, vectors))
     return vectors, jnp.sqrt(jnp.maximum(values, 0.0)) * scale[..., 0]

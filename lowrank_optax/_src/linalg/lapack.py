@@ -1,4 +1,4 @@
-"""Factorizations of small matrices by the backend's library."""
+"""Factorizations of square matrices: small ones here, wider ones by a library."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from lowrank_optax._src.linalg import small
 
 
 def one_by_one(function: Callable[[Array], Any]) -> Callable[[Array], Any]:
@@ -36,16 +38,39 @@ def svd(a: Float[Array, "*b m n"]) -> tuple[Array, Array, Array]:
     return u, s, vt
 
 
-@one_by_one
 def eigh(a: Float[Array, "*b r r"]) -> tuple[Array, Array]:
-    """Eigenvalues of symmetric matrices, ascending, and their eigenvectors."""
-    values, vectors = jnp.linalg.eigh(a)
-    return values, vectors
+    """Eigenvalues of symmetric matrices, descending, and their eigenvectors."""
+    if a.shape[-1] > small.WIDEST:
+        return _library_eigh(a)
+    flat = a.reshape(-1, *a.shape[-2:])
+    # LAPACK is at hand on CPU, and costs no compilation.
+    values, vectors = jax.lax.platform_dependent(
+        flat, cpu=_library_eigh, default=small.jacobi_eigh
+    )
+    return values.reshape(a.shape[:-1]), vectors.reshape(a.shape)
 
 
 @one_by_one
-def inverse_root(gram: Array) -> Array:
+def _library_eigh(a: Array) -> tuple[Array, Array]:
+    values, vectors = jnp.linalg.eigh(a)
+    return jnp.flip(values, -1), jnp.flip(vectors, -1)
+
+
+def inverse_root(gram: Float[Array, "*b r r"]) -> Float[Array, "*b r r"]:
     """The inverse of the lower Cholesky factor."""
+    if gram.shape[-1] > small.WIDEST:
+        return _library_inverse_root(gram)
+    flat = gram.reshape(-1, *gram.shape[-2:])
+    inverse = jax.lax.platform_dependent(
+        flat,
+        cpu=_library_inverse_root,
+        default=lambda x: small.inverse_cholesky(x).mT,
+    )
+    return inverse.reshape(gram.shape)
+
+
+@one_by_one
+def _library_inverse_root(gram: Array) -> Array:
     eye = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
     lower = jnp.linalg.cholesky(gram)
     return jax.lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)

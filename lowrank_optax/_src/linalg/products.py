@@ -1,5 +1,7 @@
 """Products with thin matrices, and scales that keep squares in range."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -10,31 +12,23 @@ def matmul(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def project(basis: Array, a: Array, turned: bool = False) -> Array:
-    """``basis^T a`` for a thin basis, which is transposed apart.
+def gram(y: Array) -> Array:
+    """``y^T y``."""
+    return matmul(y.mT, y)
 
-    XLA's CPU backend would leave that to the product, and there transpose ``a``, at two
-    to five times the time where ``a`` is a transposed view.
 
-    Args:
-      turned: multiply ``a^T`` by the basis instead, which is faster for such a view,
-        if the basis has a few columns only, and as slow as said for any other ``a``.
+def project(basis: Array, a: Array) -> Array:
+    """``basis^T a`` for a thin basis.
+
+    XLA merges two products that share an operand, and copies the other two for it: on
+    GPU a gradient. A barrier on the thin operand keeps this product by itself.
     """
-    if turned:
-        return sketch(a.mT, basis, turned=False).mT
     return matmul(jax.lax.optimization_barrier(basis.mT), a)
 
 
-def sketch(a: Array, w: Array, turned: bool = True) -> Array:
-    """``a w`` for a thin ``w``, by ``w^T a^T`` as `project` has it.
-
-    Args:
-      turned: whether ``a`` may be a transposed view; if not, ``a w`` as it stands is
-        faster where ``w`` has a few columns only.
-    """
-    if turned:
-        return jax.lax.optimization_barrier(project(w, a.mT)).mT
-    return jax.lax.optimization_barrier(matmul(a, w))
+def sketch(a: Array, w: Array) -> Array:
+    """``a w`` for a thin ``w``, by itself as in `project`."""
+    return matmul(a, jax.lax.optimization_barrier(w))
 
 
 def at_least_float32(x: Array) -> Array:
@@ -76,13 +70,54 @@ def power_of_two(x: Array) -> tuple[Array, Array]:
     return power(inverse) + broken, power(top - 1 - inverse)
 
 
-def near_one(y: Array) -> tuple[Array, Array]:
-    """``y / s`` with the power of two s at its largest magnitude, and the latter."""
-    largest = jnp.max(jnp.abs(y), (-2, -1), keepdims=True)
-    return y * power_of_two(largest)[0], largest
+def near_one(y: Array) -> Array:
+    """``y`` with its largest magnitude near one, so that its squares are in range."""
+    return unit_scale(y)[0]
 
 
 def unit_columns(y: Array) -> Array:
     """Columns of norm one; zero columns stay zero."""
     norm = jnp.linalg.norm(y, axis=-2, keepdims=True)
     return y / jnp.where(norm > 0, norm, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lying:
+    """A matrix A by an array that is A, or its transpose, as it lies in memory.
+
+    Arithmetic on the array reads and writes memory in its order; products contract the
+    axis that they need, and transpose thin factors only.
+
+    Attributes:
+      array: ``(*batch, m, n)``, or ``(*batch, n, m)`` if turned.
+      turned: whether it is the transpose.
+    """
+
+    array: Array
+    turned: bool
+
+    @property
+    def matrix(self) -> Array:
+        """A, which may be a transposed view."""
+        return self.order(self.array)
+
+    def order(self, x: Array) -> Array:
+        """An array of A's order in this array's, or the other way round."""
+        return x.mT if self.turned else x
+
+    def of(self, array: Array) -> "Lying":
+        """Another matrix that lies like this one."""
+        return dataclasses.replace(self, array=array)
+
+    def column_norms(self) -> Array:
+        """``(*batch, 1, n)``."""
+        axis = -1 if self.turned else -2
+        return self.order(jnp.linalg.norm(self.array, axis=axis, keepdims=True))
+
+    def sketch(self, w: Array) -> Array:
+        """``A w``."""
+        return project(w, self.array).mT if self.turned else sketch(self.array, w)
+
+    def project(self, q: Array) -> Array:
+        """``q^T A``."""
+        return sketch(self.array, q).mT if self.turned else project(q, self.array)

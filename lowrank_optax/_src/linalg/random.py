@@ -8,27 +8,11 @@ operations an entry inside the loop that uses it, where a key's own generator ta
 hundreds and stores its words, and no communication on sharded axes.
 """
 
-import zlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-
-from lowrank_optax._src.training import stack
-
-
-def matrix_keys(key: jax.Array, batch: tuple[int, ...]) -> jax.Array:
-    """The keys ``(*batch,)`` of a leaf's matrices: its own, folded by their places."""
-    for axis, size in enumerate(batch):
-        places = jnp.arange(size) + (stack.place() if axis == 0 else 0)
-        key = _over(
-            key,
-            lambda k, places=places: jax.vmap(
-                lambda place: jax.random.fold_in(k, place)
-            )(places),
-        )
-    return key
 
 
 def draw(
@@ -55,18 +39,13 @@ def draw(
     True
     """
     rest = shape[key.ndim :] if _is_typed(key) else shape
-    return _over(key, lambda k: sample(k, rest, dtype))
+    return over_keys(key, lambda k: sample(k, rest, dtype))
 
 
 def split(key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Two keys, or stacks of keys, from one."""
-    pair = _over(key, jax.random.split)
+    pair = over_keys(key, jax.random.split)
     return pair[..., 0], pair[..., 1]
-
-
-def named(key: jax.Array, name: str) -> jax.Array:
-    """A key, or a stack of keys, of its own for a name."""
-    return _over(key, lambda k: jax.random.fold_in(k, zlib.crc32(name.encode())))
 
 
 def seeds(key: jax.Array) -> jax.Array:
@@ -126,7 +105,8 @@ def filler(rows: int, cols: int) -> jax.Array:
     return signs(jnp.uint32(125), rows, cols, jnp.float32)
 
 
-def _over(key: jax.Array, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
+def over_keys(key: jax.Array, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """``function`` of each key of a stack; of the words of a key that is not typed."""
     if not _is_typed(key):  # as jax.random.PRNGKey makes them
         return function(key)
     for _ in range(key.ndim):

@@ -33,7 +33,7 @@ def range_finder(
     Returns:
       ``(*batch, m, min(size, m, n))`` with orthonormal columns.
     """
-    a, _ = unit_scale(a)
+    a = linalg.at_least_float32(a)
     m, n = a.shape[-2:]
     size = min(size, m, n)
     known = 0 if start is None else min(start.shape[-1], size)
@@ -43,12 +43,25 @@ def range_finder(
         # Unit columns: a warm start on the scale of the Gaussian ones.
         start = linalg.unit_columns(start[..., :known].astype(a.dtype)) * n**0.5
         omega = jnp.concatenate([start, omega], axis=-1)
-    y = linalg.sketch(a, omega)
+    unit = thin_scale(a)
+    y = linalg.sketch(a, omega * unit)
     for _ in range(power_iters):
-        y = linalg.cholesky_pass(unit_scale(y)[0])
-        y = linalg.cholesky_pass(unit_scale(linalg.sketch(a.mT, y))[0])
-        y = linalg.sketch(a, y)
+        y = linalg.cholesky_pass(linalg.near_one(y))
+        z = linalg.sketch(a.mT, y * unit)
+        if power_iters > 1:  # of one iteration, the squares do not lose more than it
+            z = linalg.cholesky_pass(linalg.near_one(z))
+        y = linalg.sketch(a, z * unit)
     return linalg.orthonormalize(y)
+
+
+def thin_scale(a: Float[Array, "*b m n"]) -> Float[Array, "*b 1 1"]:
+    """A power of two by which a thin factor is multiplied instead of a large ``a``.
+
+    So the product is of the size that it has with an ``a`` of largest entry about 1, or
+    is far from both ends of the range of floats; and no scaled copy of ``a`` is made.
+    """
+    largest = jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True)
+    return jnp.clip(linalg.power_of_two(largest)[0], 2.0**-100, 2.0**100)
 
 
 def leading_singular(
@@ -64,13 +77,13 @@ def leading_singular(
     In the span of a basis Q of the range, these are ``Q U`` and ``U^T B``, with U the
     leading eigenvectors of ``B B^T``, ``B = Q^T a``.
     """
-    a, scale = unit_scale(a)
-    warm = None if start is None else linalg.sketch(a.mT, start)
+    a, unit = linalg.at_least_float32(a), thin_scale(a)
+    warm = None if start is None else linalg.sketch(a.mT, start * unit)
     basis = range_finder(key, a, rank + oversample, iters, warm)
-    b = linalg.project(basis, a)
+    b = linalg.project(basis * unit, a)
     _, vectors = linalg.eigh(matmul(b, b.mT))
-    vectors = jnp.flip(vectors, -1)[..., : min(rank, *a.shape[-2:])]
-    return matmul(basis, vectors), matmul(vectors.mT, b) * scale
+    vectors = vectors[..., : min(rank, *a.shape[-2:])]
+    return matmul(basis, vectors), matmul(vectors.mT, b) / unit
 
 
 def subspace_iteration(

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax._src.engines.accept import accept_finite, increment
+from lowrank_optax._src.engines.accept import accept_leaf, increment
+from lowrank_optax._src.engines.order import Order
 from lowrank_optax._src.leaves import matrix
 from lowrank_optax._src.leaves.box import transformation
 from lowrank_optax._src.leaves.choose import view_dense, view_leaves
@@ -114,9 +115,9 @@ def scale_by_adafactor(
         ]
         t = increment(state.step)
         b2 = 1 - jnp.asarray(t, jnp.float32) ** -decay_rate
-        out = []
+        out, order = [], Order()
         for i, (view, *old) in enumerate(zip(views, *moments, strict=True)):
-            g = view.matrix(grads[i])
+            g = view.matrix(order.start(grads[i]))
             square = g**2 + _EPS
             if _factored(view):
                 row = b2 * old[0] + (1 - b2) * jnp.mean(square, axis=-1)
@@ -130,8 +131,10 @@ def scale_by_adafactor(
             if clipping_threshold is not None:
                 u = _clip(u, clipping_threshold)
             out.append(view.leaf(u))
-            for field, x in zip(moments, accept_finite(new, old), strict=True):
+            kept = accept_leaf(new, old, g.size)
+            for field, x in zip(moments, kept, strict=True):
                 field[i] = x
+            order.end((out[i], kept))
         state = AdafactorState(t, *(treedef.unflatten(x) for x in moments))
         return treedef.unflatten(out), state
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax._src.engines import batching
-from lowrank_optax._src.engines.accept import accept_finite, increment
+from lowrank_optax._src.engines.accept import accept_leaf, increment
+from lowrank_optax._src.engines.order import Order
 from lowrank_optax._src.leaves import matrix
 from lowrank_optax._src.leaves.box import transformation
 from lowrank_optax._src.leaves.choose import view_blocks
@@ -99,17 +99,16 @@ def scale_by_adam_mini(
         grads, treedef = jax.tree.flatten(updates)
         mus, nus = (treedef.flatten_up_to(x) for x in (state.mu, state.nu))
         t = increment(state.step)
-        out = []
-        with batching.turns():
-            for i, view in enumerate(views):
-                g = view.matrix(batching.wait_turn(grads[i]))
-                mu = b1 * view.matrix(mus[i]) + (1 - b1) * g
-                nu = b2 * nus[i] + (1 - b2) * jnp.mean(g**2, axis=-2, keepdims=True)
-                size = jnp.sqrt(nu / (1 - b2**t)) + eps
-                out.append(view.leaf(mu / (1 - b1**t) / size))
-                new = view.leaf(mu, mus[i].dtype), nu
-                mus[i], nus[i] = accept_finite(new, (mus[i], nus[i]), out[i])
-                batching.end_turn_of((out[i], mus[i], nus[i]))
+        out, order = [], Order()
+        for i, view in enumerate(views):
+            g = view.matrix(order.start(grads[i]))
+            mu = b1 * view.matrix(mus[i]) + (1 - b1) * g
+            nu = b2 * nus[i] + (1 - b2) * jnp.mean(g**2, axis=-2, keepdims=True)
+            size = jnp.sqrt(nu / (1 - b2**t)) + eps
+            out.append(view.leaf(mu / (1 - b1**t) / size))
+            new, old = (view.leaf(mu, mus[i].dtype), nu), (mus[i], nus[i])
+            mus[i], nus[i] = accept_leaf(new, old, g.size)
+            order.end((out[i], mus[i], nus[i]))
         state = AdamMiniState(t, treedef.unflatten(mus), treedef.unflatten(nus))
         return treedef.unflatten(out), state
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax._src import linalg
-from lowrank_optax._src.engines.leafwise import leafwise
+from lowrank_optax._src.engines.accept import accept_leaf
+from lowrank_optax._src.engines.rules import leafwise
 from lowrank_optax._src.leaves.matrix import Matrices
 from lowrank_optax._src.linalg import matmul
 from lowrank_optax._src.methods.optimizer import LearningRate, optimizer
@@ -120,24 +121,43 @@ class LDAdam:
             nu=view.zeros(r, "n"),
         )
 
-    def update(self, key, step, grad, state):
-        step = step.astype(grad.dtype)  # of the widest integers, powers would be wider
+    @property
+    def stages(self):
+        return ((self.sketch, self.turn), (self.update, self.finish))
+
+    def start(self, keys, states, count):
+        return [None] * len(states)
+
+    def sketch(self, step, grad, state, given):
+        """``A B^T P``: one block power step from the old basis, with B = B(A, M)."""
+        mu_hat = state.mu / self._correction(step, grad.array.dtype)
+        a, old = self._total(grad, state), state.basis
+        # B^T P and B (B^T P) by their products; B is not formed. P^T P = 1, or near it
+        # where P is stored in bytes: what matters here is its range.
+        z = self.rho * mu_hat + (1 - self.rho) * a.project(old)
+        z = linalg.near_one(z).mT
+        y = self.rho * matmul(old, matmul(mu_hat, z))
+        return None, y + (1 - self.rho) * a.sketch(z)
+
+    def turn(self, found, states, count):
+        """The next bases."""
+        return linalg.orthonormalize_each(found, count)
+
+    def update(self, step, grad, state, basis):
+        step = step.astype(grad.array.dtype)  # of wide integers, powers would be wider
         b1, b2, t = self.b1, self.b2, step + 1
         old, error, mu, nu = state
-        a = grad + error if self.error_feedback else grad
-
-        # Moments start at zero, where the bias correction is 0 / 0.
-        correction = jnp.where(step > 0, 1 - b1**step, 1.0)
+        a = self._total(grad, state)
+        correction = self._correction(step, grad.array.dtype)
         mu_hat = mu / correction
-        basis = self._turn(a, old, mu_hat)
-        r, c = linalg.project(basis, a), matmul(basis.mT, old)
+        r, c = a.project(basis), matmul(basis.mT, old)
         carried = matmul(c, mu)
         if self.error_feedback:
             # A - P' R + ratio (P M - P' M'), all that has a basis in one product.
             ratio = b1 / (1 - b1)
             bases = jnp.concatenate([old, basis], axis=-1)
             kept = jnp.concatenate([ratio * mu, -(r + ratio * carried)], axis=-2)
-            error = a + matmul(bases, kept)
+            error = a.matrix + matmul(bases, kept)
 
         # (C o C) V and the correction by (C o C) M^2 in one product too.
         seen = 1 - b2**step
@@ -146,25 +166,31 @@ class LDAdam:
         mu = b1 * carried + (1 - b1) * r
         nu = b2 * nu + (1 - b2) * r**2
         direction = mu / (1 - b1**t) / (jnp.sqrt(nu / (1 - b2**t)) + self.eps)
-        return matmul(basis, direction), LDAdamState(basis, error, mu, nu)
+        new = LDAdamState(basis, error, mu, nu)
+        update = grad.of(grad.order(matmul(basis, direction)))
+        return update, accept_leaf(new, state, grad.array.size)
 
-    def _turn(self, a, old, mu_hat):
-        """One block power step from the old basis; singular vectors to begin with."""
+    def finish(self, found, states, count):
+        return found
 
-        def start():
-            return linalg.gram_eigh(a, old.shape[-1])[0]
+    def _total(self, grad, state):
+        """The gradient with the error that was made before."""
+        if not self.error_feedback:
+            return grad
+        return grad.of(grad.array + grad.order(state.error))
 
-        def turn():
-            # B^T P and B (B^T P) by their products; B is not formed. P^T P = 1, or near
-            # it where P is stored in bytes: what matters here is its range.
-            z = self.rho * mu_hat + (1 - self.rho) * linalg.project(old, a)
-            z = linalg.unit_scale(z)[0].mT  # squares of extreme entries: out of range
-            y = self.rho * matmul(old, matmul(mu_hat, z))
-            y += (1 - self.rho) * linalg.sketch(a, z)
-            return linalg.orthonormalize(y)
+    def _correction(self, step, dtype):
+        """Of the first moment; it starts at zero, where that would be 0 / 0."""
+        step = step.astype(dtype)
+        return jnp.where(step > 0, 1 - self.b1**step, 1.0)
 
-        # After an unusable first gradient the basis still is zero, whatever the step.
-        return jax.lax.cond(jnp.all(old == 0), start, turn)
+    def begin(self, grad, state):
+        """The first basis: singular vectors of the gradient."""
+        return state._replace(basis=linalg.gram_eigh(grad, state.basis.shape[-1])[0])
+
+    def unset(self, state):
+        """Whether there is none yet: an unusable gradient leaves it at zero."""
+        return jnp.all(state.basis == 0)
 
 
 def ldadamw(

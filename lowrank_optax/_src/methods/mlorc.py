@@ -6,23 +6,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from lowrank_optax._src.engines import batching
-from lowrank_optax._src.engines.accept import tree_where
 from lowrank_optax._src.engines.compress import by_moment, compress_fields
-from lowrank_optax._src.engines.leafwise import leafwise
-from lowrank_optax._src.kernels.dispatch import active
+from lowrank_optax._src.engines.rules import leafwise
 from lowrank_optax._src.leaves.matrix import Matrices
-from lowrank_optax._src.linalg import at_least_float32
+from lowrank_optax._src.linalg.thin import each
 from lowrank_optax._src.methods.optimizer import LearningRate, optimizer
 from lowrank_optax._src.parts.low_rank import (
     Average,
     LowRank,
     LowRankCode,
-    Whole,
+    best_codes,
     clamp_negative,
+    kept_sketches,
     low_rank_product,
     negative_mean,
+    sketches,
+    with_kept,
 )
 
 
@@ -217,90 +218,97 @@ class MLorcLionState(NamedTuple):
     mu: LowRankCode
 
 
+class Given(NamedTuple):
+    """What the wide stage of one matrix is given, made of thin factors.
+
+    Attributes:
+      omegas: of each compressed moment what its sketch multiplies; None for its whole
+        space.
+      kept: of the first moment, see `kept_sketches`.
+      zeta: of the second moment, see `negative_mean`; None where there is none.
+    """
+
+    omegas: tuple[jax.Array | None, ...]
+    kept: jax.Array | None
+    zeta: jax.Array | None
+
+
 @dataclasses.dataclass(frozen=True)
 class MLorcAdam:
     """Algorithm 1 on one matrix."""
 
-    b1: Any
-    b2: Any
-    eps: Any
+    b1: ArrayLike
+    b2: ArrayLike
+    eps: ArrayLike
     mu: LowRank
     nu: LowRank
-    turned: bool = False  # whether the leaf lies transposed in memory
 
-    def at(self, view):
-        return dataclasses.replace(self, turned=view.turned)
+    @property
+    def stages(self):
+        return ((self.update, self.finish),)
 
     def init(self, view):
         return MLorcAdamState(self.mu.init(view), self.nu.init(view))
 
-    def update(self, key, step, grad, state):
-        zeta, mu_omega, nu_omega = yield from batching.together(
-            batching.ask(negative_mean, *state.nu),
-            self.mu.draw(key, state.mu),
-            self.nu.draw(key, state.nu),
-        )
-        if kernels := _kernels(grad, (self.mu, mu_omega), (self.nu, nu_omega)):
-            omegas = mu_omega, nu_omega
-            return (yield from kernels.adam(self, step, grad, state, zeta, *omegas))
-        grad = at_least_float32(grad)
-        b1, b2, t = self.b1, batching.take_turn(self.b2, grad.dtype), step + 1
-        g, mu, nu = (_lying(self, x) for x in (grad, *state))
-        m = b1 * low_rank_product(mu) + (1 - b1) * g
-        v = b2 * clamp_negative(low_rank_product(nu), zeta) + (1 - b2) * g**2
-        m_hat, v_hat = m * (1 / (1 - b1**t)), v * (1 / (1 - self.b2**t))
-        average = Average(b1, state.mu, grad, self.turned)
-        whole = Whole(_lying(self, v), self.turned)
-        (mu, mu_finite), (nu, nu_finite) = yield from batching.together(
-            self.mu.compress(mu_omega, average, state.mu),
-            self.nu.compress(nu_omega, whole, state.nu, ends_turn=True),
-        )
-        finite = jnp.all(mu_finite & nu_finite)
-        new = tree_where(finite, MLorcAdamState(mu, nu), state)
-        return _lying(self, m_hat / (jnp.sqrt(v_hat) + self.eps)), new
+    def start(self, keys, states, count):
+        mus, nus = ([s[k] for s in states] for k in (0, 1))
+        omegas = self.mu.draw(keys, mus, count), self.nu.draw(keys, nus, count)
+        kept = kept_sketches(mus, omegas[0], count)
+        zeta = each(negative_mean, nus, count)
+        pairs = zip(*omegas, strict=True)
+        return list(map(Given, pairs, kept, zeta))
+
+    def update(self, step, grad, state, given):
+        g, t, b1, b2 = grad.array, step + 1, self.b1, self.b2
+        m = b1 * low_rank_product(state.mu, grad.turned) + (1 - b1) * g
+        v_old = low_rank_product(state.nu, grad.turned)
+        v = b2 * clamp_negative(v_old, given.zeta) + (1 - b2) * g**2
+        m_hat, v_hat = m * (1 / (1 - b1**t)), v * (1 / (1 - b2**t))
+        moments = Average(b1, state.mu, grad, given.kept), grad.of(v)
+        found = sketches((self.mu, self.nu), given.omegas, moments, state)
+        return grad.of(m_hat / (jnp.sqrt(v_hat) + self.eps)), found
+
+    def finish(self, found, states, count):
+        mus, nus = ([s[k] for s in states] for k in (0, 1))
+        mu, nu = ([x[k] for x in found] for k in (0, 1))
+        mu, leaf = with_kept(mu, mus, self.b1, count), list(range(len(states)))
+        codes = best_codes(mu + nu, mus + nus, leaf + leaf, count)
+        size = len(states)
+        return list(map(MLorcAdamState, codes[:size], codes[size:]))
 
 
 @dataclasses.dataclass(frozen=True)
 class MLorcLion:
     """Algorithm 2 on one matrix."""
 
-    b1: Any
-    b2: Any
+    b1: ArrayLike
+    b2: ArrayLike
     mu: LowRank
-    turned: bool = False  # whether the leaf lies transposed in memory
 
-    def at(self, view):
-        return dataclasses.replace(self, turned=view.turned)
+    @property
+    def stages(self):
+        return ((self.update, self.finish),)
 
     def init(self, view):
         return MLorcLionState(self.mu.init(view))
 
-    def update(self, key, step, grad, state):
-        omega = yield from self.mu.draw(key, state.mu)
-        if kernels := _kernels(grad, (self.mu, omega)):
-            return (yield from kernels.lion(self, grad, state, omega))
-        grad = at_least_float32(grad)
-        b1 = batching.take_turn(self.b1, grad.dtype)
-        g, mu = (_lying(self, x) for x in (grad, state.mu))
-        c = b1 * low_rank_product(mu) + (1 - b1) * g
-        average = Average(self.b2, state.mu, grad, self.turned)
-        mu, finite = yield from self.mu.compress(omega, average, state.mu, True)
-        new = tree_where(jnp.all(finite), MLorcLionState(mu), state)
-        return _lying(self, jnp.sign(c)), new
+    def start(self, keys, states, count):
+        mus = [s.mu for s in states]
+        omegas = self.mu.draw(keys, mus, count)
+        kept = kept_sketches(mus, omegas, count)
+        return [Given((x,), k, None) for x, k in zip(omegas, kept, strict=True)]
 
+    def update(self, step, grad, state, given):
+        kept = low_rank_product(state.mu, grad.turned)
+        c = self.b1 * kept + (1 - self.b1) * grad.array
+        average = Average(self.b2, state.mu, grad, given.kept)
+        found = sketches([self.mu], given.omegas, [average], state)
+        return grad.of(jnp.sign(c)), found
 
-def _lying(rule, x):
-    """What is of the gradient's shape, as the leaf lies in memory, and back."""
-    return x.mT if rule.turned else x
-
-
-def _kernels(grad, *sketches):
-    """The module of the kernels that stand for an update, if there are any."""
-    if not active():
-        return None
-    from lowrank_optax._src.kernels import mlorc
-
-    return mlorc if mlorc.suits(grad, *sketches) else None
+    def finish(self, found, states, count):
+        old = [state.mu for state in states]
+        found = with_kept([sketch for (sketch,) in found], old, self.b2, count)
+        return list(map(MLorcLionState, best_codes(found, old, range(len(old)), count)))
 
 
 def mlorc_adamw(

@@ -7,11 +7,13 @@ arrive as ``(*batch, m, n)`` in float32 at least, basis side on the left; write
 the others beyond their laws, or lacks itself, it may say: see `compatible`.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lowrank_optax._src.leaves.matrix import MatrixView
+from lowrank_optax._src.linalg.products import Lying
 
 Step = Int[Array, ""]
 
@@ -23,11 +25,6 @@ class Subspace(Protocol):
     A class attribute ``stored = False`` says that the basis follows from the key alone:
     the state then keeps the step of its drawing, and the basis is drawn again wherever
     it is needed. Then only the shape and dtype of ``old`` may be used.
-
-    A method ``select_and_project``, where there is one, takes the same arguments and
-    returns ``(basis, basis^T grad)``, for one that knows both already; a subspace that
-    is not stored is never asked for it, nor is a derived class that has a ``select`` of
-    its own and not this.
     """
 
     def select(
@@ -37,45 +34,39 @@ class Subspace(Protocol):
         old: Float[Array, "*b m r"],
         step: Step,
     ) -> Float[Array, "*b m r"]:
-        """A new basis for ``grad``, scaled to a largest magnitude in [1/2, 1).
+        """A new basis for ``grad``, which comes on its own scale.
 
         Law: columns orthonormal to 1e-5 or exactly zero, finite for any finite
-        ``grad``. ``old`` is the basis to be replaced, zero at the start. ``key`` is one
-        for each matrix; see `lowrank_optax.linalg.draw`.
+        ``grad``; one that is not finite is never accepted. ``old`` is the basis to be
+        replaced, zero at the start. ``key`` is one for each matrix; see
+        `lowrank_optax.linalg.draw`.
         """
         ...
 
 
 @runtime_checkable
 class Refresh(Protocol):
-    """When the basis is renewed: one scalar predicate a leaf; step 0 is always due.
+    """When the basis is renewed: one scalar predicate a leaf; step 0 is always due."""
 
-    A class attribute ``uses_size = False`` says that `due` does without ``size``, and
-    is given None: what is due is then not first projected to the old basis. A derived
-    class whose own `due` looks at it says ``uses_size = True`` again.
-    """
+    def init(self, view: MatrixView, phase: float) -> Any:
+        """A NamedTuple of scalars, or ``optax.MaskedNode()`` for none.
 
-    def init(self, view: MatrixView) -> Any:
-        """A NamedTuple of scalars, or ``optax.MaskedNode()`` for none."""
-        ...
-
-    def due(
-        self, state: Any, step: Step, phase: float, size: Array | None
-    ) -> Bool[Array, ""]:
-        """Whether to renew now.
-
-        ``phase`` in [0, 1) spreads the leaves by cost; ``size`` is the Frobenius norm
-        of the gradient projected to the present basis, None if ``uses_size = False``.
+        ``phase`` in [0, 1) spreads the leaves by cost.
         """
         ...
 
-    def after(self, state: Any, due: Array, size: Array, overlap: Array) -> Any:
-        """The next state; ``overlap`` is ``||new^T old||_F^2 / r``, 1 if not due.
+    def due(self, state: Any, step: Step) -> Bool[Array, ""]:
+        """Whether to renew now."""
+        ...
 
-        It is 0 where there is nothing to compare: no old basis, or a gradient that is
-        zero or not finite, which leaves the old one. r counts the columns of the old
-        basis that are not zero. ``size`` is as above, or that of the whole gradient if
-        due: what the new basis was chosen for.
+    def after(self, state: Any, due: Array, size: Array, overlap: Array) -> Any:
+        """The next state.
+
+        ``size`` is the Frobenius norm of the projected gradient, or that of the whole
+        gradient if due: what the new basis was chosen for. ``overlap`` is
+        ``||new^T old||_F^2 / r``, 1 if not due. It is 0 where there is nothing to
+        compare: no old basis, or a gradient that is zero or not finite, which leaves
+        the old one. r counts the columns of the old basis that are not zero.
         """
         ...
 
@@ -113,16 +104,18 @@ class Recovery(Protocol):
 
     def recover(
         self,
-        grad: Float[Array, "*b m n"],
+        grad: Lying,
         coeff: Float[Array, "*b r n"],
         direction: Float[Array, "*b r n"],
         basis: Float[Array, "*b m r"],
         scale: Any,
         state: Any,
-    ) -> tuple[Float[Array, "*b m n"], Any]:
+    ) -> tuple[Lying | Float[Array, "*b m n"], Any]:
         """The full update from ``coeff = basis^T grad`` and the inner's ``direction``.
 
-        ``scale`` multiplies ``basis @ direction`` only.
+        ``scale`` multiplies ``basis @ direction`` only. ``grad.matrix`` is the
+        gradient; what is made of it number by number moves less memory if it is made of
+        ``grad.array``, and returned as ``grad.of(...)``.
         """
         ...
 
@@ -165,10 +158,32 @@ class Rule(Protocol):
     ) -> Any:
         """``(update, next state)``, shaped as ``grad`` and ``state``; ``step`` from 0.
 
-        ``grad`` is in float32. A rule with a method ``at(view)`` says by that what
-        rule is used at a leaf, whose gradients come in the leaf's own dtype.
-
-        May be a generator, ``x, = yield [(function, array)]``, to have small problems
-        of all leaves solved as one batch: see `lowrank_optax._src.engines.batching`.
+        ``grad`` is in float32.
         """
+        ...
+
+
+@runtime_checkable
+class StagedRule(Protocol):
+    """A `Rule` in stages: thin factors, the matrix, thin factors, and so on.
+
+    Thin stages see all matrices of a model at once, so that their small problems are
+    solved in common; wide ones are all that reads a gradient, one matrix after the
+    other. Each wide stage comes with the thin one behind it:
+
+    * wide ``(step, grad, state, given) -> (update, found)`` of one matrix, with
+      ``grad`` and the update as `Lying`, the update None but in the last;
+    * thin ``(found, states, count) -> given``, lists with an entry for each matrix; the
+      last gives the next states. Law: these are finite where the old ones are, as a
+      leaf whose new state is not keeps the old one.
+    """
+
+    stages: tuple[tuple[Callable[..., Any], Callable[..., Any]], ...]
+
+    def init(self, view: MatrixView) -> NamedTuple:
+        """As of `Rule`."""
+        ...
+
+    def start(self, keys: list[Array], states: list[Any], count: Step) -> list[Any]:
+        """What the first wide stage is given; for ``count`` see `thin.places`."""
         ...

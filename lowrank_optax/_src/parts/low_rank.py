@@ -2,16 +2,18 @@
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from lowrank_optax._src import linalg
-from lowrank_optax._src.engines import batching
 from lowrank_optax._src.linalg import matmul, random
+from lowrank_optax._src.linalg.products import Lying
+from lowrank_optax._src.linalg.thin import Stacks, across, each
 from lowrank_optax._src.parts import compatible
 from lowrank_optax._src.parts.checks import check_rank
 
@@ -26,11 +28,6 @@ class LowRankCode(NamedTuple):
 
     left: Float[Array, "*b m r"]
     right: Float[Array, "*b r n"]
-
-    @property
-    def mT(self) -> "LowRankCode":
-        """The code of the transpose."""
-        return LowRankCode(self.right.mT, self.left.mT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,178 +76,265 @@ class LowRank:
         return LowRankCode(left=view.zeros("m", r), right=view.full(_sign_rows, r, "n"))
 
     def encode(self, key, x, old):
-        def steps():
-            omega = yield from self.draw(key, old)
-            return (yield from self.compress(omega, Whole(x), old))
-
-        code, _ = batching.drive(steps())[0]
+        (omega,) = self.draw([key], [old], None)
+        (sketch,) = sketches([self], [omega], [Lying(x, False)], [old])
+        (code,) = best_codes([sketch], [old], None, None)
         return code
 
     def decode(self, code):
         x = low_rank_product(code)
         return clamp_negative(x, negative_mean(*code)) if self.nonnegative else x
 
-    def draw(self, key: Array, old: LowRankCode) -> batching.Steps:
-        """Omega; or None where the whole space is small enough to be its own range."""
-        *batch, r, n = old.right.shape
-        size = min(r + self.oversample, old.left.shape[-2], n)
-        if size == old.left.shape[-2]:
-            return None
-        if not self.warm_start:
-            shape = (*batch, n, size)
-            return random.normal(key, shape, old.right.dtype)
-        seeds = jnp.broadcast_to(random.seeds(key), batch)[..., None, None]
-        return (yield from batching.ask(_beside_signs(size - r), seeds, old.right))
-
-    def compress(
-        self,
-        omega: Array | None,
-        x: "Whole | Average",
-        old: LowRankCode,
-        ends_turn: bool = False,
-    ) -> batching.Steps:
-        """The code of a matrix that is known by its products.
+    def draw(
+        self, keys: list[Array], olds: list[LowRankCode], count: Array | None
+    ) -> list[Array | None]:
+        """Omega of each code; None where the whole space is its own range.
 
         Args:
-          omega: from `draw`.
-          x: the matrix.
-          old: its code before.
-          ends_turn: whether it is the last of a leaf, see `batching.take_turn`.
-
-        Returns:
-          ``(code, finite)``: whether all of it is, ``(*batch, 1, 1)``.
+          keys: one for each matrix.
+          olds: the codes to be replaced.
+          count: see `thin.places`.
         """
-        *batch, m, _ = old.left.shape
-        if omega is None:
-            y = jnp.broadcast_to(jnp.eye(m, dtype=old.left.dtype), (*batch, m, m))
-        else:
-            y, largest = x.sketch(omega)
-            if ends_turn:
-                batching.end_turn(largest)
-            for _ in range(self.power_iters):
-                y = yield from batching.ask(linalg.range_basis, y)
-                z = x.join(*x.project(y)).mT
-                y, _ = x.sketch((yield from batching.ask(linalg.range_basis, z)))
-            if y.shape[-1] == old.right.shape[-1]:  # the faint directions count too
-                y = yield from batching.ask(linalg.range_basis, y)
-        # A is multiplied by the sketch as it is, not by its basis: no factorization
-        # comes between the two products with A, which need not be kept in the meantime.
-        return (yield from batching.ask(x.best_code, y, old.right, *x.project(y)))
+        drawn: dict[int, Array | None] = dict.fromkeys(range(len(olds)))
+        sizes = [self._size(old) for old in olds]
+        wanted = [i for i, old in enumerate(olds) if sizes[i] < old.left.shape[-2]]
+        if not self.warm_start:
+            for i in wanted:
+                *batch, _, n = olds[i].right.shape
+                shape = (*batch, n, sizes[i])
+                drawn[i] = random.normal(keys[i], shape, olds[i].right.dtype)
+            return list(drawn.values())
+        for size in {sizes[i] - olds[i].right.shape[-2] for i in wanted}:
+            same = [i for i in wanted if sizes[i] - olds[i].right.shape[-2] == size]
+            rights = [olds[i].right for i in same]
+            stacks = Stacks([(x,) for x in rights], count)
+            seeds = [
+                jnp.broadcast_to(random.seeds(keys[i]), x.shape[:-2])[..., None, None]
+                for i, x in zip(same, rights, strict=True)
+            ]
+            pairs = zip(stacks.stack(seeds), stacks.stack(rights), strict=True)
+            omegas = [_beside_signs(*pair, size) for pair in pairs]
+            drawn |= zip(same, stacks.unstack(omegas), strict=True)
+        return list(drawn.values())
+
+    def _size(self, old: LowRankCode) -> int:
+        r, n = old.right.shape[-2:]
+        return min(r + self.oversample, old.left.shape[-2], n)
 
 
-@functools.cache
-def _beside_signs(cols: int) -> Callable[[Array, Array], Array]:
-    """The transposed right factors as columns, with random ones beside them."""
-
-    def omega(seeds, right):
-        warm = right.mT
-        n = warm.shape[-2]
-        fresh = random.signs(seeds[..., 0, 0], n, cols, warm.dtype) * n**-0.5
-        return jnp.concatenate([warm, fresh], axis=-1)
-
-    return omega
+Sketch = tuple[Array, Array]  # y = A Omega, of a size near one, and z = y^T A
 
 
-@dataclasses.dataclass(frozen=True)
-class Whole:
-    """A matrix A, by its products.
+def sketches(
+    codecs: Sequence[LowRank],
+    omegas: Sequence[Array | None],
+    matrices: "Sequence[Lying | Average]",
+    olds: Sequence[LowRankCode],
+) -> list[Sketch]:
+    """Both products of each matrix of a leaf, with what was drawn for it.
 
-    A thin matrix is at hand in each update of each leaf; what is made of thin matrices
-    alone is left to `best_code`, which runs for all leaves together.
+    A is multiplied by the sketch as it is, not by its basis: no factorization comes
+    between the two products with A, which need not be kept in the meantime. Those of an
+    `Average` lack what `with_kept` adds.
     """
+    ys = [_range(*x) for x in zip(codecs, omegas, matrices, olds, strict=True)]
+    if len({y.shape for y in ys}) == 1:  # scaled in one pass over all
+        ys = list(linalg.near_one(jnp.stack(ys)))
+    else:
+        ys = [linalg.near_one(y) for y in ys]
+    for i, (y, old) in enumerate(zip(ys, olds, strict=True)):
+        if omegas[i] is not None and y.shape[-1] == old.right.shape[-2]:
+            ys[i] = linalg.range_basis(y)  # the faint directions count too
+    zs = [
+        x.last(y) if isinstance(x, Average) else x.project(y)
+        for y, x in zip(ys, matrices, strict=True)
+    ]
+    return list(zip(ys, zs, strict=True))
 
-    matrix: Array
-    turned: bool = False  # whether it is a transposed view
 
-    def sketch(self, w: Array) -> tuple[Array, Array]:
-        """``A w / s`` with a scale s that keeps its squares in range; about s."""
-        return linalg.near_one(linalg.sketch(self.matrix, w, self.turned))
+def _range(
+    codec: LowRank,
+    omega: Array | None,
+    x: "Lying | Average",
+    old: LowRankCode,
+) -> Array:
+    if omega is None:
+        *batch, m, _ = old.left.shape
+        return jnp.broadcast_to(jnp.eye(m, dtype=old.left.dtype), (*batch, m, m))
+    y = x.first(omega) if isinstance(x, Average) else x.sketch(omega)
+    for _ in range(codec.power_iters):
+        z = x.project(linalg.range_basis(y)).mT
+        y = x.sketch(linalg.range_basis(z))
+    return y
 
-    def project(self, q: Array) -> tuple[Array, ...]:
-        """Thin arrays that `join` to ``q^T A``."""
-        return (linalg.project(q, self.matrix, self.turned),)
 
-    @staticmethod
-    def join(z: Array) -> Array:
-        return z
+def _beside_signs(seeds: Array, right: Array, cols: int) -> Array:
+    """The right factors as columns, with random ones beside them.
 
-    @staticmethod
-    def best_code(y: Array, old_right: Array, z: Array) -> tuple[LowRankCode, Array]:
-        return _best_code(y, z, old_right)
+    The random columns are made orthogonal to the factors, which changes no range. Else
+    their products would all be near that with the leading factor, and a Gram matrix
+    could not tell what is left of them from its rounding errors.
+    """
+    warm = right.mT
+    n = warm.shape[-2]
+    fresh = random.signs(seeds[..., 0, 0], n, cols, warm.dtype) * n**-0.5
+    fresh -= matmul(warm, matmul(right, fresh))
+    return jnp.concatenate([warm, fresh], axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Average:
-    """``decay L R + (1 - decay) G`` by its products; it is never formed."""
+    """``decay L R + (1 - decay) G`` by its products; it is never formed.
 
-    decay: Array
-    old: LowRankCode
-    grad: Array
-    turned: bool = False
+    Its thin products with L and R can be made for many matrices at once: `kept` before
+    it is sketched, and by `with_kept` after the last product with G.
 
-    def sketch(self, w: Array, new: Array | None = None) -> tuple[Array, Array]:
-        """As of `Whole`; ``new`` is ``G w`` where that is known."""
-        kept = matmul(self.old.left, matmul(self.old.right, w))
-        new = linalg.sketch(self.grad, w, self.turned) if new is None else new
-        largest = jnp.maximum(
-            *(jnp.max(jnp.abs(x), (-2, -1), keepdims=True) for x in (kept, new))
-        )
-        y = self.decay * kept + (1 - self.decay) * new
-        return y * linalg.power_of_two(largest)[0], largest
-
-    def project(self, q: Array, new: Array | None = None) -> tuple[Array, ...]:
-        """As of `Whole`; ``new`` is ``q^T G`` where that is known."""
-        decay = jnp.asarray(self.decay, q.dtype) * jnp.ones(
-            (*q.shape[:-2], 1, 1), q.dtype
-        )
-        kept = matmul(q.mT, self.old.left)
-        new = linalg.project(q, self.grad, self.turned) if new is None else new
-        return decay, kept, self.old.right, new
-
-    @staticmethod
-    def join(decay: Array, kept: Array, right: Array, new: Array) -> Array:
-        return decay * matmul(kept, right) + (1 - decay) * new
-
-    @staticmethod
-    def best_code(
-        y: Array, old_right: Array, *parts: Array
-    ) -> tuple[LowRankCode, Array]:
-        return _best_code(y, Average.join(*parts), old_right)
-
-
-def _best_code(y: Array, z: Array, old_right: Array) -> tuple[LowRankCode, Array]:
-    """The best code of ``Q Q^T A``, of the old code's rank; and whether it is finite.
-
-    ``Q`` spans the range of the sketch ``y = A Omega``, and ``z = y^T A``: with
-    ``Q = y T``, ``Q^T A = T^T z``.
+    Attributes:
+      kept: ``L R Omega``; None to make it here.
     """
-    rank = old_right.shape[-2]
-    t = linalg.whitening(y)
-    q, b = matmul(y, t), matmul(t.mT, z)
-    unit, scale = linalg.unit_scale(b)
-    vectors = linalg.eigh(matmul(unit, unit.mT))[1]
-    vectors = jnp.flip(vectors, -1)[..., :rank]
-    right = matmul(vectors.mT, unit)
+
+    decay: ArrayLike
+    old: LowRankCode
+    grad: Lying
+    kept: Array | None = None
+
+    def first(self, omega: Array) -> Array:
+        """``A Omega``."""
+        if self.kept is None:
+            return self.sketch(omega)
+        return self.decay * self.kept + (1 - self.decay) * self.grad.sketch(omega)
+
+    def last(self, q: Array) -> Array:
+        """``q^T G``, of which `with_kept` makes ``q^T A``."""
+        return self.grad.project(q)
+
+    def sketch(self, w: Array) -> Array:
+        kept = matmul(self.old.left, matmul(self.old.right, w))
+        return self.decay * kept + (1 - self.decay) * self.grad.sketch(w)
+
+    def project(self, q: Array) -> Array:
+        kept = matmul(matmul(q.mT, self.old.left), self.old.right)
+        return self.decay * kept + (1 - self.decay) * self.grad.project(q)
+
+
+def kept_sketches(
+    olds: Sequence[LowRankCode], omegas: Sequence[Array | None], count: Array
+) -> list[Array | None]:
+    """``L R Omega`` of each code, see `Average`."""
+    kept: dict[int, Array | None] = dict.fromkeys(range(len(olds)))
+    drawn = {i: x for i, x in enumerate(omegas) if x is not None}
+    problems = [(*olds[i], x) for i, x in drawn.items()]
+    if problems:
+        made = each(
+            lambda left, right, x: matmul(left, matmul(right, x)), problems, count
+        )
+        kept |= zip(drawn, made, strict=True)
+    return list(kept.values())
+
+
+def with_kept(
+    found: Sequence[Sketch],
+    olds: Sequence[LowRankCode],
+    decay: ArrayLike,
+    count: Array,
+) -> list[Sketch]:
+    """Sketches whose second products are ``y^T A`` of an `Average` A, not ``y^T G``."""
+
+    def add(y, z, left, right):
+        return decay * matmul(matmul(y.mT, left), right) + (1 - decay) * z
+
+    problems = [(*sketch, *old) for sketch, old in zip(found, olds, strict=True)]
+    added = each(add, problems, count)
+    return [(y, z) for (y, _), z in zip(found, added, strict=True)]
+
+
+def best_codes(
+    found: Sequence[Sketch],
+    olds: Sequence[LowRankCode],
+    leaf: Sequence[int] | None,
+    count: Array | None,
+) -> list[LowRankCode]:
+    """The best codes of ``Q Q^T A``, of the old codes' ranks, for many matrices.
+
+    ``Q`` spans the range of a sketch ``y = A Omega``, and ``z = y^T A``: with
+    ``Q = y T``, ``Q^T A = T^T z``. All that is factored are matrices of the sketch's
+    width, those of all problems together. ``T`` takes two rounds, as the Gram matrix of
+    the first does not tell directions below 1e-3 of the largest from noise.
+
+    Args:
+      found: sketches.
+      olds: the codes to be replaced. They stay where a new one of the same leaf is not
+        finite, as the moments of a leaf belong together.
+      leaf: to which leaf each belongs; None to accept all.
+      count: see `thin.places`.
+    """
+    if not found:
+        return []
+    problems = [(*sketch, *old) for sketch, old in zip(found, olds, strict=True)]
+    stacks = Stacks(problems, count)
+    y, z, *old = (stacks.stack(list(x)) for x in zip(*problems, strict=True))
+    lift = across(linalg.lifting, map(linalg.gram, y))
+    y = [matmul(a, t) for a, t in zip(y, lift, strict=True)]
+    white = across(linalg.whitening, map(linalg.gram, y))
+    turns = [matmul(a, b).mT for a, b in zip(lift, white, strict=True)]
+    units = [linalg.unit_scale(matmul(t, x)) for t, x in zip(turns, z, strict=True)]
+    grams = [linalg.gram(b.mT) for b, _ in units]
+    vectors = across(lambda s: linalg.eigh(s)[1], grams)
+    olds = list(zip(*old, strict=True))
+    codes = [
+        _code(y_, matmul(t, w), *unit, w, right)
+        for y_, t, w, unit, (_, right) in zip(
+            y, white, vectors, units, olds, strict=True
+        )
+    ]
+    if leaf is not None:
+        codes = _accept(codes, olds, stacks.owners(leaf))
+    left, right = (stacks.unstack(list(x)) for x in zip(*codes, strict=True))
+    return [LowRankCode(*pair) for pair in zip(left, right, strict=True)]
+
+
+def _accept(codes, olds, owners) -> list[tuple[Array, Array]]:
+    """The new codes of the leaves of which all are finite, else the old ones."""
+    each = [
+        jnp.isfinite(jnp.sum(left, (-2, -1)) + jnp.sum(right, (-2, -1)))
+        for left, right in codes
+    ]
+    owner = np.concatenate(owners)
+    same = owner[:, None] == owner
+    ok = jnp.all(jnp.concatenate(each) | ~same, axis=-1)
+    kept, start = [], 0
+    for code, old in zip(codes, olds, strict=True):
+        here = ok[start : start + len(code[0])][:, None, None]
+        kept.append(
+            tuple(jnp.where(here, x, y) for x, y in zip(code, old, strict=True))
+        )
+        start += len(code[0])
+    return kept
+
+
+def _code(
+    y: Array, turn: Array, b: Array, scale: Array, vectors: Array, old: Array
+) -> tuple[Array, Array]:
+    """Both factors of ``Q W_r (W_r^T b) scale``, with ``Q W = y turn``."""
+    rank = old.shape[-2]
+    right = matmul(vectors[..., :rank].mT, b)
     norm = jnp.linalg.norm(right, axis=-1, keepdims=True)
     used = norm > 1e-7 * jnp.max(norm, axis=-2, keepdims=True)
     right = jnp.where(used, right / jnp.where(used, norm, 1.0), 0.0)
     # An unused row keeps looking where the used ones do not: a zero row would be a
     # column lost to the next sketch.
-    spare = old_right - matmul(matmul(old_right, right.mT), right)
-    left = matmul(q, vectors * jnp.where(used, norm, 0.0).mT) * scale
-    right = jnp.where(used, right, linalg.unit_columns(spare.mT).mT)
-    finite = jnp.all(jnp.isfinite(left), axis=(-2, -1), keepdims=True)
-    return LowRankCode(left, right), finite & jnp.all(
-        jnp.isfinite(right), axis=(-2, -1), keepdims=True
-    )
+    spare = old - matmul(matmul(old, right.mT), right)
+    left = matmul(y, turn[..., :rank] * jnp.where(used, norm, 0.0).mT * scale)
+    return left, jnp.where(used, right, linalg.unit_columns(spare.mT).mT)
 
 
-def low_rank_product(code: LowRankCode) -> Array:
-    """``left @ right``; at small rank as a sum of outer products, which fuses."""
-    r = code.right.shape[-2]
+def low_rank_product(code: LowRankCode, turned: bool = False) -> Array:
+    """``left @ right``, or its transpose; at small rank as a sum that fuses."""
+    left, right = (code.right.mT, code.left.mT) if turned else code
+    r = right.shape[-2]
     if r > OUTER_MAX_RANK:
-        return matmul(code.left, code.right)
-    terms = (code.left[..., :, i, None] * code.right[..., i, None, :] for i in range(r))
+        return matmul(left, right)
+    terms = (left[..., :, i, None] * right[..., i, None, :] for i in range(r))
     return functools.reduce(jnp.add, terms)
 
 
@@ -268,27 +352,12 @@ def _sign_rows(shape: tuple[int, ...], dtype: Any) -> Array:
 def negative_mean(left: Array, right: Array) -> Float[Array, "*b 1 1"]:
     """Zeta of MLorc's equation 2: the mean of ``|x|`` over ``x < 0``, x = left @ right.
 
-    The product is formed entry by entry and never stored: a few rows at a time are
-    added up, and what is left is reduced by products with ones, several times faster
-    on CPU than reductions of whole matrices are.
+    The product is formed entry by entry inside of the sums, and never stored.
     """
-    *batch, m, r = left.shape
-    blocks = math.gcd(m, _ROW_BLOCKS)
-    rows = left.reshape(*batch, m // blocks, blocks, r)
-    parts = [
-        low_rank_product(LowRankCode(rows[..., k, :], right)) for k in range(blocks)
-    ]
-    ones = jnp.ones((1, m // blocks), left.dtype)
-
-    def total(x):
-        return jnp.sum(matmul(ones, x), axis=-1, keepdims=True)
-
-    summed = total(sum(jnp.minimum(x, 0.0) for x in parts))
-    count = total(sum((x < 0).astype(left.dtype) for x in parts))
-    return -summed / jnp.maximum(count, 1.0)
-
-
-_ROW_BLOCKS = 16
+    x = low_rank_product(LowRankCode(left, right))
+    below = jnp.sum(jnp.minimum(x, 0.0), axis=(-2, -1), keepdims=True)
+    count = jnp.sum(x < 0, axis=(-2, -1), keepdims=True)
+    return -below / jnp.maximum(count, 1).astype(x.dtype)
 
 
 def clamp_negative(

@@ -88,12 +88,16 @@ class FiraResidual:
         phi = _column_norms(direction) / (inside + 1e-8)
         if not _unlimited(self.limiter):
             # By Pythagoras, so that the residual need not be formed for its norm.
-            outside = _column_norms(grad) ** 2 - (2 - share) * share * inside**2
+            outside = grad.column_norms() ** 2 - (2 - share) * share * inside**2
             size = jnp.sqrt(jnp.sum(phi**2 * jnp.maximum(outside, 0.0), (-2, -1)))
             factor, state = self._limit(size, state)
             phi = phi * factor[..., None, None]
-        within = scale * direction - share * phi * coeff
-        return phi * grad + matmul(basis, within), state
+        # With phi as the last factor, and known before: XLA then makes all of it where
+        # it makes the product, and adds it to the weights there.
+        phi = jax.lax.optimization_barrier(phi)
+        unit = jnp.where(phi > 0, direction / jnp.where(phi > 0, phi, 1.0), 0.0)
+        within = matmul(basis, scale * unit - share * coeff)
+        return grad.of((grad.array + grad.order(within)) * grad.order(phi)), state
 
     def _limit(self, size, state):
         """What a residual of this norm is multiplied with, and the next state."""
@@ -186,12 +190,11 @@ class ScaleGradient:
         axis = -2 if self.per == "channel" else (-2, -1)
         ratio = jnp.linalg.norm(direction, axis=axis, keepdims=True)
         ratio /= jnp.linalg.norm(coeff, axis=axis, keepdims=True) + 1e-8
-        scaled = ratio * grad
         if not _unlimited(self.limiter):
-            size = jnp.linalg.norm(scaled, axis=(-2, -1))
+            size = jnp.linalg.norm(ratio * grad.column_norms(), axis=(-2, -1))
             factor, norm = _limit_growth(self.limiter, size, state.norm)
-            scaled, state = factor[..., None, None] * scaled, ScaleState(norm)
-        return scale * scaled, state
+            ratio, state = factor[..., None, None] * ratio, ScaleState(norm)
+        return grad.of(grad.order(scale * ratio) * grad.array), state
 
 
 class SparseState(NamedTuple):
@@ -275,7 +278,7 @@ class SparseResidual:
         return grad
 
     def recover(self, grad, coeff, direction, basis, scale, state):
-        update = matmul(basis, scale * direction)
+        update, grad = matmul(basis, scale * direction), grad.matrix
         *batch, m, n = grad.shape
         row, col = state.index // n, state.index % n
         stack = jnp.arange(math.prod(batch)).reshape(*batch, 1)

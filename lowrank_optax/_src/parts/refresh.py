@@ -31,19 +31,28 @@ class Every:
     """
 
     update_every: Any
-    uses_size: ClassVar[bool] = False
 
     def __post_init__(self):
         _check_period(self.update_every)
 
-    def init(self, view):
+    def init(self, view, phase):
         return optax.MaskedNode()
 
-    def due(self, state, step, phase, size):
+    def due(self, state, step):
         return step % self.update_every == 0
 
     def after(self, state, due, size, overlap):
         return state
+
+
+class StaggeredState(NamedTuple):
+    """State of `Staggered`, of one leaf.
+
+    Attributes:
+      left: steps to the next renewal, int32.
+    """
+
+    left: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,20 +70,20 @@ class Staggered:
     """
 
     update_every: Any
-    uses_size: ClassVar[bool] = False
 
     def __post_init__(self):
         _check_period(self.update_every)
 
-    def init(self, view):
-        return optax.MaskedNode()
+    def init(self, view, phase):
+        offset = jnp.floor(phase * jnp.asarray(self.update_every, jnp.float32))
+        return StaggeredState((self.update_every - offset).astype(jnp.int32))
 
-    def due(self, state, step, phase, size):
-        offset = jnp.floor(phase * self.update_every).astype(step.dtype)
-        return (step + offset) % self.update_every == 0
+    def due(self, state, step):
+        return state.left <= 0
 
     def after(self, state, due, size, overlap):
-        return state
+        period = jnp.asarray(self.update_every, jnp.int32)
+        return StaggeredState(jnp.where(state.left <= 0, period, state.left) - 1)
 
 
 class ConvergenceState(NamedTuple):
@@ -99,9 +108,9 @@ _DECAY = 0.9
 class OnConvergence:
     """When the projected gradient has become small, within bounds: AdaRankGrad's rule.
 
-    A leaf is due once an average of ``||P^T G||_F`` is at most ``threshold`` times
-    ``||G||_F`` of its last renewal (AR-11, AR-12), but not before ``min_interval``
-    steps (AR-9) and always after ``max_interval``.
+    A leaf is due once an average of ``||P^T G||_F`` over the steps before is at most
+    ``threshold`` times ``||G||_F`` of its last renewal (AR-11, AR-12), but not before
+    ``min_interval`` steps (AR-9) and always after ``max_interval``.
 
     Args:
       threshold: c, in [0, 1]; with 0 only ``max_interval`` counts.
@@ -125,11 +134,11 @@ class OnConvergence:
         if isinstance(self.threshold, float) and not 0 <= self.threshold <= 1:
             raise ValueError(f"`threshold` must be in [0, 1], got {self.threshold}.")
 
-    def init(self, view):
+    def init(self, view, phase):
         return ConvergenceState(jnp.zeros([], jnp.int32), jnp.zeros([]), jnp.zeros([]))
 
-    def due(self, state, step, phase, size):
-        converged = self._average(state, size) <= self.threshold * state.reference
+    def due(self, state, step):
+        converged = state.average <= self.threshold * state.reference
         converged &= state.age >= self.min_interval
         return converged | (state.age >= self.max_interval)
 
@@ -184,7 +193,6 @@ class WhenDrifted:
     update_every: Any
     threshold: Any = 0.4
     max_stretch: Any = 16
-    uses_size: ClassVar[bool] = False
     requires: ClassVar[tuple[str, ...]] = (compatible.ORTHONORMAL, compatible.CHOSEN)
 
     def __post_init__(self):
@@ -192,12 +200,12 @@ class WhenDrifted:
         if isinstance(self.max_stretch, int) and self.max_stretch < 1:
             raise ValueError(f"`max_stretch` must be at least 1: {self.max_stretch}.")
 
-    def init(self, view):
+    def init(self, view, phase):
         # No mean over one of these is positive: five overlaps have to come in first.
         none = jnp.full([_RECENT], -float(_RECENT), jnp.float32)
         return DriftState(jnp.zeros([], jnp.int32), jnp.ones([], jnp.int32), none)
 
-    def due(self, state, step, phase, size):
+    def due(self, state, step):
         return state.left <= 0
 
     def after(self, state, due, size, overlap):

@@ -41,25 +41,20 @@ class TopSingular:
             )
 
     def select(self, key, grad, old, step):
-        return self.select_and_project(key, grad, old, step)[0]
-
-    def select_and_project(self, key, grad, old, step):
         rank = old.shape[-1]
         if self.method == "svd":
-            basis = linalg.svd(grad)[0][..., :rank]
-            return basis, linalg.project(basis, grad)
+            return linalg.svd(linalg.unit_scale(grad)[0])[0][..., :rank]
         if self.method == "gram_eigh":
-            basis = linalg.gram_eigh(grad, rank)[0]
-            return basis, linalg.project(basis, grad)
+            return linalg.gram_eigh(grad, rank)[0]
+        start = None
         if self.method == "warm":
             # At the start there is no old basis: a zero column would waste its place.
             started = jnp.any(old != 0, axis=(-2, -1), keepdims=True)
             fresh_key, key = random.split(key)
             fresh = random.normal(fresh_key, old.shape, old.dtype)
             start = jnp.where(started, old, fresh)
-            return randomized.leading_singular(key, grad, rank, iters=1, start=start)
-        iters = 1 if self.method == "rsvd" else 2
-        return randomized.leading_singular(key, grad, rank, iters)
+        iters = 2 if self.method == "subspace_iteration" else 1
+        return randomized.leading_singular(key, grad, rank, iters, start=start)[0]
 
 
 # Relative to the largest: what is smaller is the noise of a Gram matrix, not a value.
@@ -262,18 +257,16 @@ class EnergyRank:
         return self.min_rank
 
     def select(self, key, grad, old, step):
-        return self.select_and_project(key, grad, old, step)[0]
-
-    def select_and_project(self, key, grad, old, step):
         rank = old.shape[-1]
         basis, coeff = randomized.leading_singular(key, grad, rank, iters=1)
-        energy = jnp.sum(coeff**2, axis=-1)
+        # All squares of a matrix whose largest entry is about 1.
+        grad, scale = linalg.unit_scale(grad)
+        energy = jnp.sum((coeff / scale) ** 2, axis=-1)
         total = jnp.sum(grad**2, axis=(-2, -1))[..., None]
         residual = total - jnp.cumsum(energy, axis=-1)
         too_few = jnp.sum(residual > self.max_residual_energy * total, axis=-1)
         used = jnp.maximum(too_few + 1, self.min_rank)[..., None, None]
-        kept = jnp.arange(rank) < used
-        return jnp.where(kept, basis, 0.0), jnp.where(kept.mT, coeff, 0.0)
+        return jnp.where(jnp.arange(rank) < used, basis, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,4 +343,4 @@ class CrossHead:
         chosen = jax.lax.top_k(score, drawn)[1][..., None, :, None]
         blocks = grad.reshape(*batch, m, heads, n // heads)
         part = jnp.take_along_axis(blocks, chosen, axis=-2).reshape(*batch, m, -1)
-        return self.base.select(key, linalg.unit_scale(part)[0], old, step)
+        return self.base.select(key, part, old, step)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from lowrank_optax._src import linalg
 from lowrank_optax._src.engines.project import ProjectState
 from lowrank_optax._src.leaves.box import is_variable, value_of
-from lowrank_optax._src.leaves.choose import record_views
+from lowrank_optax._src.leaves.context import record_views
 from lowrank_optax._src.leaves.fields import boxed_state
 from lowrank_optax._src.leaves.matrix import MatrixView
 from lowrank_optax._src.leaves.paths import flatten, path_parts

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from lowrank_optax._src.leaves.box import is_box, value_of
-from lowrank_optax._src.leaves.choose import record_views
+from lowrank_optax._src.leaves.context import record_views
 from lowrank_optax._src.leaves.fields import boxed_state
 from lowrank_optax._src.leaves.matrix import DenseLeaf, MatrixView
 from lowrank_optax._src.leaves.paths import flatten

@@ -9,10 +9,10 @@ import optax
 
 from lowrank_optax._src.leaves.box import is_box, transformation
 from lowrank_optax._src.leaves.choose import quietly
+from lowrank_optax._src.leaves.context import accumulating, accumulation
 from lowrank_optax._src.leaves.fields import boxed_state
 from lowrank_optax._src.leaves.paths import flatten
 from lowrank_optax._src.parts import compatible
-from lowrank_optax._src.training.phases import accumulating, accumulation
 
 _REMEDY = (
     "Use optax.MultiSteps, which sums whole gradients, or average the gradients of "
@@ -121,29 +121,27 @@ def start(state: Any, proxies: Any) -> Any:
     return AccumulateState(jnp.zeros([], jnp.int32), total, state)
 
 
-def stepwise(down: Callable[..., Any], up: Callable[..., Any]) -> Callable[..., Any]:
-    """An engine's update by its two halves, which accumulation takes one by one.
+def stepwise(engine: Any) -> Callable[..., Any]:
+    """An engine's update, or the part of it that accumulation asks for.
 
     Args:
-      down: ``(updates, state, first) -> (low, state)``, what the inner optimizer sees.
-        Unless ``first``, nothing may change that what is in the sum depends on.
-      up: ``(updates, low, state, params, **extra) -> (updates, state)``.
+      engine: with ``update(updates, state, params, summed, **extra)``, and
+        ``add(updates, state, first)`` for what the inner optimizer sees of a gradient.
     """
 
     def update(updates, state, params=None, **extra):
         phase = accumulating()
         if phase is None:
-            low, state = down(updates, state, True)
-            return up(updates, low, state, params, **extra)
+            return engine.update(updates, state, params, **extra)
         count, total, state = state
         if phase == "add":
-            low, state = down(updates, state, count == 0)
+            low, state = engine.add(updates, state, count == 0)
             total = jax.tree.map(
                 lambda t, x: jnp.where(count == 0, x, t + x), total, low
             )
             return updates, AccumulateState(count + 1, total, state)
         mean = jax.tree.map(lambda t: t / jnp.maximum(count, 1), total)
-        out, state = up(updates, mean, state, params, **extra)
+        out, state = engine.update(updates, state, params, mean, **extra)
         zeros = jax.tree.map(jnp.zeros_like, total)
         return out, AccumulateState(jnp.zeros_like(count), zeros, state)
 

@@ -3,7 +3,7 @@
 So no gradient of the whole model ever does. What makes it small is that XLA writes the
 new weights over the old ones, which it only does where nothing can still read these:
 what writes, and what comes next, depends by data on what has read before
-(`batching.after`).
+(`one_layer.after`).
 """
 
 import functools

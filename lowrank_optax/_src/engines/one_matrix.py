@@ -1,0 +1,247 @@
+"""What the gradient-space engine does at one matrix.
+
+Gradients come as they lie in memory, and are seen as ``(*batch, m, n)`` inside of what
+is compiled: a conditional would write out a transposed view that it is given.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax._src.engines.accept import all_finite, tree_where
+from lowrank_optax._src.engines.order import Order
+from lowrank_optax._src.leaves.keys import Seed, matrix_keys
+from lowrank_optax._src.leaves.matrix import MatrixView
+from lowrank_optax._src.linalg import matmul, orthonormalize, project
+from lowrank_optax._src.linalg.products import Lying
+from lowrank_optax._src.linalg.random import filler
+from lowrank_optax._src.parts.laws import Recovery, Refresh, Subspace, Transfer
+from lowrank_optax._src.parts.part import compiled
+
+Moments = dict[str, Any]  # by the field of the inner optimizer's state
+
+
+class Own(NamedTuple):
+    """What the engine keeps of one matrix, as in `ProjectState`."""
+
+    basis: jax.Array
+    refresh: Any
+    recovery: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What is static at one matrix; equal ones share a compiled body."""
+
+    view: MatrixView
+    subspace: Subspace
+    transfer: Transfer
+    recovery: Recovery
+    rank: int
+
+    def matrix(self, grad: jax.Array, own: Own) -> jax.Array:
+        """The gradient that is projected."""
+        return self.recovery.prepare(self.view.matrix(grad), own.recovery)
+
+    def basis(self, own: Own, seed: Seed) -> jax.Array:
+        """The basis as it is kept, or drawn again from the key of its step."""
+        if is_stored(self.subspace):
+            return own.basis
+        view = self.view
+        zeros = jnp.zeros((*view.batch_shape, view.m, self.rank), view.compute_dtype)
+        key = matrix_keys(seed, own.basis, view.batch_shape)
+        return self.subspace.select(key, zeros, zeros, jnp.zeros_like(own.basis))
+
+
+class Renewal(NamedTuple):
+    """What became of a basis.
+
+    Attributes:
+      basis: the new one if it was due, else the old one; of a subspace that is not
+        stored, the step at which it was drawn.
+      moments: of the inner optimizer, in this basis.
+      share: ``||new^T old||_F^2 / r``, see `Refresh.after`.
+      size: the norm of the gradient for which the basis was chosen, 0 if not due.
+    """
+
+    basis: jax.Array
+    moments: Moments
+    share: jax.Array
+    size: jax.Array
+
+
+class Matrix(NamedTuple):
+    """One matrix in an update.
+
+    Attributes:
+      parts: what is static.
+      grad: as it lies in memory.
+      own: what is kept of it; of this step once `renewed`.
+      seed: of its keys.
+      due: whether its basis was due.
+      share, size: as of `Renewal`.
+    """
+
+    parts: Parts
+    grad: jax.Array
+    own: Own
+    seed: Seed
+    due: jax.Array | bool = False
+    share: jax.Array | float = 1.0
+    size: jax.Array | float = 0.0
+
+    @property
+    def low(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of the projected gradient."""
+        view, r = self.parts.view, self.parts.rank
+        if is_stored(self.parts.subspace):
+            r = self.own.basis.shape[-1]
+        return jax.ShapeDtypeStruct((*view.batch_shape, r, view.n), view.compute_dtype)
+
+    def is_due(self, refresh: Refresh, step: jax.Array, first: Any) -> jax.Array:
+        """Whether to renew, if this is the ``first`` gradient of a window."""
+        due = first & refresh.due(self.own.refresh, step)
+        if not is_stored(self.parts.subspace):
+            return due | (step == 0)
+        # A basis that has not seen a usable gradient yet is zero: it is always due.
+        return due | jnp.all(self.own.basis[..., 0] == 0)
+
+    def renewed(self, now: Renewal, due: jax.Array) -> "Matrix":
+        own = self.own._replace(basis=now.basis)
+        return self._replace(own=own, due=due, share=now.share, size=now.size)
+
+    def after(self, order: Order) -> "Matrix":
+        """The same, not before the matrix that had its turn last."""
+        basis = order.start(self.own.basis)
+        return self._replace(own=self.own._replace(basis=basis))
+
+    def down(self) -> jax.Array:
+        return _down(self.parts, self.grad, self.own, self.seed)
+
+    def down_weight(self, weight: jax.Array) -> jax.Array:
+        return _down_weight(self.parts, weight, self.own, self.seed)
+
+    def up(self, scale: Any, coeff, direction, new: Moments, old: Moments) -> Any:
+        """The update, and of the recovery and the moments what is accepted."""
+        parts = self.parts, scale
+        return _up(parts, self.grad, self.own, self.seed, coeff, direction, new, old)
+
+
+def is_stored(subspace: Subspace) -> bool:
+    return getattr(subspace, "stored", True)
+
+
+@compiled
+def _down(parts, grad, own, seed):
+    return project(parts.basis(own, seed), parts.matrix(grad, own))
+
+
+@compiled
+def _down_weight(parts, weight, own, seed):
+    return project(parts.basis(own, seed), parts.view.matrix(weight))
+
+
+@compiled
+def _up(parts, grad, own, seed, coeff, direction, new, old):
+    parts, scale = parts
+    rule, basis = parts.recovery, parts.basis(own, seed)
+    lying = parts.view.lying(grad)
+    lying = lying.of(lying.order(rule.prepare(lying.matrix, own.recovery)))
+    update, recovery = rule.recover(lying, coeff, direction, basis, scale, own.recovery)
+    if isinstance(update, Lying):
+        update = update.matrix
+    if hasattr(rule, "observe"):
+        recovery = rule.observe(basis, new, recovery)
+    # What is not finite must not stay in the state, and the moments of a leaf belong
+    # together. The update itself is not looked at: nothing waits for it, so that it is
+    # added to the weights where it is made.
+    ok = all_finite((coeff, direction, new, recovery))
+    recovery = tree_where(ok, recovery, own.recovery)
+    return parts.view.leaf(update), recovery, tree_where(ok, new, old)
+
+
+def renew_due(
+    matrices: Mapping[int, Matrix],
+    due: Mapping[int, jax.Array],
+    step: jax.Array,
+    moments: Mapping[int, Moments],
+) -> dict[int, Renewal]:
+    """Renew each basis that is due, and carry its moments to the new one."""
+
+    def renew_each():
+        order, renewals = Order(), {}
+        for i, x in matrices.items():
+            grad = order.start(x.grad)
+            renewals[i] = _renew(x.parts, due[i], step, grad, x.own, x.seed, moments[i])
+            order.end(renewals[i].share)
+        return renewals
+
+    def keep_all():
+        return {i: _kept(x.own, moments[i]) for i, x in matrices.items()}
+
+    if not matrices:
+        return {}
+    # One conditional a step: on GPU, the host waits for the predicate of each.
+    with jax.named_scope("refresh"):
+        any_due = functools.reduce(jnp.logical_or, due.values())
+        return jax.lax.cond(any_due, renew_each, keep_all)
+
+
+def _kept(own: Own, moments: Moments) -> Renewal:
+    return Renewal(own.basis, moments, jnp.float32(1), jnp.float32(0))
+
+
+@compiled
+def _renew(parts, due, step, grad, own, seed, moments):
+    def new():
+        matrix = parts.matrix(grad, own)
+        size = jnp.linalg.norm(matrix)
+        largest = jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
+        usable = jnp.isfinite(largest) & (largest > 0)
+        old = parts.basis(own, seed)
+        if is_stored(parts.subspace):
+            key = matrix_keys(seed, step, parts.view.batch_shape)
+            basis = _select(parts, key, matrix, old, step, usable)
+            kept = basis
+        else:
+            kept = jnp.asarray(step, own.basis.dtype)
+            basis = parts.basis(own._replace(basis=kept), seed)
+        overlap = matmul(basis.mT, old)
+        used = jnp.maximum(jnp.sum(jnp.any(old != 0, axis=-2)), 1)
+        # Where no gradient was usable nothing was chosen, and there is no overlap.
+        share = jnp.where(jnp.any(usable), jnp.sum(overlap**2) / used, 0.0)
+        carried = parts.transfer.carry(moments, overlap)
+        return Renewal(kept, carried, jnp.float32(share), jnp.float32(size))
+
+    return jax.lax.cond(due, new, lambda: _kept(own, moments))
+
+
+def _select(parts: Parts, key, grad, old, step, usable):
+    """A new basis with the signs of the old one, or of a fixed matrix at the start.
+
+    An unusable gradient keeps the old basis, and so does a search that fails.
+    """
+    kept = old.shape[-1]
+    # A shrunk basis is renewed as a whole one is, and cut off again: its columns stay
+    # those that it would have without.
+    pad = [(0, 0)] * (old.ndim - 1) + [(0, parts.rank - kept)]
+    whole = jnp.pad(old, pad)
+    new = parts.subspace.select(key, grad, whole, step)
+    # Which signs a search ends with is a matter of rounding; at the start too.
+    known = jnp.any(whole != 0, axis=-2, keepdims=True)
+    signs = jnp.where(known, whole, filler(*whole.shape[-2:]).astype(old.dtype))
+    flipped = jnp.sum(new * signs, axis=-2, keepdims=True) < 0
+    new = jnp.where(flipped, -new, new)[..., :kept]
+    usable &= jnp.all(jnp.isfinite(new), axis=(-2, -1), keepdims=True)
+    if parts.view.batch_shape:
+        # In a stack of which others start, a matrix without a usable gradient starts
+        # too, anywhere: with a basis of zero it would stand still until the next
+        # refresh.
+        unset = jnp.all(old == 0, axis=(-2, -1), keepdims=True)
+        anywhere = orthonormalize(jnp.zeros_like(old[(0,) * (old.ndim - 2)]))
+        old = jnp.where(unset & jnp.any(usable), anywhere, old)
+    return jnp.where(usable, new, old)

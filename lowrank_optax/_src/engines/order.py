@@ -1,0 +1,62 @@
+"""One leaf's large temporaries at a time, where a backend needs to be told so."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+class Order:
+    """Leaves one after the other: what `start` returns waits for the last `end`.
+
+    XLA's CPU backend orders by depth: it would first make the large temporaries of all
+    leaves, and then use them. Measured there on the 56 matrices of LLaMA-60M, 96 MiB:
+    GaLore has 7.6 MiB of temporaries with an order and 153 without, MLorc 15 and 104.
+    GPU and TPU order by memory themselves, and a dependence would cost a fusion there,
+    on a mesh a collective. But where a leaf has a dense temporary that is read twice,
+    as the second moment of MLorc is, XLA's GPU backend makes those of several leaves in
+    one launch: 521 MiB instead of 190 for a layer of LLaMA-7B.
+
+    Args:
+      dense: whether leaves have such a temporary.
+    """
+
+    def __init__(self, dense: bool = False) -> None:
+        self._last: list[jax.Array] = []
+        self._dense = dense
+
+    def start(self, tree: Any) -> Any:
+        """The arrays and keys of a leaf, on CPU not before the last one has ended."""
+        if not self._last:
+            return tree
+        return jax.tree.map(lambda x: wait(x, self._last, self._dense), tree)
+
+    def end(self, tree: Any) -> None:
+        """The leaf has ended once these arrays of floats are known."""
+        last = [x for x in jax.tree.leaves(tree) if x.size]
+        self._last = last or self._last
+
+
+def wait(x: jax.Array, arrays: list[jax.Array], dense: bool = False) -> jax.Array:
+    """``x``, an array or keys, only once other arrays are known, see `Order`."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = wait(jax.random.key_data(x), arrays, dense)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+
+    def added(x, *arrays):
+        # Adds a zero made of them: the one thing that XLA neither merges nor reorders
+        # on CPU, where an optimization barrier orders nothing.
+        for other in arrays:
+            zero = other[(0,) * other.ndim] * 0.0
+            x = x + jnp.where(zero == 0, zero, 0.0).astype(x.dtype)
+        return x
+
+    def behind(x, *arrays):
+        return jax.lax.optimization_barrier((x, *arrays))[0] if dense else x
+
+    def at_once(x, *_):
+        return x
+
+    return jax.lax.platform_dependent(
+        x, *arrays, cpu=added, cuda=behind, default=at_once
+    )

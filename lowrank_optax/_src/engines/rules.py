@@ -1,0 +1,255 @@
+"""The one-matrix engine: a whole update rule on each matrix leaf."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax._src.engines.accept import (
+    accept_elements,
+    accept_finite,
+    accept_leaf,
+    increment,
+)
+from lowrank_optax._src.engines.compress import CompressState
+from lowrank_optax._src.engines.order import Order
+from lowrank_optax._src.leaves import matrix
+from lowrank_optax._src.leaves.box import transformation
+from lowrank_optax._src.leaves.choose import view_leaves
+from lowrank_optax._src.leaves.fields import StateFields, by_field, by_leaf, field_name
+from lowrank_optax._src.leaves.keys import leaf_seed, matrix_keys
+from lowrank_optax._src.leaves.matrix import MatrixView, nameless
+from lowrank_optax._src.leaves.paths import flatten, full_precision
+from lowrank_optax._src.parts.laws import Rule, StagedRule
+from lowrank_optax._src.parts.part import compiled
+
+
+def leafwise(
+    rule: Rule,
+    *,
+    dense: optax.GradientTransformation,
+    side: matrix.Side = "short",
+    matrices: matrix.Matrices = None,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Apply a rule to each matrix leaf, and another optimizer to all other leaves.
+
+    For algorithms that are neither "an optimizer in a subspace" nor "an optimizer with
+    compressed state": the rule sees one gradient ``(*batch, m, n)``, the leaf's own
+    state and the step, and returns the update. A field of the rule's state that the
+    dense optimizer has too (``mu``, ``nu``) is kept in the dense optimizer's state, so
+    that each such field is one tree over all parameters.
+
+    Args:
+      rule: see `Rule`.
+      dense: for the leaves that are not matrices.
+      side: which side of a matrix comes first, see `project_gradients`; "short_left"
+        is "short" with square matrices left as they are.
+      matrices: which leaves are matrices, see `default_matrices`.
+      key: a seed or a key for randomized rules.
+
+    Returns:
+      A transformation from full-shape updates to full-shape updates.
+
+    >>> import typing, jax.numpy as jnp, optax, lowrank_optax as lro
+    >>> class SignState(typing.NamedTuple):
+    ...     trace: typing.Any
+    >>> class RowSign:
+    ...     def init(self, view):
+    ...         return SignState(view.zeros("m", 1))
+    ...     def update(self, key, step, grad, state):
+    ...         mean = 0.9 * state.trace + 0.1 * grad.mean(-1, keepdims=True)
+    ...         return jnp.sign(mean) * jnp.ones_like(grad), SignState(mean)
+    >>> tx = lro.leafwise(RowSign(), dense=optax.trace(0.9))
+    >>> state = tx.init({"w": jnp.ones((4, 6)), "b": jnp.ones(3)})
+    >>> state.inner_state.trace["w"].shape, state.inner_state.trace["b"].shape
+    ((4, 1), (3,))
+    """
+    dense = optax.with_extra_args_support(dense)
+    engine = _Leafwise(rule, dense, StateFields(dense), side, matrices, key)
+    return transformation(engine.init, engine.update)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leafwise:
+    """The arguments of `leafwise`, and what is done with them."""
+
+    rule: Rule | StagedRule
+    dense: optax.GradientTransformationExtraArgs
+    fields: StateFields
+    side: matrix.Side
+    matrices: matrix.Matrices
+    key: int | jax.Array
+
+    @functools.cached_property
+    def kind(self) -> Any:
+        """The class of the rule's state."""
+        view = MatrixView("", (8, 8), jnp.float32, (0,), (1,), ())
+        return type(jax.eval_shape(lambda: self.rule.init(view)))
+
+    @functools.cached_property
+    def shared(self) -> dict[str, str]:
+        """Where the dense optimizer keeps a field, of those that both have."""
+        one = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+        names = {field_name(name): name for name in self.fields.layout(one).names}
+        return {f: names[f] for f in self.kind._fields if f in names}
+
+    def init(self, params):
+        views = view_leaves(params, self.matrices, self.side, creating=True)
+        _, leaves, treedef = flatten(params)
+        found = enumerate(views)
+        states = {i: self.rule.init(v) for i, v in found if isinstance(v, MatrixView)}
+        inner_state = self.dense.init(treedef.unflatten(_masked(leaves, states)))
+        layout = self.fields.layout(params)
+        step = jnp.zeros([], jnp.int32)
+        return self._store(step, layout, inner_state, treedef, states)
+
+    def _store(self, step, layout, inner_state, treedef, states) -> CompressState:
+        """The whole state: the rule's fields in their places."""
+        placed = {
+            (name, i): getattr(state, f)
+            for i, state in states.items()
+            for f, name in self.shared.items()
+        }
+        own = {}
+        for f in self.kind._fields:
+            if f not in self.shared:
+                masks = [optax.MaskedNode()] * treedef.num_leaves
+                for i, state in states.items():
+                    masks[i] = getattr(state, f)
+                own[f] = treedef.unflatten(masks)
+        return CompressState(step, layout.set(inner_state, placed), own)
+
+    def _load(self, state, layout, treedef, numbers) -> dict[int, Any]:
+        """The rule's state of each matrix."""
+        moments = layout.get(state.inner_state)
+        own = {f: treedef.flatten_up_to(x) for f, x in state.own.items()}
+
+        def load(i, f):
+            return own[f][i] if f in own else moments[self.shared[f], i]
+
+        fields = self.kind._fields
+        return {i: self.kind(*(load(i, f) for f in fields)) for i in numbers}
+
+    def update(self, updates, state, params=None, **extra):
+        treedef = jax.tree.structure(updates)
+        views = view_leaves(updates, self.matrices, self.side)
+        views = {i: v for i, v in enumerate(views) if isinstance(v, MatrixView)}
+        grads, layout = treedef.flatten_up_to(updates), self.fields.layout(updates)
+        old = self._load(state, layout, treedef, views)
+        at_matrix, new = self._rule(views, grads, state.step, old)
+
+        moments = layout.get(state.inner_state)
+        masks = {w: optax.MaskedNode() for w in moments if w[1] in views}
+        if params is not None:
+            leaves = treedef.flatten_up_to(params)
+            params = treedef.unflatten(_masked(leaves, views))
+        at_dense, inner_state = self.dense.update(
+            treedef.unflatten(_masked(grads, views)),
+            layout.set(state.inner_state, masks),
+            params,
+            **extra,
+        )
+        out = [
+            at_matrix[i] if i in views else d.astype(grads[i].dtype)
+            for i, d in enumerate(treedef.flatten_up_to(at_dense))
+        ]
+        found = by_leaf(layout.get(inner_state), range(len(grads)))
+        given = by_leaf(moments, range(len(grads)))
+        kept = {
+            i: accept_elements(x, given[i])
+            for i, x in found.items()
+            if i not in views and x
+        }
+        inner_state = layout.set(inner_state, by_field(kept))
+        step = increment(state.step)
+        new_state = self._store(step, layout, inner_state, treedef, new)
+        return treedef.unflatten(out), new_state
+
+    def _rule(self, views, grads, step, old) -> tuple[dict[int, Any], dict[int, Any]]:
+        """The rule at each matrix: the updates, and the states that are accepted."""
+        keys = {
+            i: matrix_keys(leaf_seed(self.key, v.path), step, v.batch_shape)
+            for i, v in views.items()
+        }
+        if hasattr(self.rule, "begin"):
+            old = _begun(self.rule, views, grads, old)
+        if hasattr(self.rule, "stages"):
+            return self._staged(views, grads, step, old, keys)
+        order, out, new = Order(), {}, {}
+        for i, v in views.items():
+            with jax.named_scope(v.path):
+                parts, state = (self.rule, nameless(v)), order.start(old[i])
+                out[i], new[i] = _whole(parts, keys[i], step, grads[i], state)
+            order.end((out[i], new[i]))
+        return out, new
+
+    def _staged(self, views, grads, step, old, keys) -> Any:
+        """Thin and wide stages in turn; an order among the wide ones."""
+        order, out = Order(dense=True), {}
+        states = list(old.values())
+        given = self.rule.start(list(keys.values()), states, step)
+        for k, (_, finish) in enumerate(self.rule.stages):
+            found = {}
+            for (i, v), own in zip(views.items(), given, strict=True):
+                with jax.named_scope(v.path):
+                    parts, state = (self.rule, k, nameless(v)), order.start(old[i])
+                    out[i], found[i] = _wide(parts, step, grads[i], state, own)
+                order.end(found[i])
+            given = finish(list(found.values()), states, step) if found else []
+        return out, dict(zip(views, given, strict=True))
+
+
+def _begun(rule, views, grads, states) -> dict[int, Any]:
+    """The states, of which those that are still unset have begun."""
+    unset = {i: rule.unset(x) for i, x in states.items()}
+    if not unset:
+        return states
+
+    def begin():
+        return {
+            i: _begin((rule, nameless(v)), unset[i], grads[i], states[i])
+            for i, v in views.items()
+        }
+
+    with jax.named_scope("refresh"):
+        any_unset = functools.reduce(jnp.logical_or, unset.values())
+        return jax.lax.cond(any_unset, begin, lambda: states)
+
+
+@compiled
+def _begin(parts, unset, grad, state):
+    rule, view = parts
+
+    def begin():
+        return accept_finite(rule.begin(view.matrix(grad), state), state)
+
+    return jax.lax.cond(unset, begin, lambda: state)
+
+
+@compiled
+def _wide(parts, step, grad, state, given):
+    rule, k, view = parts
+    wide, _ = rule.stages[k]
+    direction, found = wide(step, view.lying(grad), state, given)
+    if direction is not None:  # which the last stage makes
+        direction = view.leaf(direction.matrix)
+    return direction, found
+
+
+@compiled
+def _whole(parts, key, step, grad, state):
+    rule, view = parts
+    direction, new = rule.update(key, step, view.matrix(grad), state)
+    return view.leaf(direction), accept_leaf(new, state, grad.size)
+
+
+def _masked(leaves: Sequence[Any], at_matrix: Mapping[int, Any]) -> list[Any]:
+    return [
+        optax.MaskedNode() if i in at_matrix else full_precision(x)
+        for i, x in enumerate(leaves)
+    ]

@@ -1,0 +1,232 @@
+"""Small factorizations in plain arithmetic, against float64 NumPy.
+
+Accelerators run them; on CPU, where LAPACK stands for some, they are called directly.
+"""
+
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import numpy as np
+import pytest
+
+from lowrank_optax._src.linalg import small
+
+WIDTHS = range(1, small.WIDEST + 1)
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def symmetric(k, seed=0):
+    a = normal(3, k, k, seed=seed)
+    return a + a.mT
+
+
+def definite(k, seed=0):
+    y = normal(3, 2 * k + 3, k, seed=seed)
+    return y.mT @ y / y.shape[1]
+
+
+def grading(k):
+    return np.logspace(0, -4, k)
+
+
+def spectrum(values, seed=0):
+    q = np.linalg.qr(normal(3, len(values), len(values), seed=seed))[0]
+    a = (q * values) @ q.mT
+    return (a + a.mT) / 2
+
+
+# Each of a width: symmetric matrices on which an eigensolver may fail.
+SYMMETRIC = {
+    "indefinite": symmetric,
+    "definite": definite,
+    "graded": lambda k: grading(k)[:, None] * definite(k) * grading(k),
+    "graded the other way": lambda k: (
+        grading(k)[::-1, None] * definite(k) * grading(k)[::-1]
+    ),
+    "graded and indefinite": lambda k: grading(k)[:, None] * symmetric(k) * grading(k),
+    "rank one": lambda k: normal(3, k, 1) @ normal(3, k, 1).mT,
+    "half the rank": lambda k: spectrum(np.arange(k) < (k + 1) // 2),
+    "zero": lambda k: np.zeros((3, k, k)),
+    "identity": lambda k: np.broadcast_to(np.eye(k), (3, k, k)),
+    "all equal": lambda k: spectrum(np.full(k, 2.0)),
+    "pairs of equals": lambda k: spectrum(1.0 + np.arange(k) // 2),
+    "opposite": lambda k: spectrum((-1.0) ** np.arange(k)),
+    "nearly equal": lambda k: spectrum(1 + 1e-6 * np.arange(k)),
+    "negative": lambda k: -definite(k),
+    "ones": lambda k: np.ones((3, k, k)),
+    "descending": lambda k: np.broadcast_to(np.diag(np.arange(k, 0.0, -1)), (3, k, k)),
+    "ascending": lambda k: np.broadcast_to(np.diag(np.arange(1.0, k + 1)), (3, k, k)),
+    "large": lambda k: 1e15 * symmetric(k),
+    "tiny": lambda k: 1e-15 * symmetric(k),
+}
+
+
+jacobi_eigh = jax.jit(small.jacobi_eigh, static_argnames="unroll")
+inverse_cholesky = jax.jit(small.inverse_cholesky, static_argnames=("least", "unroll"))
+pivoted_inverse = jax.jit(small.pivoted_inverse, static_argnames=("least", "unroll"))
+INVERSES = [inverse_cholesky, pivoted_inverse]
+
+
+def exactly(matrices):
+    """As float32, and as what float64 knows of that."""
+    single = np.asarray(matrices, np.float32)
+    return single, single.astype(np.float64)
+
+
+# Eigendecompositions
+
+
+def check_eigh(matrices, unroll=False, atol=3e-6):
+    single, wide = exactly(matrices)
+    values, vectors = jacobi_eigh(single, unroll=unroll)
+    assert values.dtype == vectors.dtype == np.float32
+    values, vectors = (np.asarray(x, np.float64) for x in (values, vectors))
+    assert values.shape == wide.shape[:-1] and vectors.shape == wide.shape
+    assert np.all(np.diff(values, axis=-1) <= 0)
+    size = np.linalg.norm(wide, axis=(-2, -1))[:, None]
+    exact = np.linalg.eigvalsh(wide)[..., ::-1]
+    assert np.all(np.abs(values - exact) <= atol * size)
+    eye = np.broadcast_to(np.eye(wide.shape[-1]), wide.shape)
+    np.testing.assert_allclose(vectors.mT @ vectors, eye, rtol=0, atol=1e-5)
+    error = wide @ vectors - vectors * values[:, None, :]
+    assert np.all(np.abs(error) <= 2 * atol * size[..., None])
+
+
+@pytest.mark.parametrize("k", WIDTHS)
+def test_eigh(k):
+    """All cases of a width in one call, as the matrices of a model are."""
+    check_eigh(np.concatenate([case(k) for case in SYMMETRIC.values()]))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 7])
+def test_eigh_unrolled(k):
+    check_eigh(np.concatenate([case(k) for case in SYMMETRIC.values()]), unroll=True)
+
+
+@hypothesis.settings(max_examples=60)
+@hypothesis.given(
+    st.integers(0, 10**6), st.sampled_from([2, 5, 16]), st.floats(0, 8), st.booleans()
+)
+def test_eigh_of_any_spectrum(seed, k, grade, signs):
+    rng = np.random.default_rng(seed)
+    values = 10.0 ** -(grade * rng.uniform(size=k))
+    if signs:
+        values *= rng.choice([-1.0, 0.0, 1.0], k)
+    check_eigh(spectrum(values, seed))
+
+
+@pytest.mark.parametrize("k", [3, 8, 16])
+def test_small_eigenvalues_of_graded_matrices_have_their_own_precision(k):
+    single, wide = exactly(grading(k)[:, None] * definite(k) * grading(k))
+    values = np.asarray(jacobi_eigh(single)[0], np.float64)
+    exact = np.linalg.eigvalsh(wide)[..., ::-1]
+    assert exact[0, -1] < 1e-6 * exact[0, 0]
+    np.testing.assert_allclose(values, exact, rtol=1e-4)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 16])
+def test_eigenvalues_that_are_not_numbers_stay_in_their_matrix(k):
+    a = np.float32(symmetric(k))
+    a[1, 0, k - 1] = a[1, k - 1, 0] = np.nan
+    values, vectors = jacobi_eigh(a)
+    alone = jacobi_eigh(a[::2])
+    for i in (0, 2):
+        np.testing.assert_array_equal(values[i], alone[0][i // 2])
+        np.testing.assert_array_equal(vectors[i], alone[1][i // 2])
+    assert not np.all(np.isfinite(values[1]))
+
+
+# Inverses
+
+
+FORMS = [(k, False) for k in WIDTHS] + [(k, True) for k in (1, 2, 3, 5, 8, 16)]
+
+
+@pytest.mark.parametrize(("k", "unroll"), FORMS)
+@pytest.mark.parametrize("inverse", INVERSES, ids=["cholesky", "pivoted"])
+def test_inverses_whiten(inverse, k, unroll):
+    single, wide = exactly(np.concatenate([definite(k), 3 * definite(k, seed=5)]))
+    t = np.asarray(inverse(single, unroll=unroll), np.float64)
+    eye = np.broadcast_to(np.eye(k), wide.shape)
+    np.testing.assert_allclose(t.mT @ wide @ t, eye, rtol=0, atol=1e-4)
+    # The inverse itself, to the precision that the condition leaves.
+    np.testing.assert_allclose(t @ t.mT, np.linalg.inv(wide), rtol=1e-4, atol=1e-4)
+    if inverse is inverse_cholesky:
+        np.testing.assert_array_equal(np.tril(t, -1), 0)
+        exact = np.linalg.inv(np.linalg.cholesky(wide)).mT
+        np.testing.assert_allclose(t, exact, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [2, 5, 16])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("inverse", INVERSES, ids=["cholesky", "pivoted"])
+def test_inverses_of_graded_matrices(inverse, k, reverse):
+    d = grading(k)[:: -1 if reverse else 1]
+    single, wide = exactly(d[:, None] * definite(k) * d)
+    t = np.asarray(inverse(single), np.float64)
+    # Columns of very unequal size are whitened as well as equal ones.
+    eye = np.broadcast_to(np.eye(k), wide.shape)
+    np.testing.assert_allclose(t.mT @ wide @ t, eye, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3, 7, 8])
+@pytest.mark.parametrize("inverse", INVERSES, ids=["cholesky", "pivoted"])
+def test_what_depends_on_others_is_dropped(inverse, rank):
+    y = normal(3, 20, 8) @ np.eye(8) if rank == 8 else None
+    y = normal(3, 20, rank) @ normal(3, rank, 8, seed=1) if y is None else y
+    single, wide = exactly(y.mT @ y)
+    t = np.asarray(inverse(single, least=1e-2), np.float64)
+    assert np.all(np.isfinite(t))
+    used = np.any(t != 0, axis=-2)
+    np.testing.assert_array_equal(used.sum(-1), rank)
+    expected = np.eye(8) * used[:, None]
+    np.testing.assert_allclose(t.mT @ wide @ t, expected, rtol=0, atol=1e-2)
+    # What is kept spans all.
+    np.testing.assert_allclose(
+        wide @ t @ t.mT @ wide, wide, rtol=0, atol=1e-4 * max(wide.max(), 1)
+    )
+
+
+def test_the_first_columns_are_kept_or_the_largest():
+    a = np.float32(np.diag([1.0, 4.0, 0.1, 4.0])[None])
+    a[0, 1, 3] = a[0, 3, 1] = 4.0  # the last depends on the second
+    for inverse in INVERSES:
+        t = np.asarray(inverse(a, least=0.2))[0]
+        np.testing.assert_allclose(t, np.diag([1, 0.5, 0, 0]), atol=1e-6)
+    # With unequal columns: by the larger of two that depend on one another.
+    b = np.float32([[[1.0, 2.0], [2.0, 4.0]]])
+    np.testing.assert_allclose(inverse_cholesky(b, least=0.1)[0], [[1, 0], [0, 0]])
+    np.testing.assert_allclose(pivoted_inverse(b, least=0.1)[0], [[0, 0], [0, 0.5]])
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 16])
+@pytest.mark.parametrize("inverse", INVERSES, ids=["cholesky", "pivoted"])
+def test_inverses_of_zero_are_zero(inverse, k):
+    np.testing.assert_array_equal(inverse(np.zeros((2, k, k), np.float32)), 0)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 16])
+@pytest.mark.parametrize("inverse", INVERSES, ids=["cholesky", "pivoted"])
+def test_inverses_that_are_not_numbers_stay_in_their_matrix(inverse, k):
+    a = np.float32(definite(k))
+    a[1, k // 2] = a[1, :, k // 2] = np.nan  # as in the Gram matrix of a bad column
+    t = np.asarray(inverse(a))
+    np.testing.assert_array_equal(t[::2], inverse(a[::2]))
+    assert not np.all(np.isfinite(t[1] @ a[1]))
+
+
+@pytest.mark.parametrize(
+    "function", [jacobi_eigh, functools.partial(pivoted_inverse, least=0.25)]
+)
+def test_a_matrix_is_factored_alone_as_among_others(function):
+    a = np.float32(definite(6))
+    together = jax.tree.leaves(function(a))
+    for i in range(3):
+        alone = jax.tree.leaves(function(a[i : i + 1]))
+        for x, y in zip(together, alone, strict=True):
+            np.testing.assert_allclose(x[i], y[0], rtol=0, atol=1e-6)
