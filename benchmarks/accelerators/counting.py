@@ -236,7 +236,7 @@ def _fusion(module: Module, around: Computation, x: Instruction) -> float:
 
 def _read(module: Module, inner: Computation, x: Instruction) -> float:
     """Bytes of a fusion's parameter, or of a view of it, that the fusion reads."""
-    total = 0.0
+    total = x.size if x.root else 0.0
     for user in inner.users[x.name]:
         first = user.operands[0] == x.name and x.name not in user.operands[1:]
         if user.opcode == "bitcast":
@@ -247,17 +247,25 @@ def _read(module: Module, inner: Computation, x: Instruction) -> float:
             continue  # written over in place
         elif user.opcode == "fusion" and user.operands.count(x.name) == 1:
             nested = module.computations[user.called("calls")[0]]
-            place = user.operands.index(x.name)
-            total += _read(module, nested, nested.parameters[place])
+            parameter = nested.parameters[user.operands.index(x.name)]
+            view = _source(nested, nested.root) is parameter
+            # A view that a fusion within gives is read by whoever takes it.
+            total += _read(module, *((inner, user) if view else (nested, parameter)))
         else:
             return x.size
     return min(total, x.size)
 
 
-def _written(inner: Computation, x: Instruction, size: float) -> float:
-    """Bytes of a fusion's result that are written: of an update in place its own."""
+def _source(inner: Computation, x: Instruction) -> Instruction:
+    """What an instruction is a view of."""
     while x.opcode == "bitcast":
         x = inner.by_name[x.operands[0]]
+    return x
+
+
+def _written(inner: Computation, x: Instruction, size: float) -> float:
+    """Bytes of a fusion's result that are written: of an update in place its own."""
+    x = _source(inner, x)
     if x.opcode == "dynamic-update-slice":
         return min(size, inner.by_name[x.operands[1]].size)
     return size
