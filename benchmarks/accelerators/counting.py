@@ -183,6 +183,20 @@ class Counter:
         return sum(0.0 if y.space else moved for y, moved in each)
 
 
+def check_bounded(*costs: Cost) -> None:
+    """Refuse counts in which a loop of unknown length counted once.
+
+    Raises:
+      ValueError: with the names of the loops' computations.
+    """
+    unbounded = sorted(frozenset().union(*(cost.unbounded for cost in costs)))
+    if unbounded:
+        raise ValueError(
+            f"XLA knows no length of the loops {', '.join(unbounded)}: what they cost"
+            " is unknown. Bound them, or count each once with --loops."
+        )
+
+
 def conditionals(module: Module) -> tuple[int, int]:
     """How many conditionals are marked as refreshes, and how many are not."""
     found = [

@@ -88,7 +88,7 @@ def trace(
 
     where = jax.tree.leaves(params)[0].sharding
     state = jax.tree.map(at, jax.eval_shape(tx.init, params))
-    with lro.kernels.dispatch(tier):  # pyrefly: ignore
+    with lro.kernels.dispatch(tier):
         traced = jax.jit(step).trace(params, state, params)
     arrays = jax.tree.leaves((params, state, params))
     sizes = (len(jax.tree.leaves(x)) for x in (params, (params, state)))
