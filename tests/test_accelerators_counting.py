@@ -289,11 +289,44 @@ SHAPES = (3, 64, 32), (16, 32)
 def test_triton_counts_each_load_and_store_of_each_program():
     tile, programs_, steps = 4 * 16 * 32, 3, 4
     moved = programs_ * steps * tile
-    # y is read in every step of every walk; the sums count in each program, as it is
-    # not known which of them stores them.
-    want = (moved, moved, moved, programs_ * tile)
+    # y is read in every step of every walk; the first program alone stores its sums.
+    want = (moved, moved, moved, tile)
     found = pallas.traffic(traced_walk(walk_kernel), "cuda")
     assert found == {("walk", SHAPES, SHAPES): want}
+
+
+def test_a_tile_beyond_an_edge_counts_what_is_there():
+    def kernel(x, y, out, sums):
+        def step(i, total):
+            # Tiles of 24 rows at 0, 24, 48, 72 and so on, of 64 rows that there are.
+            at = pl.ds((pl.program_id(0) * 2 + i) * 24, 24)
+            place = jax.lax.broadcasted_iota(jnp.int32, (24, 32), 0)
+            mask = place < 64 - (pl.program_id(0) * 2 + i) * 24
+            return total + triton.load(x.at[at, :], mask=mask, other=0.0).sum()
+
+        total = jax.lax.fori_loop(0, 2, step, 0.0)
+        old = y[...]
+        sums[...] = jnp.where(old > total, old, sums[...])
+
+    row, tile = 4 * 32, 4 * 16 * 32
+    # 48, 16 and no rows by the three programs; sums are read and written by each.
+    want = (64 * row, 3 * tile, 0.0, 2 * 3 * tile)
+    found = pallas.traffic(traced_walk(kernel), "cuda")
+    assert found == {("walk", SHAPES, SHAPES): want}
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_branch_of_a_kernel_counts_where_it_is_taken(known):
+    def kernel(x, y, out, sums):
+        first = pl.program_id(0) < 2 if known else y[0, 0] > 0
+
+        @pl.when(first)
+        def _():
+            sums[...] = jnp.zeros((16, 32), jnp.float32)
+
+    found = pallas.traffic(traced_walk(kernel), "cuda")
+    ((_, y, _, sums),) = found.values()
+    assert (y, sums) == ((0, 2 * 2048) if known else (3 * 4, 3 * 2048))
 
 
 def test_a_kernel_with_a_loop_of_unknown_length_is_refused():

@@ -5,12 +5,10 @@ them. The traced program has the kernel itself, its grid and its blocks.
 
 On TPU, Mosaic fetches a block where its index differs from that of the grid's step
 before, and writes a block back where the next step has another. On GPU, Triton's
-kernels load and store themselves: each load and store counts as often as its loops and
-the grid run it, a tile that goes beyond an edge as a whole one.
+kernels load and store themselves, see `triton`.
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,9 +16,8 @@ import numpy as np
 from jax.extend import core
 
 from benchmarks.accelerators.counting import Signature
+from benchmarks.accelerators.triton import Walk
 
-_LOADS = {"get", "masked_load"}
-_STORES = {"swap", "masked_swap", "addupdate"}
 _STARTS = {"dma_start", "dma_wait", "copy_smem_to_gmem", "copy_gmem_to_smem"}
 
 
@@ -158,74 +155,8 @@ def _fetches(block: Any, points: np.ndarray) -> float:
 
 def _loaded(call: Call) -> tuple[float, ...]:
     """Bytes of each operand and result that a Triton kernel loads and stores."""
-    total = [0.0] * (len(call.operands) + len(call.results))
-    refs = {x: i for i, x in enumerate(call.kernel.invars) if i < len(total)}
-    for place, moved in _accesses(call.name, call.kernel, refs):
-        total[place] += math.prod(call.grid) * moved
-    return tuple(total)
-
-
-def _accesses(
-    name: str, jaxpr: core.Jaxpr, refs: dict[core.Var, int]
-) -> Iterator[tuple[int, float]]:
-    """Which argument of a kernel is accessed, and how many bytes of it.
-
-    Args:
-      name: of the kernel.
-      jaxpr: of it, or of a part of it.
-      refs: the numbers of the arguments that its variables stand for.
-    """
-    used = {x for e in jaxpr.eqns for x in e.invars if _is_var([x])}
-    used.update(x for x in jaxpr.outvars if _is_var([x]))
-    for eqn in jaxpr.eqns:
-        kind = eqn.primitive.name
-        place = refs.get(eqn.invars[0]) if _is_var(eqn.invars[:1]) else None
-        if kind in _LOADS and place is not None:
-            yield place, _tile(eqn.outvars[0].aval, eqn.invars[0].aval)
-        elif kind in _STORES and place is not None:
-            reads = kind == "addupdate" or eqn.outvars[0] in used
-            value = eqn.invars[1].aval if kind == "addupdate" else eqn.outvars[0].aval
-            yield place, (1 + reads) * _tile(value, eqn.invars[0].aval)
-        elif kind in ("atomic_rmw", "atomic_cas") or kind in _STARTS:
-            raise ValueError(f"{name} does {kind}: cannot count what it moves.")
-        else:
-            yield from _nested(name, eqn, refs)
-
-
-def _nested(
-    name: str, eqn: core.JaxprEqn, refs: dict[core.Var, int]
-) -> Iterator[tuple[int, float]]:
-    """The accesses of a loop, of a conditional's dearest branch, or of a call."""
-    kind, params = eqn.primitive.name, eqn.params
-
-    def within(part: Any, given: Sequence[Any]) -> list[tuple[int, float]]:
-        body = getattr(part, "jaxpr", part)
-        pairs = zip(body.invars, given, strict=False)
-        inner = {x: refs[y] for x, y in pairs if _is_var([y]) and y in refs}
-        return list(_accesses(name, body, inner))
-
-    if kind == "cond":
-        branches = [within(x, eqn.invars[1:]) for x in params["branches"]]
-        yield from max(branches, key=lambda b: sum(moved for _, moved in b))
-    elif kind == "scan":
-        for place, moved in within(params["jaxpr"], eqn.invars):
-            yield place, params["length"] * moved
-    elif kind == "while":
-        first = params["cond_nconsts"]
-        if within(params["body_jaxpr"], eqn.invars[first:]):
-            raise ValueError(f"A loop in {name} has no known length: cannot count it.")
-    else:
-        for part in core.jaxprs_in_params(params):
-            yield from within(part, eqn.invars)
-
-
-def _is_var(x: Sequence[Any]) -> bool:
-    return bool(x) and isinstance(x[0], core.Var)
-
-
-def _tile(value: Any, ref: Any) -> float:
-    """Bytes of a tile; of one that is wider than its array, those that are there."""
-    shape = value.shape
-    if len(shape) == len(ref.shape):
-        shape = tuple(map(min, shape, ref.shape))
-    return math.prod(shape) * _itemsize(value.dtype)
+    walk = Walk(call.name, call.grid)
+    arguments = len(call.operands) + len(call.results)
+    refs = {x: i for i, x in enumerate(call.kernel.invars) if i < arguments}
+    walk.run(call.kernel, refs, {}, walk.everywhere)
+    return tuple(walk.moved[i] for i in range(arguments))
