@@ -12,8 +12,8 @@ the launches, the calls of libraries, the bytes that go through the memory.
 The environment needs `jax[cuda13]` for the H100 and `jax[tpu]` for the TPUs; both fit
 into one. `make test-accelerators` makes it.
 
-- `hlo` reads XLA's text, `counting` counts in it; `pallas` and `triton` count in kernels,
-  of which XLA knows nothing.
+- `hlo` reads XLA's text, and `counting` counts in it; `pallas` and `triton` count in
+  kernels, of which XLA knows nothing.
 - `targets` are the devices, `cases` the optimizers, `programs` the steps.
 - `measure` makes one row, in a process of its own; `table` keeps the rows.
 """

@@ -15,14 +15,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from benchmarks.accelerators.measure import Request, in_process
+from benchmarks.accelerators.measure import Request, Row, in_process
 from benchmarks.accelerators.programs import SHAPES
 from benchmarks.accelerators.table import (
     DTYPES,
     RECORD,
     TIERS,
     Key,
-    Row,
     Table,
     keys,
     versions,

@@ -50,7 +50,7 @@ class Case:
         return not (self.flat and shapes == _STACKED)
 
 
-def _peer(factory: Callable[..., Any], **more: Any) -> Case:
+def _peer(factory: Callable[..., optax.GradientTransformation], **more: Any) -> Case:
     return Case(factory, own=False, **more)
 
 
@@ -60,12 +60,16 @@ def _galore(learning_rate: float, **options: Any) -> optax.GradientTransformatio
     return optax.chain(method, optax.scale_by_learning_rate(learning_rate))
 
 
-def _staggered(learning_rate: float, matrices: Any = None) -> Any:
+def _staggered(
+    learning_rate: float, matrices: lro.MatrixAxes | None = None
+) -> optax.GradientTransformation:
     parts = {"rank": 128, "subspace": lro.TopSingular(), "refresh": lro.Staggered(200)}
     return _galore(learning_rate, matrices=matrices, **parts)
 
 
-def _adafactor(learning_rate: float, matrices: Any = None) -> Any:
+def _adafactor(
+    learning_rate: float, matrices: lro.MatrixAxes | None = None
+) -> optax.GradientTransformation:
     scale = optax.scale_by_learning_rate(learning_rate)
     return optax.chain(lro.scale_by_adafactor(matrices=matrices), scale)
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from benchmarks.accelerators.cases import CASES
-from benchmarks.accelerators.measure import Request, in_process
-from benchmarks.accelerators.table import Key, Row, Table, keys, versions
+from benchmarks.accelerators.measure import Request, Row, in_process
+from benchmarks.accelerators.table import Key, Table, keys, versions
 
 _ROOM = 0.05
 # What may differ besides, as it is small: of words, a look at a flag or a number.

@@ -15,11 +15,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-from benchmarks.accelerators.targets import TARGETS, environment
+import jax
+import jax.numpy as jnp
+import optax
 
-_CHILD = "LOWRANK_OPTAX_COUNTING"  # set in the process that counts
+import lowrank_optax as lro
+from benchmarks.accelerators import counting, hlo, pallas, programs
+from benchmarks.accelerators.cases import CASES, Case
+from benchmarks.accelerators.targets import TARGETS, environment, sharding
+
+_CHILD = "--request"  # then comes what the process counts, as JSON
+
+Row = dict[str, str | int | float | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,15 +56,12 @@ class Request:
     dump: str = ""
 
 
-def measure(request: Request) -> dict[str, Any]:
+def measure(request: Request) -> Row:
     """The counts of one program, see the module; JAX must be set up for the target.
 
     Raises:
       ValueError: for what cannot be counted, such as a loop of unknown length.
     """
-    from benchmarks.accelerators import counting, hlo, pallas, programs
-    from benchmarks.accelerators.targets import sharding
-
     target = TARGETS[request.target]
     case, tx = _optimizer(request)
     params = programs.parameters(
@@ -96,14 +101,7 @@ def measure(request: Request) -> dict[str, Any]:
     }
 
 
-def _optimizer(request: Request) -> tuple[Any, Any]:
-    import jax
-    import jax.numpy as jnp
-    import optax
-
-    import lowrank_optax as lro
-    from benchmarks.accelerators.cases import CASES, Case
-
+def _optimizer(request: Request) -> tuple[Case, optax.GradientTransformation]:
     if not request.optimizer:
         case = CASES[request.case]
         return case, case.build(request.shapes)
@@ -113,8 +111,11 @@ def _optimizer(request: Request) -> tuple[Any, Any]:
 
 
 def _counts(
-    program: Any, ordinary: Any, refresh: Any, accessed: float
-) -> dict[str, Any]:
+    program: programs.Program,
+    ordinary: counting.Cost,
+    refresh: counting.Cost,
+    accessed: float,
+) -> Row:
     """Bytes in words of four for each weight, and in sizes of the parameters."""
     parameters = program.arrays[: program.parameters]
     weights = sum(x.size for x in parameters)
@@ -142,10 +143,10 @@ def _dump(request: Request, suffix: str, text: str) -> None:
         (directory / f"{name}.{suffix}.txt").write_text(text)
 
 
-def in_process(request: Request, timeout: float) -> dict[str, Any]:
+def in_process(request: Request, timeout: float) -> Row:
     """The counts by a process of its own, or ``{"error": why there are none}``."""
-    command = [sys.executable, "-m", __spec__.name, json.dumps(vars(request))]
-    variables = os.environ | environment(request.target) | {_CHILD: "1"}
+    command = [sys.executable, "-m", __spec__.name, _CHILD, json.dumps(vars(request))]
+    variables = os.environ | environment(request.target)
     try:
         done = subprocess.run(
             command, env=variables, capture_output=True, text=True, timeout=timeout
@@ -166,8 +167,8 @@ def _reason(lines: list[str]) -> str:
 
 def main() -> None:
     """Count what the command line asks for."""
-    if os.environ.get(_CHILD):
-        print(json.dumps(measure(Request(**json.loads(sys.argv[1])))))
+    if sys.argv[1:2] == [_CHILD]:
+        print(json.dumps(measure(Request(**json.loads(sys.argv[2])))))
         return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import numpy.typing as npt
 from jax.extend import core
 
 from benchmarks.accelerators.counting import Signature
@@ -112,7 +113,7 @@ def _walk(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
             yield from _walk(inner)
 
 
-def _itemsize(dtype: Any) -> int:
+def _itemsize(dtype: npt.DTypeLike) -> int:
     return np.dtype(dtype).itemsize
 
 

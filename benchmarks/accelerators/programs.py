@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,8 @@ from jax.sharding import Sharding
 
 import lowrank_optax as lro
 from benchmarks.accelerators.counting import opens_refresh
+
+Params = dict[str, dict[str, jax.ShapeDtypeStruct]]
 
 SHAPES = ("leaf", "7b", "7b-stacked", "60m")
 
@@ -38,9 +39,9 @@ def shapes(name: str) -> dict[str, tuple[int, ...]]:
     }
 
 
-def parameters(name: str, dtype: str, where: Sharding) -> dict[str, Any]:
+def parameters(name: str, dtype: str, where: Sharding) -> Params:
     """The shapes as a tree of parameters on a device."""
-    tree: dict[str, Any] = {}
+    tree: Params = {}
     for path, shape in shapes(name).items():
         layer, leaf = path.split("/")
         array = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=where)
@@ -75,7 +76,7 @@ class Program:
 
 
 def trace(
-    tx: optax.GradientTransformation, params: Any, platform: str, tier: str
+    tx: optax.GradientTransformation, params: Params, platform: str, tier: str
 ) -> Program:
     """A step of an optimizer on parameters of some shapes."""
 
@@ -143,7 +144,7 @@ class _Never:
         params = {k: self._part(x, False) for k, x in eqn.params.items()}
         return eqn.replace(invars=[zero, *eqn.invars[1:]], params=params)
 
-    def _part(self, x: Any, inside: bool) -> Any:
+    def _part(self, x: object, inside: bool) -> object:
         if isinstance(x, core.ClosedJaxpr):
             return self.closed(x, inside)
         if isinstance(x, core.Jaxpr):

@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from benchmarks.accelerators.cases import CASES
+from benchmarks.accelerators.measure import Row
 from benchmarks.accelerators.targets import TARGETS
 
 RECORD = Path(__file__).parents[1] / "records" / "accelerators.json"
 DTYPES = ("float32", "bfloat16")
 TIERS = ("xla", "pallas")
-
-Row = dict[str, Any]
 
 _ABOUT = """\
 # accelerators
@@ -60,7 +59,10 @@ class Key(NamedTuple):
 
 
 def keys(
-    targets: Iterable[str], shapes: Iterable[str], dtypes: Iterable[str], tiers: Any
+    targets: Iterable[str],
+    shapes: Iterable[str],
+    dtypes: Iterable[str],
+    tiers: Iterable[str],
 ) -> Iterator[Key]:
     """All rows that have a meaning: kernels are only in the library's own methods."""
     for target, shape, dtype, name, tier in product(

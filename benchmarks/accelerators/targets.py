@@ -1,7 +1,10 @@
 """The devices that programs are compiled for, which need not be there."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
+
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
 
 Platform = Literal["cuda", "tpu"]
 
@@ -62,11 +65,8 @@ def environment(target: str) -> dict[str, str]:
     }
 
 
-def sharding(target: str) -> Any:
+def sharding(target: str) -> SingleDeviceSharding:
     """Where arrays of a program for a target are: on one device of its kind."""
-    from jax.experimental import topologies
-    from jax.sharding import SingleDeviceSharding
-
     found = TARGETS[target]
     if found.platform == "cuda":
         devices = topologies.get_topology_desc(

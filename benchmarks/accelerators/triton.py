@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.extend import core
 
+Atom = core.Var | core.Literal
 Refs = Mapping[core.Var, int]  # the kernel's argument that a variable stands for
 Values = dict[core.Var, np.ndarray]  # numbers that are known, of each program
 
@@ -98,7 +99,7 @@ class Walk:
                     values[x] = value
         return [self._value(x, values) for x in jaxpr.outvars]
 
-    def _value(self, x: Any, values: Values) -> np.ndarray | None:
+    def _value(self, x: Atom, values: Values) -> np.ndarray | None:
         """A whole number or a truth value of each program, if it is known."""
         if not isinstance(x, core.Literal):
             return values.get(x)
@@ -135,8 +136,8 @@ class Walk:
 
     def _within(
         self,
-        jaxpr: Any,
-        given: Sequence[Any],
+        jaxpr: core.Jaxpr | core.ClosedJaxpr,
+        given: Sequence[Atom],
         known: Sequence[np.ndarray | None],
         refs: Refs,
         active: np.ndarray,
