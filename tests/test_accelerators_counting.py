@@ -491,6 +491,16 @@ def test_the_table_is_read_as_it_was_written(tmp_path):
     assert "No device was used" in path.with_suffix(".md").read_text()
 
 
+def test_the_subset_of_ci_has_every_method_on_both_platforms():
+    found = check.ci()
+    own = {name for name, case in CASES.items() if case.own}
+    for target in ("h100", "v5e"):
+        assert {k.case for k in found if k.target == target} == own
+        assert sum(k.tier == "pallas" for k in found if k.target == target) == 4
+    assert len(set(found)) == len(found) < 60
+    assert programs.shapes("leaf-ordinary") == programs.shapes("leaf")
+
+
 def test_a_plan_has_kernels_for_own_methods_only():
     found = list(
         table.keys(("h100",), ("7b-stacked",), ("float32",), ("xla", "pallas"))

@@ -68,6 +68,8 @@ def measure(request: Request) -> Row:
         request.shapes, request.dtype, sharding(request.target)
     )
     program = programs.trace(tx, params, target.platform, request.tier)
+    if programs.is_ordinary(request.shapes):
+        program = programs.without_refresh(program) or program
     traffic = pallas.traffic(program.jaxpr.jaxpr, target.platform)
     if request.tier == "pallas" and not traffic:
         return {"as": "xla"}  # no kernel is used: the same program

@@ -16,7 +16,8 @@ from benchmarks.accelerators.counting import opens_refresh
 
 Params = dict[str, dict[str, jax.ShapeDtypeStruct]]
 
-SHAPES = ("leaf", "7b", "7b-stacked", "60m")
+SHAPES = ("leaf", "leaf-ordinary", "7b", "7b-stacked", "60m")
+_ORDINARY = "-ordinary"
 
 
 def shapes(name: str) -> dict[str, tuple[int, ...]]:
@@ -24,8 +25,10 @@ def shapes(name: str) -> dict[str, tuple[int, ...]]:
 
     Args:
       name: "7b" is one layer of LLaMA-7B, "7b-stacked" all 32 in seven stacks, "60m"
-        all eight of LLaMA-60M, "leaf" one matrix of LLaMA-7B.
+        all eight of LLaMA-60M, "leaf" one matrix of LLaMA-7B. With "-ordinary" they are
+        the same, see `is_ordinary`.
     """
+    name = name.removesuffix(_ORDINARY)
     d, hidden, layers = (512, 1376, 8) if name == "60m" else (4096, 11008, 1)
     if name == "leaf":
         return {"layer0/up_proj": (d, hidden)}
@@ -37,6 +40,15 @@ def shapes(name: str) -> dict[str, tuple[int, ...]]:
     return {
         f"layer{i}/{k}": shape for i in range(layers) for k, shape in matrices.items()
     }
+
+
+def is_ordinary(name: str) -> bool:
+    """Whether only the program without its refresh is compiled, for some shapes.
+
+    Whatever a refresh needs (on TPU, decompositions that take minutes to compile) is
+    not in it.
+    """
+    return name.endswith(_ORDINARY)
 
 
 def parameters(name: str, dtype: str, where: Sharding) -> Params:

@@ -36,7 +36,8 @@ its dearest branch, but for one that is marked as a refresh.
 - *launches*: of kernels, copies, libraries, and looks at a predicate. On TPU, these are
   the operations of the program.
 - *library*: of them, calls of cuSOLVER and of triangular solves, or of their likes.
-- *temporaries*: in MiB; the second figure is of the program without its refresh.
+- *temporaries*: in MiB; the second figure is of the program without its refresh. Of
+  "leaf-ordinary", only that program was compiled.
 - *compile*: seconds on the machine that counted.
 
 A mark says what is not as it should be: `a`, conditionals that are not marked counted
