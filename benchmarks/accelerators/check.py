@@ -92,7 +92,6 @@ def _request(key: Key, table: Table) -> Request:
         **key._asdict(),
         unmarked=row.get("rule") == "all",
         loops=bool(row.get("unbounded")),
-        ordinary=row.get("temporaries_without_refresh_mib") is not None,
     )
 
 

@@ -68,8 +68,9 @@ def measure(request: Request) -> Row:
         request.shapes, request.dtype, sharding(request.target)
     )
     program = programs.trace(tx, params, target.platform, request.tier)
+    without = programs.without_refresh(program) if request.ordinary else None
     if programs.is_ordinary(request.shapes):
-        program = programs.without_refresh(program) or program
+        program, without = without or program, None
     traffic = pallas.traffic(program.jaxpr.jaxpr, target.platform)
     if request.tier == "pallas" and not traffic:
         return {"as": "xla"}  # no kernel is used: the same program
@@ -83,7 +84,6 @@ def measure(request: Request) -> Row:
     )
     if not (request.loops or case.loops):
         counting.check_bounded(ordinary, refresh)
-    without = programs.without_refresh(program) if request.ordinary else None
     row = _counts(program, ordinary, refresh, compiled.accessed)
     marked, unmarked = counting.conditionals(module)
     dots, low = programs.products(compiled.lowered)
