@@ -494,8 +494,8 @@ def test_the_table_is_read_as_it_was_written(tmp_path):
 def test_the_subset_of_ci_has_every_method_on_both_platforms():
     found = check.ci()
     own = {name for name, case in CASES.items() if case.own}
-    for target in ("h100", "v5e"):
-        assert {k.case for k in found if k.target == target} == own
+    for target, late in (("h100", set()), ("v5e", {"ldadamw"})):
+        assert {k.case for k in found if k.target == target} == own - late
         assert sum(k.tier == "pallas" for k in found if k.target == target) == 4
     assert len(set(found)) == len(found) < 60
     assert programs.shapes("leaf-ordinary") == programs.shapes("leaf")
