@@ -1,16 +1,26 @@
-# The two commands that need nothing but Python 3.11 or newer: `make demo` and
-# `make test`. Each makes .venv, installs what it needs into it once, and runs.
+# The commands that need nothing but Python 3.11 or newer: `make demo`, `make test` and
+# `make test-accelerators`. Each makes an environment, installs what it needs into it
+# once, and runs.
 
 PYTHON ?= python3
 VENV := .venv
+# Apart, as JAX sees other devices where the compilers for them are installed.
+ACCELERATORS := .venv-accelerators
+SUBSET := whole
+JOBS := 2
 
-.PHONY: demo test lint notebooks
+.PHONY: demo test test-accelerators lint notebooks
 
 demo: $(VENV)/examples.stamp
 	$(VENV)/bin/python -m examples.llama.pretrain
 
 test: $(VENV)/test.stamp
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
+
+# Needs no accelerator, but 5 GB of disk for the compilers. SUBSET=ci is the quick part.
+test-accelerators: $(ACCELERATORS)/accelerators.stamp
+	$(ACCELERATORS)/bin/python -m benchmarks.accelerators.check \
+		--subset $(SUBSET) --jobs $(JOBS)
 
 lint: $(VENV)/test.stamp $(VENV)/lint.stamp
 	$(VENV)/bin/ruff check
@@ -27,3 +37,10 @@ $(VENV)/%.stamp: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
+
+$(ACCELERATORS)/%.stamp: pyproject.toml | $(ACCELERATORS)/bin/python
+	$(ACCELERATORS)/bin/python -m pip install -e '.[$*]'
+	touch $@
+
+$(ACCELERATORS)/bin/python:
+	$(PYTHON) -m venv $(ACCELERATORS)
