@@ -123,7 +123,7 @@ def test_sha256_tells_splits_and_boundaries_apart():
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"\xff\xfe", "byte 0 is not UTF-8"),
+        (b"\xff\xfe", "line 1: not UTF-8"),
         (b"  \n", "no text in it"),
     ],
 )

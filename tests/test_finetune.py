@@ -23,10 +23,11 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 import lowrank_optax as lro
+from examples.common.checkpoints import seal
 from examples.common.loop import TrainState
 from examples.common.metrics import read_metrics
 from examples.common.precision import in_float32
-from examples.common.settings import parse_settings
+from examples.common.settings import parse_settings, write_record
 from examples.common.tokens import END_OF_TEXT
 from examples.llama import finetune
 from examples.llama.base import load_base
@@ -415,8 +416,7 @@ def test_a_run_of_pretrain_is_a_model(weights, tmp_path):
     pretrained = tmp_path / "pretrained"
     method = pretrained / "adamw"
     method.mkdir(parents=True)
-    record = {"settings": {"methods": ["adamw", "lora"]}}
-    (pretrained / "run.json").write_text(json.dumps(record))
+    write_record(pretrained, {"settings": {"methods": ["adamw", "lora"]}})
     (method / "checkpoints").mkdir()
     with pytest.raises(ValueError, match="not finished"):
         load_base(str(pretrained), [], tmp_path / "none")
@@ -578,7 +578,8 @@ def test_a_run_does_not_go_on_with_other_data(whole, problems):
         status, _, errors = run(["--resume", "--out", whole])
     finally:
         problems.write_text(lines)
-    assert status == 2 and "the data has changed since it was started" in errors
+    assert status == 2
+    assert "the data is not what it was when the run was started (sha256" in errors
 
 
 def test_a_run_does_not_go_on_from_another_models_checkpoint(whole, tmp_path):
@@ -589,6 +590,7 @@ def test_a_run_does_not_go_on_from_another_models_checkpoint(whole, tmp_path):
     shutil.rmtree(checkpoints)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((checkpoints / "4" / "default").resolve(), foreign)
+    seal(checkpoints / "4")
     status, _, errors = run(["--resume", "--out", out])
     last = errors.splitlines()[-1]
     assert status == 2 and f"The checkpoint {checkpoints / '4'} is of another" in last

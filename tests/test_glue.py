@@ -23,9 +23,11 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import lowrank_optax as lro
+from examples.common.checkpoints import seal
 from examples.common.loop import TrainState
 from examples.common.methods import METHODS as ALL_METHODS
 from examples.common.metrics import read_metrics
+from examples.common.settings import read_record, write_record
 from examples.roberta import glue, job, report
 from examples.roberta.batches import Encoded
 from examples.roberta.config import EncoderConfig
@@ -264,9 +266,10 @@ def test_a_resumed_run_must_find_its_data_and_model_unchanged(
     for part in ("model", "data"):
         out = tmp_path / part
         out.mkdir()
-        record = json.loads((finished / "run.json").read_text())
+        record = read_record(finished)
         record[part]["sha256"] = "another"
-        (out / "run.json").write_text(json.dumps(record))
+        write_record(out, record)
+        shutil.copy(finished / "tokenizer.json", out)
         assert main(["--resume", "--out", str(out)]) == 2
         assert f"the {part} is not what it was" in capsys.readouterr().err
     assert main(["--resume", "--out", str(finished), "--rank", "3"]) == 2
@@ -284,6 +287,7 @@ def test_a_run_does_not_go_on_from_another_models_checkpoint(
     foreign = TrainState({"classifier": {"kernel": jnp.ones(7)}}, (jnp.ones(3),), [])
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((checkpoint / "default").resolve(), foreign)
+    seal(checkpoint)
     assert main(["--resume", "--out", str(out)]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and f"The checkpoint {checkpoint} is of another" in lines[0]
@@ -337,7 +341,7 @@ def config_of(**changes):
         (edit("mrpc/mrpc_train.tsv", lambda b: b""), "mrpc_train.tsv: it has no rows"),
         (
             edit("mrpc/mrpc_train.tsv", lambda b: b.decode().encode("utf-16")),
-            "mrpc_train.tsv: row 1 is not UTF-8",
+            "mrpc_train.tsv, line 1: not UTF-8",
         ),
         (edit("model/vocab.txt", lambda b: b + b"more\n"), "vocab.txt does not fit"),
         (edit("model/vocab.txt", lambda b: None), "has no tokenizer"),

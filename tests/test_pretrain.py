@@ -25,10 +25,12 @@ import pytest
 from flax import nnx
 from tokenizers import Tokenizer
 
+from examples.common.checkpoints import seal
 from examples.common.data import load_corpus
 from examples.common.loop import TrainState
 from examples.common.metrics import read_metrics
 from examples.common.schedule import warmup_cosine
+from examples.common.settings import write_record
 from examples.common.tokens import END_OF_TEXT, Packed
 from examples.llama import finetune, pretrain
 from examples.llama.finetune_settings import Finetune
@@ -275,6 +277,7 @@ def test_a_run_does_not_go_on_from_another_models_checkpoint(smoke, tmp_path, ca
     shutil.rmtree(checkpoints)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((checkpoints / "10" / "default").resolve(), foreign)
+    seal(checkpoints / "10")
     assert main(["--resume", "--out", str(out)]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert f"The checkpoint {checkpoints / '10'} is of another model" in said
@@ -288,7 +291,7 @@ def test_resume_without_a_directory_takes_the_latest(tmp_path, monkeypatch, caps
         run.mkdir(parents=True)
         settings = dataclasses.asdict(Pretrain()) | {"steps": 7}
         del settings["out"], settings["resume"], settings["smoke"]
-        (run / "run.json").write_text(json.dumps({"settings": settings}))
+        write_record(run, {"settings": settings})
     assert main(["--resume", "--steps", "8"]) == 2
     said = capsys.readouterr().err
     assert "runs/pretrain-20260102-000000 with steps = 8" in said

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
 from examples.common.data import held_out
+from examples.common.jsonl import Row, read_rows, read_text, text_of
 from examples.llama.problems import arithmetic
 
 ARITHMETIC = "arithmetic"
@@ -113,17 +113,9 @@ def read_instructions(path: Path) -> list[Instruction]:
       ValueError: see `load_instructions`.
       OSError: the file cannot be read.
     """
-    raw = path.read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}, line {line}: not UTF-8 (byte {error.start} of the file)."
-        ) from error
-    rows = _csv_rows if path.suffix == ".csv" else _json_rows
+    rows = _csv_rows if path.suffix == ".csv" else read_rows
     columns, examples = None, []
-    for where, row in rows(path, text):
+    for where, row in rows(path):
         columns = columns or _columns_of(row, where)
         examples.append(instruction(row, columns, where))
     if not examples:
@@ -131,19 +123,14 @@ def read_instructions(path: Path) -> list[Instruction]:
     return examples
 
 
-def instruction(
-    row: dict[str, Any], columns: tuple[str, str], where: str
-) -> Instruction:
+def instruction(row: Row, columns: tuple[str, str], where: str) -> Instruction:
     """The example of a row.
 
     Raises:
       ValueError: a missing or empty text; in GSM8K's form, an answer without a number.
     """
     for name in columns:
-        if not isinstance(row.get(name), str):
-            lack = "no" if name not in row else "no text under"
-            raise ValueError(f"{where}: {lack} {name!r}.")
-        if not row[name].strip():
+        if not text_of(row, name, where).strip():
             raise ValueError(f"{where}: {name!r} is empty.")
     asked, response = (row[name].strip() for name in columns)
     number = final_number(response)
@@ -164,7 +151,7 @@ def final_number(text: str) -> Decimal | None:
     return Decimal(found[1] + found[2].replace(",", "")) if found else None
 
 
-def _columns_of(row: dict[str, Any], where: str) -> tuple[str, str]:
+def _columns_of(row: Row, where: str) -> tuple[str, str]:
     """The pair of columns that the first row has, or comes nearest to."""
     best = max(_COLUMNS, key=lambda pair: sum(name in row for name in pair))
     if not any(name in row for name in best):
@@ -173,23 +160,8 @@ def _columns_of(row: dict[str, Any], where: str) -> tuple[str, str]:
     return best
 
 
-def _json_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    # Not splitlines: a JSON string may hold other line separators as they are.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error.msg}).") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: not a JSON object.")
-        yield where, row
-
-
-def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
         for row in reader:
             where = f"{path}, line {reader.line_num}"
