@@ -1,4 +1,4 @@
-"""Files of the examples: written aside, checked when read, and one process at a time."""
+"""Files of the examples: written aside, checked when read, one process at a time."""
 
 import json
 import subprocess
