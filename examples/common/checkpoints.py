@@ -5,13 +5,16 @@ metrics up to that step. A checkpoint that does not agree with it is set aside, 
 one before is used.
 """
 
+import gc
 import hashlib
 import json
+import logging
 import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -148,25 +151,41 @@ def save(
     Raises:
       OSError: naming the checkpoint, such as on a full disk.
     """
-    path = Path(manager.directory) / str(step)
-    hook = threading.excepthook
-    # Orbax raises here what failed in a thread, where Python would print it too.
-    threading.excepthook = lambda args: None
-    try:
-        manager.save(step, args=ocp.args.StandardSave(state))
-        seal(path, metrics)
-    except (OSError, ValueError, RuntimeError) as error:
+    path, failed = Path(manager.directory) / str(step), None
+    with _one_error():
+        try:
+            manager.save(step, args=ocp.args.StandardSave(state))
+            seal(path, metrics)
+        except (OSError, ValueError, RuntimeError) as error:
+            failed = one_line(error)
+        if failed is not None:
+            # What failed beside it is told when it is collected: here, to nobody.
+            gc.collect()
+    if failed is not None:
         for part in path.parent.glob(f"{step}.orbax-checkpoint-tmp*"):
             shutil.rmtree(part, ignore_errors=True)
-        raise OSError(f"Cannot write the checkpoint {path}: {one_line(error)}") from (
-            error
-        )
+        raise OSError(f"Cannot write the checkpoint {path}: {failed}")
+
+
+@contextmanager
+def _one_error() -> Iterator[None]:
+    """Lets nothing but exceptions tell of an error.
+
+    A write that fails does so in several threads of Orbax. It raises one of the errors,
+    and the others would be logged and printed with pages of their traces.
+    """
+    log = logging.getLogger("absl")
+    before = log.disabled, threading.excepthook, sys.unraisablehook
+    log.disabled = True
+    threading.excepthook = sys.unraisablehook = lambda args: None
+    try:
+        yield
     finally:
-        threading.excepthook = hook
+        log.disabled, threading.excepthook, sys.unraisablehook = before
 
 
 def warn(message: str) -> None:
-    """Prints to standard error, as what is `said` while a run begins."""
+    """Prints a line to standard error."""
     print(message, file=sys.stderr)
 
 
