@@ -45,6 +45,7 @@ from examples.llama.model import Llama
 from examples.llama.problems import arithmetic
 from examples.llama.rows import Example, Rows, lay_out, pack
 from examples.llama.weights import load_llama, save_llama
+from tests.faults import contents, truncate
 from tests.interrupting import at_call, press_ctrl_c
 
 # Instructions
@@ -431,6 +432,25 @@ def change_config(weights, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
+def deep_config(weights):
+    (weights / "config.json").write_text("[" * 100_000)
+
+
+def outside_weights(weights):
+    (weights / "model.safetensors").rename(weights.parent / "outside.safetensors")
+    tensors = load_file(weights.parent / "outside.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "../outside.safetensors")}
+    (weights / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def scaled_rope(weights):
+    change_config(weights, rope_scaling={"rope_type": "linear", "factor": 2.0})
+
+
+def absurd_size(weights):
+    change_config(weights, intermediate_size=2**31 - 1)
+
+
 def no_tokenizer(weights):
     (weights / "tokenizer.json").unlink()
 
@@ -465,6 +485,10 @@ def other_weights(weights):
         (another_end, "it has no token 511"),
         (no_end, "config.json names no eos_token_id"),
         (other_weights, "misshapen model.layers.0.mlp.gate_proj.weight"),
+        (absurd_size, "misshapen model.layers.0.mlp.gate_proj.weight"),
+        (deep_config, "config.json is nested too deeply"),
+        (outside_weights, "a file must be inside of"),
+        (scaled_rope, "rope scaling 'linear' is not supported"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(spoil, said, weights, tmp_path):
@@ -595,6 +619,73 @@ def test_a_run_does_not_go_on_from_another_models_checkpoint(whole, tmp_path):
     last = errors.splitlines()[-1]
     assert status == 2 and f"The checkpoint {checkpoints / '4'} is of another" in last
     assert not (out / "result.json").exists()
+
+
+def cut_answers(out):
+    truncate(out / "lora/seed-1/answers.json")
+
+
+def edited_answers(out):
+    path = out / "lora/seed-0/answers.json"
+    rows = json.loads(path.read_text())
+    rows[0]["correct"] = not rows[0]["correct"]
+    path.write_text(json.dumps(rows))
+
+
+def fewer_answers(out):
+    path = out / "lora/seed-0/answers.json"
+    path.write_text(json.dumps(json.loads(path.read_text())[1:]))
+
+
+def odd_answers(out):
+    (out / "lora/seed-0/answers.json").write_text('{"a": 1}')
+
+
+def merged_otherwise(out):
+    path = out / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    raw["model"]["merges"] = raw["model"]["merges"][:-1]
+    path.write_text(json.dumps(raw))
+
+
+def cut_tokenizer(out):
+    truncate(out / "tokenizer.json")
+
+
+def edited_record(out):
+    path = out / "run.json"
+    path.write_text(path.read_text().replace('"steps": 5', '"steps": 6'))
+
+
+def cut_metrics(out):
+    truncate(out / "lora/seed-0/metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (cut_answers, "seed-1/answers.json is not JSON"),
+        (edited_answers, "seed-0/answers.json is not as it was written: its answer 1"),
+        (fewer_answers, "seed-0/answers.json is not as it was written: it has not 3"),
+        (odd_answers, "seed-0/answers.json is not as it was written"),
+        (merged_otherwise, "not what it was when the run was started (tokenizer_sha"),
+        (cut_tokenizer, "tokenizer.json is no tokenizer"),
+        (edited_record, "run.json is not as it was written"),
+        (cut_metrics, "seed-0/metrics.jsonl is not as it was written up to step 5"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_damaged_run_is_refused_in_one_line(spoil, said, whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "run")
+    spoil(out)
+    before = contents(out)
+    status, _, errors = run(["--resume", "--out", out])
+    lines = errors.splitlines()
+    assert (status, len(lines)) == (2, 1), errors
+    assert lines[0].startswith("finetune: ") and str(out) in lines[0]
+    assert said in lines[0]
+    # What was made again of files that are whole is the same.
+    assert contents(out) == before
 
 
 # Per-layer updates

@@ -35,6 +35,7 @@ from examples.roberta.glue import main, prepare
 from examples.roberta.masked import Masking
 from examples.roberta.settings import Glue
 from examples.roberta.weights import load_classifier
+from tests.faults import contents, truncate
 from tests.interrupting import Crash, at_call, crash, stop
 from tests.mrpc import TINY, write_data, write_model
 
@@ -294,6 +295,66 @@ def test_a_run_does_not_go_on_from_another_models_checkpoint(
     assert not (out / "result.json").exists()
 
 
+def a_run_of(out, name):
+    """The file in the directory of the run that `lora` was found best with."""
+    rate = result_of(out)["runs"]["lora"]["learning_rate"]
+    return out / "lora" / f"lr-{rate:g}-seed-0" / name
+
+
+def cut_summary(out):
+    truncate(a_run_of(out, "summary.json"))
+
+
+def odd_summary(out):
+    path = a_run_of(out, "summary.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"state_bytes": "1"}))
+
+
+def cut_metrics(out):
+    truncate(a_run_of(out, "metrics.jsonl"))
+
+
+def edited_metrics(out):
+    path = a_run_of(out, "metrics.jsonl")
+    path.write_text(path.read_text().replace('"loss": ', '"loss": 1', 1))
+
+
+def no_metrics(out):
+    a_run_of(out, "metrics.jsonl").unlink()
+
+
+def cut_tokenizer(out):
+    truncate(out / "tokenizer.json")
+
+
+def edited_record(out):
+    path = out / "run.json"
+    path.write_text(path.read_text().replace('"rank": 2', '"rank": 3'))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (cut_summary, "seed-0/summary.json is not JSON"),
+        (odd_summary, "summary.json is not as it was written: state_bytes must be int"),
+        (cut_metrics, "seed-0/metrics.jsonl is not as it was when the run was done"),
+        (edited_metrics, "seed-0/metrics.jsonl is not as it was when the run was done"),
+        (no_metrics, "seed-0/metrics.jsonl is not as it was when the run was done"),
+        (edited_record, "run.json is not as it was written"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_damaged_run_is_refused_in_one_line(spoil, said, finished, tmp_path, capsys):
+    out = shutil.copytree(finished, tmp_path / "run")
+    spoil(out)
+    before = contents(out)
+    assert main(["--resume", "--out", str(out)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("glue: ")
+    assert str(out) in lines[0] and said in lines[0]
+    assert contents(out) == before
+
+
 # What is refused
 
 
@@ -347,6 +408,9 @@ def config_of(**changes):
         (edit("model/vocab.txt", lambda b: None), "has no tokenizer"),
         (edit("model/config.json", config_of(model_type="gpt2")), "model_type='gpt2'"),
         (edit("model/config.json", config_of(hidden_size=64)), "misshapen"),
+        (edit("model/config.json", config_of(vocab_size=2**31 - 1)), "misshapen"),
+        (edit("model/config.json", lambda b: b"[" * 100_000), "nested too deeply"),
+        (edit("model/model.safetensors", lambda b: b[:99]), "model.safetensors: "),
         (edit("model/config.json", config_of(model_type="roberta")), "missing"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
@@ -492,6 +556,15 @@ def test_a_model_is_made_first_where_none_is_given(made):
         table = ("encoder", "embeddings", "word_embeddings", "embedding")
         distance = np.abs(best.read[table] - base.read[table]).max()
         assert (distance < 0.0025) == near
+
+
+def test_a_damaged_tokenizer_of_a_run_is_refused(made, tmp_path, capsys):
+    out = shutil.copytree(made, tmp_path / "run")
+    cut_tokenizer(out)
+    assert main(["--resume", "--out", str(out)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert f"{out / 'tokenizer.json'} is no tokenizer" in lines[0]
 
 
 def test_making_it_goes_on_too_after_a_stop_and_crashes(
