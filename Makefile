@@ -8,7 +8,7 @@ VENV := .venv
 # methods on a sample, and what newer releases have broken or may break first.
 NEWEST := $(addprefix tests/test_,$(addsuffix .py, \
 	common golden linalg project compress leafwise layerwise refresh transfer random \
-	quantize q_galore kernels sharding compositions adapters llama_model \
+	quantize q_galore sharding compositions adapters llama_model \
 	example_files example_checkpoints example_data))
 
 .PHONY: demo test test-newest lint notebooks

@@ -125,7 +125,7 @@ def test_a_scan_of_1000_steps_learns(method_or_alias):
     assert_finite(state)
     assert int(optax.tree.get_all_with_path(state, "step")[0][1]) == 1000
     # Flora's random subspaces leave one leaf a fifth to a quarter of the way, depending
-    # on how the compiler rounds; all others come to a hundredth.
+    # on how the compiler rounds.
     left = 0.4 if method.name == "flora" else 0.2
     for before, after in zip(
         jax.tree.leaves(start), jax.tree.leaves(params), strict=True
