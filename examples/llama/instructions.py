@@ -33,11 +33,26 @@ _COLUMNS = (
 _GSM8K = _COLUMNS[0]
 _TEMPLATE = "### Instruction:\n{}\n\n### Response:\n"
 _PROBLEMS = 4000
-# GSM8K's mark, and MetaMathQA's. A number that is only the head of a larger term, such
-# as a fraction, is no answer.
-_ANSWER = re.compile(
-    r"(?:####|[Tt]he answer is:?)\s*\$?(-?)\$?([\d,]*\.?\d+)(?![\d/\\^])"
+# GSM8K's mark, and MetaMathQA's.
+_MARK = re.compile(r"####|[Tt]he answer is:?")
+# How a number may be set, in TeX or Markdown; what stands for it is the second.
+_SETTING = (
+    (re.compile(r"\{,\}|(?<=\d)\\,(?=\d)|,\\!"), ","),
+    (re.compile(r"\\(?:boxed|fbox)\{([^{}]*)\}"), r"\1"),
+    (re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}"), r" \1"),
+    (re.compile(r"\\[ ,;:~]"), " "),
+    (re.compile(r"\\([%$])"), r"\1"),
+    (re.compile(r"\\[()\[\]]|\*\*|__|`|[$€£]"), ""),
+    (re.compile("\N{MINUS SIGN}"), "-"),
 )
+_NUMBER = re.compile(
+    r"\s*([+-]?(?:(?:\d{1,3}(?:,\d{2,3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3})?)"
+    r"(\s*%)?"
+)
+_SENTENCE_END = re.compile(r"[.?;](?=\s|$)")
+# Behind a number: nothing, or words, such as a unit. No more of a term: digits, signs,
+# a letter at once.
+_WORDS = re.compile(r"(?:[,:]?(?:\s+|$)(?!-)[^\d+*/=^<>\\{}|_]*)?")
 
 
 @dataclass(frozen=True)
@@ -142,13 +157,28 @@ def instruction(row: Row, columns: tuple[str, str], where: str) -> Instruction:
 def final_number(text: str) -> Decimal | None:
     """The number after "####" or "The answer is"; None where there is none.
 
-    Equal numbers are equal however they are written.
+    An answer is one number in figures, as a decimal: with a sign, commas between
+    thousands, an exponent, in TeX or in bold. Before it may stand a currency, behind it
+    a percent sign, or words up to the end of the sentence, such as a unit. A number
+    that is part of a larger term, as in `3x + 1`, `7/12`, `5!`, `5 or 6` and `3:30`, is none.
+    The first mark with an answer counts. Equal numbers are equal however written.
 
     >>> final_number("12 * 100 = 1200\\n#### $1,200.00") == final_number("#### 1200")
     True
+    >>> final_number("The answer is: 3x + 1") is None
+    True
     """
-    found = _ANSWER.search(text)
-    return Decimal(found[1] + found[2].replace(",", "")) if found else None
+    for mark in _MARK.finditer(text):
+        line = text[mark.end() :].lstrip().partition("\n")[0]
+        for pattern, plain in _SETTING:
+            line = pattern.sub(plain, line)
+        found = _NUMBER.match(line)
+        if found is None:
+            continue
+        behind = _SENTENCE_END.split(line[found.end() :])[0].rstrip("\"')]* ")
+        if _WORDS.fullmatch(behind) and " - " not in behind:
+            return Decimal(found[1].replace(",", ""))
+    return None
 
 
 def _columns_of(row: Row, where: str) -> tuple[str, str]:
