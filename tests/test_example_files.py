@@ -18,7 +18,12 @@ from examples.common.files import aside, read_object, read_or_make, write_json
 from examples.common.lock import sole_use
 from examples.common.metrics import MetricsLog, read_metrics
 from examples.common.settings import read_record, write_record
-from examples.common.tokens import TokenizedCorpus, save_tokenizer
+from examples.common.tokens import (
+    TokenizedCorpus,
+    check_tokens,
+    read_tokenizer,
+    save_tokenizer,
+)
 from examples.common.typed import checked_fields
 from examples.common.weights import read_tensors, write_tensors
 from examples.llama.instructions import read_instructions
@@ -361,6 +366,46 @@ def test_written_weights_are_read_back(tmp_path):
     write_tensors(tmp_path, {"w": LARGE.reshape(50, -1).T})
     found = load_file(tmp_path / "model.safetensors")["w"]
     np.testing.assert_array_equal(found, LARGE.reshape(50, -1).T)
+
+
+# Tokenizers
+
+
+def spoiled_tokenizer(path, **parts):
+    good = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    path.write_text(json.dumps(json.loads(good.to_str()) | parts))
+
+
+MARKS = {"type": "RobertaProcessing", "trim_offsets": True, "add_prefix_space": False}
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "gone", "type_id": 0}}],
+    "pair": [],
+    "special_tokens": {},
+}
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"model": {"type": "none"}}, "is no tokenizer"),
+        # In these two Rust panics, which is no Exception.
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AA"}}, ""),
+        ({"post_processor": TEMPLATE}, ""),
+        ({"post_processor": MARKS | {"sep": ["a", 9], "cls": ["b", 1]}}, "token 9"),
+        ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}}, "UNK"),
+    ],
+    ids=["model", "panic on loading", "panic on encoding", "marks", "unknown"],
+)
+def test_a_tokenizer_that_cannot_be_used_is_named(parts, said, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    spoiled_tokenizer(path)
+    check_tokens(read_tokenizer(path), 3, path)
+    spoiled_tokenizer(path, **parts)
+    with pytest.raises(BadFile) as caught:
+        check_tokens(read_tokenizer(path), 3, path)
+    assert str(path) in str(caught.value) and said in str(caught.value)
+    assert len(str(caught.value)) < 300
 
 
 # JSON lines, by the three commands

@@ -159,12 +159,42 @@ def read_tokenizer(path: Path) -> Tokenizer:
         raise BadFile(f"{path.parent} has no {path.name}.")
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # The package raises nothing narrower.
-        raise BadFile(f"{path} is no tokenizer: {one_line(error)}") from error
+    except BaseException as error:
+        raise _of_tokenizers(error, f"{path} is no tokenizer") from error
     # Lengths are chosen here, whatever the file was saved with.
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def check_tokens(
+    tokenizer: Tokenizer, vocab_size: int, path: Path, pair: bool = False
+) -> None:
+    """Encodes a text, or a pair: the file may name marks that the model has not.
+
+    Raises:
+      BadFile: it cannot be encoded, or by tokens that are none of the model's.
+    """
+    texts = ("a text", "another")[: 2 if pair else 1]
+    try:
+        ids = tokenizer.encode(texts[0], texts[1] if pair else None).ids
+    except BaseException as error:
+        raise _of_tokenizers(error, f"{path} cannot encode {texts}") from error
+    if max(ids, default=0) >= vocab_size:
+        raise BadFile(
+            f"{path} does not fit the model: it encodes {texts} by a token {max(ids)},"
+            f" and the vocabulary of the model ends at {vocab_size - 1}."
+        )
+
+
+def _of_tokenizers(error: BaseException, what: str) -> BaseException:
+    """An error of the package as ours, and any other as it is.
+
+    It raises no class of its own, and where Rust panics no `Exception` either.
+    """
+    if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+        return BadFile(f"{what}: {one_line(error)}")
+    return error
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:

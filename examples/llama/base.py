@@ -17,6 +17,7 @@ from examples.common.settings import RECORD, read_record
 from examples.common.tokens import (
     END_OF_TEXT,
     TOKENIZER,
+    check_tokens,
     read_tokenizer,
     train_tokenizer,
 )
@@ -163,6 +164,7 @@ def _check_tokenizer(
             f"{file} does not fit the model: it has a token {largest}, and the"
             f" vocabulary of the model ends at {config.vocab_size - 1}."
         )
+    check_tokens(tokenizer, config.vocab_size, file)
     ends = end_tokens(config)
     if not ends:
         raise ValueError(f"{directory / 'config.json'} names no eos_token_id.")

@@ -160,8 +160,9 @@ def final_number(text: str) -> Decimal | None:
     An answer is one number in figures, as a decimal: with a sign, commas between
     thousands, an exponent, in TeX or in bold. Before it may stand a currency, behind it
     a percent sign, or words up to the end of the sentence, such as a unit. A number
-    that is part of a larger term, as in `3x + 1`, `7/12`, `5!`, `5 or 6` and `3:30`, is none.
-    The first mark with an answer counts. Equal numbers are equal however written.
+    that is part of a larger term is none, as in `3x + 1`, `7/12`, `5!`, `5 or 6` and
+    `3:30`. The first mark with an answer counts. Equal numbers are equal however they
+    are written.
 
     >>> final_number("12 * 100 = 1200\\n#### $1,200.00") == final_number("#### 1200")
     True

@@ -8,7 +8,7 @@ from tokenizers.implementations import BertWordPieceTokenizer, ByteLevelBPEToken
 
 from examples.common.errors import one_line
 from examples.common.files import read_object
-from examples.common.tokens import TOKENIZER, read_tokenizer, train_bpe
+from examples.common.tokens import TOKENIZER, check_tokens, read_tokenizer, train_bpe
 from examples.roberta.config import EncoderConfig
 
 # RoBERTa's special tokens, in the order of their ids.
@@ -109,6 +109,8 @@ def _check(tokenizer: Tokenizer, config: EncoderConfig, path: Path) -> None:
             f"{path} does not fit the model: it has {size:,} tokens, and the model's"
             f" vocab_size is {config.vocab_size:,}."
         )
+    for pair in (False, True):
+        check_tokens(tokenizer, config.vocab_size, path, pair)
     pad = next((p for p in map(tokenizer.token_to_id, _PADS) if p is not None), None)
     if pad is not None and pad != config.pad_token_id:
         raise ValueError(
