@@ -14,11 +14,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import flax
 import jax
 import numpy as np
 import optax
+from tokenizers import Tokenizer
 
 import lowrank_optax as lro
 from examples.common.command import command
@@ -38,6 +40,7 @@ from examples.common.tokens import (
 )
 from examples.common.weights import local_directory
 from examples.roberta.batches import encode
+from examples.roberta.config import EncoderConfig
 from examples.roberta.data import Dataset, Examples, load_dataset
 from examples.roberta.job import Job
 from examples.roberta.masked import ENCODERS
@@ -45,7 +48,39 @@ from examples.roberta.report import comparison, write_files
 from examples.roberta.settings import SMOKE, Glue
 from examples.roberta.stdlib import STDLIB, load_stdlib
 from examples.roberta.tokenizer import load_tokenizer, train_tokenizer
-from examples.roberta.weights import load_classifier
+from examples.roberta.weights import Weights, load_classifier
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What is fine-tuned.
+
+    Attributes:
+      config: the classifier's.
+      tokenizer: its own.
+      weights: None where it is made first.
+      source: where it is from.
+      start: what training starts from.
+      sha256: hash of its files; None where it is made here.
+    """
+
+    config: EncoderConfig
+    tokenizer: Tokenizer
+    weights: Weights | None
+    source: str
+    start: str
+    sha256: str | None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a reader of the result must know of it."""
+        return {
+            "source": self.source,
+            "start": self.start,
+            "sha256": self.sha256,
+            "tokenizer_sha256": tokenizer_sha256(self.tokenizer),
+            **dataclasses.asdict(self.config),
+        }
 
 
 def prepare(settings: Glue, out: Path) -> Job:
@@ -59,29 +94,12 @@ def prepare(settings: Glue, out: Path) -> Job:
     task = settings.chosen_task
     dataset, docstrings = _data(settings)
     labels = dataset.labels or ("score",)
-    if settings.made_here:
-        config, weights = ENCODERS[settings.model], None
-        if settings.resume:
-            tokenizer = read_tokenizer(out / TOKENIZER)
-        else:
-            tokenizer = train_tokenizer(docstrings, config.vocab_size)
-        size = tokenizer.get_vocab_size()
-        config = dataclasses.replace(config, vocab_size=size, labels=labels)
-        source = f"{settings.model}, made here"
-        start = (
-            f"pretrained by masked language modelling of docstrings,"
-            f" {settings.pretrain_steps} steps, with a fresh head"
-        )
-        digest = None
-    else:
-        directory = local_directory(settings.model)
-        weights = load_classifier(directory, labels)
-        config, source, start = weights.config, settings.model, weights.start
-        tokenizer = load_tokenizer(directory, config)
-        files = sorted(directory.glob("*.json")) + sorted(
-            directory.glob("*.safetensors")
-        )
-        digest = sha256(files)
+    chosen = (
+        _made(settings, out, labels, docstrings)
+        if settings.made_here
+        else _given(settings, labels)
+    )
+    config, tokenizer = chosen.config, chosen.tokenizer
     if task.preset.max_length > config.max_length:
         raise ValueError(
             f"Cannot train on {task.preset.max_length} tokens: the model takes"
@@ -92,9 +110,7 @@ def prepare(settings: Glue, out: Path) -> Job:
     train = encoded.pop("train")
     facts = {
         **settings_record(settings),
-        "model": {"source": source, "start": start, "sha256": digest}
-        | {"tokenizer_sha256": tokenizer_sha256(tokenizer)}
-        | dataclasses.asdict(config),
+        "model": chosen.facts,
         "data": {
             "source": dataset.source,
             "sha256": dataset.sha256,
@@ -114,10 +130,56 @@ def prepare(settings: Glue, out: Path) -> Job:
         # Where the run was begun is where it is from.
         facts |= unchanged(out, facts)
     job = Job(
-        settings, out, config, tokenizer, train, encoded, docstrings, weights, facts
+        settings,
+        out,
+        config,
+        tokenizer,
+        train,
+        encoded,
+        docstrings,
+        chosen.weights,
+        facts,
     )
     job.check()
     return job
+
+
+def _made(
+    settings: Glue, out: Path, labels: tuple[str, ...], docstrings: Sequence[str]
+) -> Model:
+    """The model that is pre-trained first."""
+    config = ENCODERS[settings.model]
+    if settings.resume:
+        tokenizer = read_tokenizer(out / TOKENIZER)
+    else:
+        tokenizer = train_tokenizer(docstrings, config.vocab_size)
+    size = tokenizer.get_vocab_size()
+    config = dataclasses.replace(config, vocab_size=size, labels=labels)
+    start = (
+        f"pretrained by masked language modelling of docstrings,"
+        f" {settings.pretrain_steps} steps, with a fresh head"
+    )
+    source = f"{settings.model}, made here"
+    return Model(config, tokenizer, None, source, start, None)
+
+
+def _given(settings: Glue, labels: tuple[str, ...]) -> Model:
+    """The model of a directory, or of the hub."""
+    directory = local_directory(settings.model)
+    weights = load_classifier(directory, labels)
+    tokenizer = load_tokenizer(directory, weights.config)
+    files = [
+        *sorted(directory.glob("*.json")),
+        *sorted(directory.glob("*.safetensors")),
+    ]
+    return Model(
+        weights.config,
+        tokenizer,
+        weights,
+        settings.model,
+        weights.start,
+        sha256(files),
+    )
 
 
 def _data(settings: Glue) -> tuple[Dataset, Sequence[str]]:
