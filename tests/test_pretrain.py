@@ -452,7 +452,8 @@ def absurd(**fields):
     def flag(tmp_path):
         config = json.loads((CONFIGS / "smoke.json").read_text())
         file = tmp_path / "absurd.json"
-        file.write_text(json.dumps(config | fields))
+        long = {"max_position_embeddings": 128}  # as are the rows
+        file.write_text(json.dumps(config | long | fields))
         return str(file)
 
     flag.__name__ = str(fields)
