@@ -56,21 +56,22 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("few")
 
+_OF_ALL_METHODS = ("test_common.py", "test_sharding.py")
+
 
 def pytest_addoption(parser):
     parser.addoption(
         "--sample",
         type=int,
         default=1,
-        help="of tests/test_common.py, which tries every law with every method, run"
-        " one test of so many",
+        help="of the tests that try every law with every method, run one of so many",
     )
 
 
 def pytest_collection_modifyitems(config, items):
     """Leaves out all but a sample of the common tests, the same at every run."""
     every = config.getoption("sample")
-    common = [item for item in items if item.path.name == "test_common.py"]
+    common = [item for item in items if item.path.name in _OF_ALL_METHODS]
     sample = {item.nodeid for item in common[::every]}
     out = [item for item in common if item.nodeid not in sample]
     if out:
