@@ -9,7 +9,14 @@ ACCELERATORS := .venv-accelerators
 SUBSET := whole
 JOBS := 2
 
-.PHONY: demo test test-accelerators lint notebooks
+# What runs on the newest Python and jax, in ten minutes on two cores: the laws of all
+# methods on a sample, and what newer releases have broken or may break first.
+NEWEST := $(addprefix tests/test_,$(addsuffix .py, \
+	common golden linalg project compress leafwise refresh transfer random quantize \
+	q_galore sharding adapters llama_model \
+	example_files example_checkpoints example_data))
+
+.PHONY: demo test test-newest test-accelerators lint notebooks
 
 demo: $(VENV)/examples.stamp
 	$(VENV)/bin/python -m examples.llama.pretrain
@@ -21,6 +28,9 @@ test: $(VENV)/test.stamp
 test-accelerators: $(ACCELERATORS)/accelerators.stamp
 	$(ACCELERATORS)/bin/python -m benchmarks.accelerators.check \
 		--subset $(SUBSET) --jobs $(JOBS)
+
+test-newest: $(VENV)/test.stamp
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal --sample 8 $(NEWEST)
 
 lint: $(VENV)/test.stamp $(VENV)/lint.stamp
 	$(VENV)/bin/ruff check

@@ -13,28 +13,21 @@ by AdaRankGrad: the ranks that it chooses, and the memory that they save (its Fi
 import dataclasses
 import shutil
 import sys
-import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
 import lowrank_optax as lro
-from examples.common.errors import one_line
-from examples.common.files import read_or_make
-from examples.common.interrupt import Interrupted, StopRequest
-from examples.common.loop import (
-    CHECKPOINTS,
-    METRICS_FILE,
-    ForeignCheckpoint,
-    Probe,
-    Timetable,
-    train,
-)
-from examples.common.metrics import Record, read_metrics
+from examples.common.command import command
+from examples.common.interrupt import StopRequest
+from examples.common.loop import CHECKPOINTS, METRICS_FILE, Probe, Timetable, train
+from examples.common.metrics import Record, summed_up
 from examples.common.probe import LEADING, full_moments
 from examples.common.settings import parse_settings, settings_record
+from examples.common.typed import checked_fields
 from examples.roberta.glue import begin, prepare
 from examples.roberta.job import SUMMARY, Job
 from examples.roberta.settings import SMOKE as GLUE_SMOKE
@@ -211,55 +204,54 @@ def follow(
         scores = job.evaluate(job.graph(method), state.params)
         return {"learning_rate": rate, "scores": scores}
 
-    found = read_or_make(directory / SUMMARY, summary)
+    found, records = summed_up(
+        directory / SUMMARY,
+        directory / METRICS_FILE,
+        summary,
+        partial(checked_fields, Run, but=("records",)),
+    )
     # Of use only to a run that is under way, and larger than all else.
     shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
-    records = [r for r in read_metrics(directory / METRICS_FILE) if "probe" in r]
-    return Run(**found, records=records)
+    return Run(**found, records=[r for r in records if "probe" in r])
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the job; returns the exit status: 0, 2 for bad settings, 130 if stopped."""
-    began = time.perf_counter()
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        settings, out = parse_settings(argv, "spectra", Spectra(), SMOKE)
-        job = prepare(settings.glue(), out)
-        job.facts.update(settings_record(settings))
-        begin(job)
-    except (ValueError, OSError) as error:
-        print("spectra:", one_line(error), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("spectra: stopped before the first step", file=sys.stderr)
-        return 130
+def work(settings: Spectra, job: Job, stop: StopRequest) -> tuple[str, list[Path]]:
+    """Trains with both methods; the table that is printed, and the files written."""
     tx, shapes = job.optimizer(ADAPTIVE, 1.0), job.shapes(ADAPTIVE)
     matrices = [
         Matrix(row.path, row.shape, row.rank)
         for row in lro.describe(tx, shapes)
         if row.rank is not None
     ]
-    probes = {DENSE: Spectrum(tuple(m.name for m in matrices)), ADAPTIVE: Ranks()}
-    with StopRequest() as stop:
-        try:
-            weights = job.load(stop)
-            runs = {
-                method: follow(job, weights, method, probe, settings.measurements, stop)
-                for method, probe in probes.items()
-            }
-        except ForeignCheckpoint as error:
-            print("spectra:", one_line(error), file=sys.stderr)
-            return 2
-        except Interrupted as stopped:
-            resume = f"python -m examples.spectra --resume --out {out}"
-            print(f"{stopped}; go on with: {resume}", file=sys.stderr)
-            return 130
-        paths = write_files(job, runs, matrices)
-    print(quantity_table(runs[DENSE], [matrix.name for matrix in matrices]))
-    print(f"{time.perf_counter() - began:.0f} seconds in all; written:")
-    for path in paths:
-        print(f"  {path}")
-    return 0
+    names = tuple(matrix.name for matrix in matrices)
+    probes = {DENSE: Spectrum(names), ADAPTIVE: Ranks()}
+    weights = job.load(stop)
+    runs = {
+        method: follow(job, weights, method, probe, settings.measurements, stop)
+        for method, probe in probes.items()
+    }
+    paths = write_files(job, runs, matrices)
+    return quantity_table(runs[DENSE], names), paths
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the job; returns the exit status: 0, 2 for bad input, 130 if stopped."""
+    argv = sys.argv[1:] if argv is None else argv
+    settings: list[Spectra] = []
+
+    def prepared() -> Job:
+        given, out = parse_settings(argv, "spectra", Spectra(), SMOKE)
+        job = prepare(given.glue(), out)
+        job.facts.update(settings_record(given))
+        settings.append(given)
+        return job
+
+    return command(
+        "examples.spectra",
+        prepared,
+        begin,
+        lambda job, stop: work(settings[0], job, stop),
+    )
 
 
 if __name__ == "__main__":

@@ -3,18 +3,49 @@
 import gc
 import itertools
 import os
+import subprocess
+import sys
 
 import hypothesis
 import jax
 
-# Before any test module can initialise a backend: both are fixed from then on. Nearly
-# all time of the suite is compilation, which takes a fifth without LLVM's
-# optimizations. Whoever sets the variable, to the empty string too, gets his own.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+# Nearly all time of the suite is compilation, which takes a fifth without LLVM's
+# optimizations.
+_FLAGS = (
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
     "--xla_cpu_parallel_codegen_split_count=1",
 )
+
+
+def known_flags(flags):
+    """Those of XLA's flags that the installed jaxlib knows.
+
+    A flag that it does not know ends the process without a word of Python's, so another
+    process has to try. It names what it does not know.
+    """
+    program = "import jax; jax.numpy.zeros(()).block_until_ready()"
+    while flags:
+        tried = subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+        )
+        if tried.returncode == 0:
+            break
+        known = tuple(flag for flag in flags if flag not in tried.stderr)
+        if known == flags:
+            raise RuntimeError(f"jax does not start: {tried.stderr.strip()}")
+        flags = known
+    return flags
+
+
+# Before any test module can initialise a backend: both are fixed from then on. Whoever
+# sets the variable, to the empty string too, gets his own; so do the workers, to which
+# the first process hands it down.
+if "XLA_FLAGS" not in os.environ:
+    os.environ["XLA_FLAGS"] = " ".join(known_flags(_FLAGS))
 # Else threads of LAPACK's library wait busily for work, and take the cores from XLA's.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 jax.config.update("jax_num_cpu_devices", 2)
@@ -24,6 +55,30 @@ hypothesis.settings.register_profile(
     "few", max_examples=20, deadline=None, derandomize=True
 )
 hypothesis.settings.load_profile("few")
+
+_OF_ALL_METHODS = ("test_common.py", "test_sharding.py")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--sample",
+        type=int,
+        default=1,
+        help="of the tests that try every law with every method, run one of so many",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out all but a sample of the common tests, the same at every run."""
+    every = config.getoption("sample")
+    common = [item for item in items if item.path.name in _OF_ALL_METHODS]
+    sample = {item.nodeid for item in common[::every]}
+    out = [item for item in common if item.nodeid not in sample]
+    if out:
+        config.hook.pytest_deselected(items=out)
+        left = {item.nodeid for item in out}
+        items[:] = [item for item in items if item.nodeid not in left]
+
 
 _tests_run = itertools.count(1)
 

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from lowrank_optax.adapters import extract_lora, save_peft
+from tests.faults import contents, full_disk
 
 FIXTURE = Path(__file__).parent / "data" / "peft-tiny"
 
@@ -265,6 +267,37 @@ def test_a_rank_holds_for_its_module_alone(tmp_path):
         rank = {"x": 1, "block.x": 4, "b.x": 2}[module]
         exact = np.diag([1.0] * rank + [0] * (4 - rank))
         np.testing.assert_allclose(change, exact, rtol=0, atol=1e-6)
+
+
+def test_links_are_replaced_and_not_written_through(tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    directory = tmp_path / "adapter"
+    directory.mkdir()
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    for name in names:
+        (directory / name).symlink_to(outside)
+    eye = np.eye(3, dtype=np.float32)
+    adapters = extract_lora({"x": {"w": eye}}, {"x": {"w": 0 * eye}}, energy=0.99)
+    save_peft(adapters, directory, base_model_name="base")
+    assert outside.read_text() == "mine"
+    assert sorted(path.name for path in directory.iterdir()) == list(names)
+    assert not any((directory / name).is_symlink() for name in names)
+    np.testing.assert_allclose(products(directory)["x"], eye, atol=1e-6)
+
+
+@pytest.mark.parametrize("limit", [10, 500])
+def test_a_full_disk_leaves_an_older_adapter_whole(limit, tmp_path):
+    eye = np.eye(3, dtype=np.float32)
+    adapters = extract_lora({"x": {"w": eye}}, {"x": {"w": 0 * eye}}, energy=0.99)
+    save_peft(adapters, tmp_path, base_model_name="base")
+    before = contents(tmp_path)
+    wide = np.eye(40, dtype=np.float32)
+    other = extract_lora({"x": {"w": wide}}, {"x": {"w": 0 * wide}}, energy=0.99)
+    with full_disk(limit), pytest.raises((OSError, SafetensorError)):
+        save_peft(other, tmp_path, base_model_name="base")
+    assert contents(tmp_path) == before
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_saving_errors_say_what_is_wrong(tmp_path, rng):

@@ -123,7 +123,7 @@ def test_sha256_tells_splits_and_boundaries_apart():
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"\xff\xfe", "byte 0 is not UTF-8"),
+        (b"\xff\xfe", "line 1: not UTF-8"),
         (b"  \n", "no text in it"),
     ],
 )
@@ -287,8 +287,8 @@ def test_the_tokenizer_is_deterministic_and_bounded(stdlib):
 
 def test_a_saved_corpus_is_read_back(tmp_path):
     tokens = tokenize(corpus_of(["some text, some text"], ["more"]), 270)
-    tokens.save(tmp_path / "data")
-    loaded = TokenizedCorpus.load(tmp_path / "data")
+    digest = tokens.save(tmp_path / "data")
+    loaded = TokenizedCorpus.load(tmp_path / "data", digest)
     np.testing.assert_array_equal(loaded.train, tokens.train)
     np.testing.assert_array_equal(loaded.validation, tokens.validation)
     assert loaded.tokenizer.to_str() == tokens.tokenizer.to_str()

@@ -23,10 +23,11 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 import lowrank_optax as lro
+from examples.common.checkpoints import seal
 from examples.common.loop import TrainState
 from examples.common.metrics import read_metrics
 from examples.common.precision import in_float32
-from examples.common.settings import parse_settings
+from examples.common.settings import parse_settings, write_record
 from examples.common.tokens import END_OF_TEXT
 from examples.llama import finetune
 from examples.llama.base import load_base
@@ -44,6 +45,7 @@ from examples.llama.model import Llama
 from examples.llama.problems import arithmetic
 from examples.llama.rows import Example, Rows, lay_out, pack
 from examples.llama.weights import load_llama, save_llama
+from tests.faults import contents, truncate
 from tests.interrupting import at_call, press_ctrl_c
 
 # Instructions
@@ -125,6 +127,53 @@ def test_a_malformed_file_is_named_with_its_row(name, content, said, tmp_path):
         ("####12.", "12"),
         ("Hence.\nThe answer is: 42", "42"),
         ("the answer is 42.", "42"),
+        ("#### 1e6", "1000000"),
+        ("#### 2.5E-3", "0.0025"),
+        ("#### +5", "5"),
+        ("#### .5", "0.5"),
+        ("#### \N{MINUS SIGN}5", "-5"),
+        ("#### 12,34,567", "1234567"),
+        ("#### \N{EURO SIGN}5", "5"),
+        ("The answer is: $\\boxed{5}$.", "5"),
+        ("The answer is \\boxed{1{,}200}", "1200"),
+        ("The answer is: \\(1\\,200\\)", "1200"),
+        ("The answer is: \\$5", "5"),
+        ("The answer is: 45\\%", "45"),
+        ("The answer is: 45 %.", "45"),
+        ("The answer is: **5**", "5"),
+        ("The answer is **$5.50**.", "5.5"),
+        ("The answer is: 5\\text{ apples}", "5"),
+        ("The answer is 5 apples, all told. So 2+3=5.", "5"),
+        ("The answer is (5)", None),
+        ("The answer is 42. It was 6*7.", "42"),
+        ("The answer is not known.\n#### 9", "9"),
+        ("The answer is: \n\n8", "8"),
+        ("The answer is: 3x + 1", None),
+        ("The answer is: 3 x + 1", None),
+        ("The answer is: 5+3", None),
+        ("The answer is: 5 - 3", None),
+        ("The answer is: 5-3", None),
+        ("The answer is: 5 = 2 + 3", None),
+        ("The answer is: 5^2", None),
+        ("The answer is: 5\\cdot 2", None),
+        ("The answer is: 5 \\times 2", None),
+        ("The answer is: 5*2", None),
+        ("The answer is: 5!", None),
+        ("The answer is 5 apples!", "5"),
+        ("The answer is: 5 or 6", None),
+        ("The answer is: 5, 6", None),
+        ("The answer is: 1,2", None),
+        ("The answer is: 2 1/2", None),
+        ("The answer is: 3:30", None),
+        ("The answer is: 1.2.3", None),
+        ("The answer is: 5th", None),
+        ("The answer is: \\frac{1}{2}", None),
+        ("The answer is: \\boxed{\\frac{1}{2}}", None),
+        ("The answer is: 5\\pi", None),
+        ("The answer is: 5_2", None),
+        ("The answer is: -", None),
+        ("The answer is: $", None),
+        ("#### " + "9" * 50, "9" * 50),
         ("The answer is: 7/12", None),
         ("The answer is: 2\\sqrt{3}", None),
         ("The answer is: x", None),
@@ -415,8 +464,7 @@ def test_a_run_of_pretrain_is_a_model(weights, tmp_path):
     pretrained = tmp_path / "pretrained"
     method = pretrained / "adamw"
     method.mkdir(parents=True)
-    record = {"settings": {"methods": ["adamw", "lora"]}}
-    (pretrained / "run.json").write_text(json.dumps(record))
+    write_record(pretrained, {"settings": {"methods": ["adamw", "lora"]}})
     (method / "checkpoints").mkdir()
     with pytest.raises(ValueError, match="not finished"):
         load_base(str(pretrained), [], tmp_path / "none")
@@ -429,6 +477,25 @@ def test_a_run_of_pretrain_is_a_model(weights, tmp_path):
 def change_config(weights, **fields):
     path = weights / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def deep_config(weights):
+    (weights / "config.json").write_text("[" * 100_000)
+
+
+def outside_weights(weights):
+    (weights / "model.safetensors").rename(weights.parent / "outside.safetensors")
+    tensors = load_file(weights.parent / "outside.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "../outside.safetensors")}
+    (weights / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def scaled_rope(weights):
+    change_config(weights, rope_scaling={"rope_type": "linear", "factor": 2.0})
+
+
+def absurd_size(weights):
+    change_config(weights, intermediate_size=2**31 - 1)
 
 
 def no_tokenizer(weights):
@@ -465,6 +532,10 @@ def other_weights(weights):
         (another_end, "it has no token 511"),
         (no_end, "config.json names no eos_token_id"),
         (other_weights, "misshapen model.layers.0.mlp.gate_proj.weight"),
+        (absurd_size, "misshapen model.layers.0.mlp.gate_proj.weight"),
+        (deep_config, "config.json is nested too deeply"),
+        (outside_weights, "a file must be inside of"),
+        (scaled_rope, "rope scaling 'linear' is not supported"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(spoil, said, weights, tmp_path):
@@ -578,7 +649,8 @@ def test_a_run_does_not_go_on_with_other_data(whole, problems):
         status, _, errors = run(["--resume", "--out", whole])
     finally:
         problems.write_text(lines)
-    assert status == 2 and "the data has changed since it was started" in errors
+    assert status == 2
+    assert "the data is not what it was when the run was started (sha256" in errors
 
 
 def test_a_run_does_not_go_on_from_another_models_checkpoint(whole, tmp_path):
@@ -589,10 +661,78 @@ def test_a_run_does_not_go_on_from_another_models_checkpoint(whole, tmp_path):
     shutil.rmtree(checkpoints)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((checkpoints / "4" / "default").resolve(), foreign)
+    seal(checkpoints / "4")
     status, _, errors = run(["--resume", "--out", out])
     last = errors.splitlines()[-1]
     assert status == 2 and f"The checkpoint {checkpoints / '4'} is of another" in last
     assert not (out / "result.json").exists()
+
+
+def cut_answers(out):
+    truncate(out / "lora/seed-1/answers.json")
+
+
+def edited_answers(out):
+    path = out / "lora/seed-0/answers.json"
+    rows = json.loads(path.read_text())
+    rows[0]["correct"] = not rows[0]["correct"]
+    path.write_text(json.dumps(rows))
+
+
+def fewer_answers(out):
+    path = out / "lora/seed-0/answers.json"
+    path.write_text(json.dumps(json.loads(path.read_text())[1:]))
+
+
+def odd_answers(out):
+    (out / "lora/seed-0/answers.json").write_text('{"a": 1}')
+
+
+def merged_otherwise(out):
+    path = out / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    raw["model"]["merges"] = raw["model"]["merges"][:-1]
+    path.write_text(json.dumps(raw))
+
+
+def cut_tokenizer(out):
+    truncate(out / "tokenizer.json")
+
+
+def edited_record(out):
+    path = out / "run.json"
+    path.write_text(path.read_text().replace('"steps": 5', '"steps": 6'))
+
+
+def cut_metrics(out):
+    truncate(out / "lora/seed-0/metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (cut_answers, "seed-1/answers.json is not JSON"),
+        (edited_answers, "seed-0/answers.json is not as it was written: its answer 1"),
+        (fewer_answers, "seed-0/answers.json is not as it was written: it has not 3"),
+        (odd_answers, "seed-0/answers.json is not as it was written"),
+        (merged_otherwise, "not what it was when the run was started (tokenizer_sha"),
+        (cut_tokenizer, "tokenizer.json is no tokenizer"),
+        (edited_record, "run.json is not as it was written"),
+        (cut_metrics, "seed-0/metrics.jsonl is not as it was written up to step 5"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_damaged_run_is_refused_in_one_line(spoil, said, whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "run")
+    spoil(out)
+    before = contents(out)
+    status, _, errors = run(["--resume", "--out", out])
+    lines = errors.splitlines()
+    assert (status, len(lines)) == (2, 1), errors
+    assert lines[0].startswith("finetune: ") and str(out) in lines[0]
+    assert said in lines[0]
+    # What was made again of files that are whole is the same.
+    assert contents(out) == before
 
 
 # Per-layer updates

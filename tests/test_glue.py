@@ -23,9 +23,11 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import lowrank_optax as lro
+from examples.common.checkpoints import seal
 from examples.common.loop import TrainState
 from examples.common.methods import METHODS as ALL_METHODS
 from examples.common.metrics import read_metrics
+from examples.common.settings import read_record, write_record
 from examples.roberta import glue, job, report
 from examples.roberta.batches import Encoded
 from examples.roberta.config import EncoderConfig
@@ -33,6 +35,7 @@ from examples.roberta.glue import main, prepare
 from examples.roberta.masked import Masking
 from examples.roberta.settings import Glue
 from examples.roberta.weights import load_classifier
+from tests.faults import contents, truncate
 from tests.interrupting import Crash, at_call, crash, stop
 from tests.mrpc import TINY, write_data, write_model
 
@@ -264,9 +267,10 @@ def test_a_resumed_run_must_find_its_data_and_model_unchanged(
     for part in ("model", "data"):
         out = tmp_path / part
         out.mkdir()
-        record = json.loads((finished / "run.json").read_text())
+        record = read_record(finished)
         record[part]["sha256"] = "another"
-        (out / "run.json").write_text(json.dumps(record))
+        write_record(out, record)
+        shutil.copy(finished / "tokenizer.json", out)
         assert main(["--resume", "--out", str(out)]) == 2
         assert f"the {part} is not what it was" in capsys.readouterr().err
     assert main(["--resume", "--out", str(finished), "--rank", "3"]) == 2
@@ -284,10 +288,71 @@ def test_a_run_does_not_go_on_from_another_models_checkpoint(
     foreign = TrainState({"classifier": {"kernel": jnp.ones(7)}}, (jnp.ones(3),), [])
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((checkpoint / "default").resolve(), foreign)
+    seal(checkpoint)
     assert main(["--resume", "--out", str(out)]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and f"The checkpoint {checkpoint} is of another" in lines[0]
     assert not (out / "result.json").exists()
+
+
+def a_run_of(out, name):
+    """The file in the directory of the run that `lora` was found best with."""
+    rate = result_of(out)["runs"]["lora"]["learning_rate"]
+    return out / "lora" / f"lr-{rate:g}-seed-0" / name
+
+
+def cut_summary(out):
+    truncate(a_run_of(out, "summary.json"))
+
+
+def odd_summary(out):
+    path = a_run_of(out, "summary.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"state_bytes": "1"}))
+
+
+def cut_metrics(out):
+    truncate(a_run_of(out, "metrics.jsonl"))
+
+
+def edited_metrics(out):
+    path = a_run_of(out, "metrics.jsonl")
+    path.write_text(path.read_text().replace('"loss": ', '"loss": 1', 1))
+
+
+def no_metrics(out):
+    a_run_of(out, "metrics.jsonl").unlink()
+
+
+def cut_tokenizer(out):
+    truncate(out / "tokenizer.json")
+
+
+def edited_record(out):
+    path = out / "run.json"
+    path.write_text(path.read_text().replace('"rank": 2', '"rank": 3'))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (cut_summary, "seed-0/summary.json is not JSON"),
+        (odd_summary, "summary.json is not as it was written: state_bytes must be int"),
+        (cut_metrics, "seed-0/metrics.jsonl is not as it was when the run was done"),
+        (edited_metrics, "seed-0/metrics.jsonl is not as it was when the run was done"),
+        (no_metrics, "seed-0/metrics.jsonl is not as it was when the run was done"),
+        (edited_record, "run.json is not as it was written"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_damaged_run_is_refused_in_one_line(spoil, said, finished, tmp_path, capsys):
+    out = shutil.copytree(finished, tmp_path / "run")
+    spoil(out)
+    before = contents(out)
+    assert main(["--resume", "--out", str(out)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("glue: ")
+    assert str(out) in lines[0] and said in lines[0]
+    assert contents(out) == before
 
 
 # What is refused
@@ -337,12 +402,15 @@ def config_of(**changes):
         (edit("mrpc/mrpc_train.tsv", lambda b: b""), "mrpc_train.tsv: it has no rows"),
         (
             edit("mrpc/mrpc_train.tsv", lambda b: b.decode().encode("utf-16")),
-            "mrpc_train.tsv: row 1 is not UTF-8",
+            "mrpc_train.tsv, line 1: not UTF-8",
         ),
         (edit("model/vocab.txt", lambda b: b + b"more\n"), "vocab.txt does not fit"),
         (edit("model/vocab.txt", lambda b: None), "has no tokenizer"),
         (edit("model/config.json", config_of(model_type="gpt2")), "model_type='gpt2'"),
         (edit("model/config.json", config_of(hidden_size=64)), "misshapen"),
+        (edit("model/config.json", config_of(vocab_size=2**31 - 1)), "misshapen"),
+        (edit("model/config.json", lambda b: b"[" * 100_000), "nested too deeply"),
+        (edit("model/model.safetensors", lambda b: b[:99]), "model.safetensors: "),
         (edit("model/config.json", config_of(model_type="roberta")), "missing"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
@@ -488,6 +556,15 @@ def test_a_model_is_made_first_where_none_is_given(made):
         table = ("encoder", "embeddings", "word_embeddings", "embedding")
         distance = np.abs(best.read[table] - base.read[table]).max()
         assert (distance < 0.0025) == near
+
+
+def test_a_damaged_tokenizer_of_a_run_is_refused(made, tmp_path, capsys):
+    out = shutil.copytree(made, tmp_path / "run")
+    cut_tokenizer(out)
+    assert main(["--resume", "--out", str(out)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert f"{out / 'tokenizer.json'} is no tokenizer" in lines[0]
 
 
 def test_making_it_goes_on_too_after_a_stop_and_crashes(

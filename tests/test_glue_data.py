@@ -190,7 +190,7 @@ BAD_ROWS = [
         "\t".join([*"0123456", "a", "b", "nan"]),
         "'nan' is no number from 0",
     ),
-    ("mrpc", b"1\t2\t3\ta\xe9\tb", "row 3 is not UTF-8"),
+    ("mrpc", b"1\t2\t3\ta\xe9\tb", "line 3: not UTF-8"),
     ("cola", "x\t1\t*", "row 2 has 3 columns, expected 4: source, label"),
 ]
 
@@ -203,7 +203,7 @@ def test_a_malformed_row_is_named(task, row, said, tmp_path):
     path.write_bytes(path.read_bytes() + row + b"\n")
     with pytest.raises(ValueError, match=re.escape(said)) as caught:
         read_examples(path, GLUE[task])
-    assert str(caught.value).startswith(f"{path}: ")
+    assert str(caught.value).startswith((f"{path}: ", f"{path}, line "))
 
 
 @pytest.mark.parametrize(
@@ -212,8 +212,8 @@ def test_a_malformed_row_is_named(task, row, said, tmp_path):
         ("train.tsv", "", "it has no rows"),
         ("train.tsv", "index\tsentence1\tsentence2\tlabel\n", "it has no rows"),
         ("train.tsv", "index\tsentence1\tlabel\n", "no column 'sentence2' for RTE"),
-        ("train.jsonl", '{"sentence1": "a"\n', "row 1 is not JSON"),
-        ("train.jsonl", "[1]\n", "row 1 is not a JSON object"),
+        ("train.jsonl", '{"sentence1": "a"\n', "line 1: not JSON"),
+        ("train.jsonl", "[1]\n", "line 1: not a JSON object"),
         ("train.jsonl", '{"sentence1": "a"}\n', "row 1: there is no 'sentence2'"),
         (
             "train.jsonl",

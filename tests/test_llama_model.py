@@ -366,6 +366,16 @@ def test_absent_fields_take_hugging_faces_defaults(tmp_path):
         ),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config=.* not supported"),
+        ({"hidden_size": "32"}, "hidden_size must be int, got '32'"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be bool"),
+        ({"eos_token_id": [2, [3]]}, "eos_token_id must be"),
+        ({"eos_token_id": {}}, "eos_token_id must be"),
+        ({"head_dim": 8.0}, "head_dim must be int"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 4,096"),
+        ({"vocab_size": 10**40}, "vocab_size must be at most 2,147,483,647"),
+        ({"max_position_embeddings": 2**31}, "max_position_embeddings must be at most"),
     ],
 )
 def test_configs_of_other_models_are_refused_by_name(tmp_path, changes, message):
@@ -375,7 +385,78 @@ def test_configs_of_other_models_are_refused_by_name(tmp_path, changes, message)
     assert str(path) in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["{", "[1]"])
+# Beside parameters of the other name that say "default", and alone.
+@pytest.mark.parametrize("beside", [None, {"rope_type": "default"}], ids=str)
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"type": "linear", "factor": 2.0},
+        {"rope_type": "yarn"},
+        {"rope_type": "default", "type": "dynamic"},
+        {"factor": 8.0},
+        {"rope_type": "default", "factor": 8.0},
+        {"rope_type": "default", "long_factor": [1.0]},
+        {"rope_type": None},
+        {"full_attention": {"rope_type": "default"}},
+        "linear",
+        [2.0],
+        False,
+    ],
+    ids=str,
+)
+def test_no_rope_scaling_is_overlooked(rope, name, beside, tmp_path):
+    other = {"rope_scaling": "rope_parameters", "rope_parameters": "rope_scaling"}
+    path = write_config(tmp_path, **{name: rope, other[name]: beside})
+    with pytest.raises(ValueError, match="rope") as error:
+        LlamaConfig.from_json(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+def test_rope_that_scales_nothing_is_taken(name, tmp_path):
+    rope = {"rope_type": "default", "type": "default", "factor": 1.0}
+    path = write_config(tmp_path, **({"rope_parameters": "absent"} | {name: rope}))
+    assert LlamaConfig.from_json(path).rope_theta == 1e4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"scan_layers": True},
+        {"head_dim": 6, "num_key_value_heads": 4, "vocab_size": 63},
+    ],
+    ids=str,
+)
+def test_the_number_of_weights_is_that_of_the_model(changes):
+    config = dataclasses.replace(SMALL, **changes)
+    assert config.parameters == count(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_hidden_layers": 4000}, "num_hidden_layers=4,000, and there are 21"),
+        ({"intermediate_size": 2**31 - 1}, "misshapen model.layers.0.mlp.gate_proj"),
+        ({"vocab_size": 2**31 - 1}, "misshapen model.embed_tokens.weight"),
+        ({"hidden_size": 2**30}, "misshapen"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_sizes_that_no_weights_have_make_nothing(
+    changes, said, scan_layers, checkpoint
+):
+    directory, _ = checkpoint
+    write_config(directory, **changes)
+    with pytest.raises(ValueError, match=said) as error:
+        load_llama(directory, scan_layers=scan_layers)
+    assert str(directory) in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "", "[" * 100_000, '"x"', "\0" * 9])
 def test_files_that_are_no_config_are_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match="Cannot use the model config .*config.json"):

@@ -25,15 +25,19 @@ import pytest
 from flax import nnx
 from tokenizers import Tokenizer
 
+from examples.common.checkpoints import seal
 from examples.common.data import load_corpus
+from examples.common.lock import sole_use
 from examples.common.loop import TrainState
 from examples.common.metrics import read_metrics
 from examples.common.schedule import warmup_cosine
+from examples.common.settings import read_record, write_record
 from examples.common.tokens import END_OF_TEXT, Packed
 from examples.llama import finetune, pretrain
 from examples.llama.finetune_settings import Finetune
 from examples.llama.pretrain import CONFIGS, Pretrain, main
 from examples.llama.weights import load_llama
+from tests.faults import contents, flip, full_disk, largest, truncate
 
 METHODS = Pretrain().methods
 STEPS = pretrain.SMOKE.steps
@@ -275,6 +279,7 @@ def test_a_run_does_not_go_on_from_another_models_checkpoint(smoke, tmp_path, ca
     shutil.rmtree(checkpoints)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((checkpoints / "10" / "default").resolve(), foreign)
+    seal(checkpoints / "10")
     assert main(["--resume", "--out", str(out)]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert f"The checkpoint {checkpoints / '10'} is of another model" in said
@@ -288,14 +293,177 @@ def test_resume_without_a_directory_takes_the_latest(tmp_path, monkeypatch, caps
         run.mkdir(parents=True)
         settings = dataclasses.asdict(Pretrain()) | {"steps": 7}
         del settings["out"], settings["resume"], settings["smoke"]
-        (run / "run.json").write_text(json.dumps({"settings": settings}))
+        write_record(run, {"settings": settings})
     assert main(["--resume", "--steps", "8"]) == 2
     said = capsys.readouterr().err
     assert "runs/pretrain-20260102-000000 with steps = 8" in said
     assert "started with 7" in said
 
 
+# Faults of disks and of hands
+
+
+def no_settings(out):
+    write_record(out, {"device": "x"})
+
+
+def unknown_setting(out):
+    record = read_record(out)
+    record["settings"]["stepz"] = 3
+    write_record(out, record)
+
+
+def setting_of_another_type(out):
+    record = read_record(out)
+    record["settings"]["steps"] = "20"
+    write_record(out, record)
+
+
+def no_model(out):
+    record = read_record(out)
+    del record["model"]["hidden_size"]
+    write_record(out, record)
+
+
+def edited_record(out):
+    path = out / "run.json"
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+
+
+def cut_record(out):
+    truncate(out / "run.json")
+
+
+def deep_record(out):
+    (out / "run.json").write_text("[" * 100_000 + "]" * 100_000)
+
+
+def flipped_tokens(out):
+    flip(out / "data" / "train.npy")
+
+
+def cut_tokens(out):
+    truncate(out / "data" / "validation.npy")
+
+
+def no_tokens(out):
+    (out / "data" / "train.npy").unlink()
+
+
+def edited_tokenizer(out):
+    path = out / "data" / "tokenizer.json"
+    path.write_text(path.read_text().replace("endoftext", "endoftexts"))
+
+
+def edited_metrics(out):
+    path = out / "adamw" / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"step": 3', '"step": 4', 1))
+
+
+def cut_metrics(out):
+    truncate(out / "adamw" / "metrics.jsonl")
+
+
+def flipped_checkpoints(out):
+    for checkpoint in (out / "adamw" / "checkpoints").iterdir():
+        flip(largest(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (no_settings, "run.json is of another command"),
+        (unknown_setting, "run.json is of another command: unknown field 'stepz'"),
+        (setting_of_another_type, "steps must be int, got '20'"),
+        (no_model, "run.json is of another command: ValueError('it lacks hidden_size"),
+        (edited_record, "run.json is not as it was written"),
+        (cut_record, "run.json is not JSON"),
+        (deep_record, "run.json is nested too deeply"),
+        (flipped_tokens, "data is not as it was written"),
+        (cut_tokens, "data is not as it was written"),
+        (no_tokens, "data/train.npy"),
+        (edited_tokenizer, "data is not as it was written"),
+        (edited_metrics, "adamw/metrics.jsonl is not as it was written up to step 20"),
+        (cut_metrics, "adamw/metrics.jsonl is not as it was written up to step 20"),
+        (flipped_checkpoints, "adamw/checkpoints/20: its file"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_damaged_run_is_refused_in_one_line(spoil, said, smoke, tmp_path, capsys):
+    out = shutil.copytree(smoke, tmp_path / "run")
+    spoil(out)
+    before = contents(out)
+    assert main(["--resume", "--out", str(out)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("pretrain: ")
+    assert str(out) in lines[0] and said in lines[0]
+    assert contents(out) == before
+
+
+def test_one_flipped_bit_does_not_change_the_results(smoke, tmp_path, capsys):
+    out = shutil.copytree(smoke, tmp_path / "run")
+    flip(largest(out / "mlorc_adamw" / "checkpoints" / str(STEPS)))
+    assert main(["--resume", "--out", str(out)]) == 0
+    assert "Going on from that of step 10" in capsys.readouterr().err
+    assert result_of(out) == result_of(smoke)
+    for method in METHODS:
+        assert metrics_of(out, method) == metrics_of(smoke, method)
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(smoke, tmp_path, capsys):
+    out = shutil.copytree(smoke, tmp_path / "run")
+    shutil.rmtree(out / "adamw")
+    # All but the checkpoints fits.
+    with full_disk(20_000):
+        assert main(["--resume", "--out", str(out)]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"Cannot write the checkpoint {out / 'adamw/checkpoints/10'}" in last
+    assert main(["--resume", "--out", str(out)]) == 0
+    assert metrics_of(out, "adamw") == metrics_of(smoke, "adamw")
+
+
+def test_a_full_disk_at_the_start_leaves_no_run(tmp_path, capsys):
+    out = tmp_path / "run"
+    argv = ["--smoke", "--data", small_text(tmp_path), "--seq-len", "4"]
+    argv += ["--batch-size", "1", "--methods", "adamw", "--out", str(out)]
+    with full_disk(1000):
+        assert main(argv) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert f"Cannot write {out / 'data' / 'tokenizer.json'}: " in lines[0]
+    assert contents(out) == {}
+
+
+def test_a_directory_in_which_another_process_works_is_refused(smoke, tmp_path, capsys):
+    out = shutil.copytree(smoke, tmp_path / "run")
+    before = contents(out)
+    with sole_use(out, resumed=True):
+        assert main(["--resume", "--out", str(out)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert f"Cannot work in {out}: another process does" in lines[0]
+    assert contents(out) == before
+
+
 # What is refused
+
+
+def absurd(**fields):
+    def flag(tmp_path):
+        config = json.loads((CONFIGS / "smoke.json").read_text())
+        file = tmp_path / "absurd.json"
+        long = {"max_position_embeddings": 128}  # as are the rows
+        file.write_text(json.dumps(config | long | fields))
+        return str(file)
+
+    flag.__name__ = str(fields)
+    return flag
+
+
+def bad_line(tmp_path):
+    file = tmp_path / "text.jsonl"
+    file.write_text('{"text": "good"}\n{"text": 5}\n')
+    return f"path:{file}"
 
 
 def small_text(tmp_path):
@@ -323,6 +491,12 @@ def broken_config(tmp_path):
         (["--rank", "-3"], "rank -3"),
         (["--model", broken_config], "num_attention_heads=3 does not divide"),
         (["--model", "huge"], "'huge': choose from"),
+        (["--model", absurd(intermediate_size=2**30)], "weights in float32"),
+        (["--model", absurd(num_hidden_layers=10**9)], "must be at most 4,096"),
+        (["--model", absurd(vocab_size=10**30)], "vocab_size must be at most"),
+        (["--model", absurd(intermediate_size=2**31)], "intermediate_size must be"),
+        (["--model", absurd(rope_scaling={"factor": 8.0})], "rope_scaling: factor=8.0"),
+        (["--data", bad_line], "text.jsonl, line 2: no text under 'text'"),
         (["--seq-len", "9999"], "9999 tokens: the model takes"),
         (["--steps", "0"], "steps must be at least 1"),
         (["--learning-rate", "-1"], "learning_rate must be above 0"),

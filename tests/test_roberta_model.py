@@ -280,6 +280,13 @@ def test_a_tensor_that_does_not_fit_names_itself(change, said, tmp_path):
         ({"num_attention_heads": 5}, "num_attention_heads=5 does not divide"),
         ({"pad_token_id": 500}, "pad_token_id must be a token"),
         ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob must be at least 0"),
+        ({"hidden_dropout_prob": "0.1"}, "hidden_dropout_prob must be float"),
+        ({"pad_token_id": 0.0}, "pad_token_id must be int"),
+        ({"id2label": {"0": 5}}, "labels must be"),
+        ({"id2label": None, "num_labels": 10**9}, "num_labels must be at most 65,536"),
+        ({"id2label": None, "num_labels": "2"}, "num_labels must be a whole number"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 4,096"),
+        ({"vocab_size": 10**12}, "vocab_size must be at most"),
     ],
 )
 def test_another_model_is_refused(config, said, tmp_path):
@@ -287,6 +294,36 @@ def test_another_model_is_refused(config, said, tmp_path):
     with pytest.raises(ValueError, match=said) as caught:
         load_classifier(directory)
     assert "config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"num_hidden_layers": 4000}, "num_hidden_layers=4,000, and there are"),
+        ({"intermediate_size": 2**31 - 1}, "misshapen encoder.layer.0.intermediate"),
+        ({"max_position_embeddings": 2**31 - 1}, "misshapen embeddings.position"),
+    ],
+    ids=str,
+)
+def test_sizes_that_no_weights_have_make_nothing(config, said, tmp_path):
+    directory = changed("bert", tmp_path / "absurd", lambda tensors: None, config)
+    with pytest.raises(ValueError, match=said) as caught:
+        load_classifier(directory)
+    assert str(directory) in str(caught.value)
+    # Without weights they would all be made.
+    (directory / "model.safetensors").unlink()
+    if "num_hidden_layers" not in config:
+        with pytest.raises(ValueError, match=r"weights in float32 take [\d,]+\.\d GiB"):
+            load_classifier(directory)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_the_number_of_weights_is_that_of_the_encoder(kind):
+    config = load_classifier(tiny(kind)).config
+    model = nnx.eval_shape(lambda: Classifier(config, rngs=nnx.Rngs(0)))
+    sizes = jax.tree.leaves(nnx.state(model.encoder, nnx.Param))
+    expected = sum(int(np.prod(x.shape)) for x in sizes)
+    assert config.parameters == expected
 
 
 def test_weights_of_the_other_kind_are_refused(tmp_path):
@@ -357,5 +394,14 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ValueError, match="padding is token 0.*pad_token_id is 3"):
         load_tokenizer(tmp_path, bert_config(vocab_size=9, pad_token_id=3))
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match="Cannot read the tokenizer .*tokenizer.json"):
+    with pytest.raises(ValueError, match="tokenizer.json is no tokenizer: EOF"):
         load_tokenizer(tmp_path, bert_config())
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "[" * 100_000, '{"do_lower_case": 1}'])
+def test_damaged_settings_of_a_tokenizer_are_named(text, tmp_path):
+    write_words(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(text)
+    with pytest.raises(ValueError) as caught:
+        load_tokenizer(tmp_path, bert_config(vocab_size=len(WORDS)))
+    assert str(tmp_path / "tokenizer_config.json") in str(caught.value)

@@ -1,13 +1,15 @@
 """Hugging Face's `config.json`: reading its fields, and checks that models share."""
 
 import dataclasses
-import json
 import math
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+import jax
+
 _DTYPES = ("float32", "bfloat16", "float16")
+_MOST_LAYERS = 4096  # the deepest that were published have a thousand
 
 Fields = dict[str, Any]
 
@@ -22,19 +24,6 @@ def required_fields(config: type) -> tuple[str, ...]:
     return tuple(
         f.name for f in dataclasses.fields(config) if f.default is dataclasses.MISSING
     )
-
-
-def read_object(path: Path) -> Fields:
-    """The object in a JSON file.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is no JSON, or no object.
-    """
-    raw = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(raw, dict):
-        raise ValueError(f"it holds {type(raw).__name__}, not a JSON object.")
-    return raw
 
 
 def check_file(raw: Fields, required: Sequence[str], fixed: Mapping[str, Any]) -> None:
@@ -56,13 +45,40 @@ def check_file(raw: Fields, required: Sequence[str], fixed: Mapping[str, Any]) -
             )
 
 
-def check_counts(**values: Any) -> None:
-    """Raises ValueError for a value that is no whole number of at least 1, by name."""
+def check_counts(most: int = 2**31 - 1, **values: Any) -> None:
+    """Raises ValueError for a value that is no whole number from 1 to `most`, by name.
+
+    Tokens and positions are counted in 32 bits.
+    """
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(
                 f"{name} must be a whole number of at least 1, got {value!r}."
             )
+        if value > most:
+            raise ValueError(f"{name} must be at most {most:,}, got {value:,}.")
+
+
+def check_layers(layers: Any) -> None:
+    """Raises ValueError for a number of layers that is none, or of no known model.
+
+    Layers are made one by one, which takes minutes where a number is absurd.
+    """
+    check_counts(_MOST_LAYERS, num_hidden_layers=layers)
+
+
+def check_room(parameters: int, dtype: str, source: object) -> None:
+    """Raises ValueError for a model whose weights alone this machine cannot hold."""
+    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for device in jax.local_devices():
+        if device.platform != "cpu":
+            room += (device.memory_stats() or {}).get("bytes_limit", 0)
+    size = parameters * (4 if dtype == "float32" else 2)
+    if size > room:
+        raise ValueError(
+            f"Cannot make the model of {source}: its {parameters:,} weights in {dtype}"
+            f" take {size / 2**30:,.1f} GiB, and this machine has {room / 2**30:,.1f}."
+        )
 
 
 def check_positive(**values: Any) -> None:

@@ -1,7 +1,6 @@
 """Text for the examples: where it comes from, and what is held out of it."""
 
 import hashlib
-import json
 import os
 import socket
 import sysconfig
@@ -9,6 +8,8 @@ import tokenize
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from examples.common.jsonl import read_rows, read_text, text_of
 
 Document = tuple[str, str]  # name, text
 
@@ -161,24 +162,13 @@ def _files(path: Path) -> list[Document]:
 
 
 def _read(file: Path, name: str) -> list[Document]:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"Cannot read data '{file}': byte {error.start} is not UTF-8."
-        ) from error
     if file.suffix != ".jsonl":
-        return [(name, text)]
-    documents = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        try:
-            documents.append((f"{name}:{number}", json.loads(line)["text"]))
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"Cannot read data '{file}': line {number} is not a JSON object with"
-                ' a key "text".'
-            ) from error
-    return documents
+        return [(name, read_text(file))]
+    found = []
+    for where, row in read_rows(file):
+        number = where.rpartition(" ")[2]
+        found.append((f"{name}:{number}", text_of(row, "text", where)))
+    return found
 
 
 def _hub(name: str, train_bytes: int) -> Corpus:

@@ -15,6 +15,8 @@ import orbax.checkpoint as ocp
 from tqdm import tqdm
 
 import lowrank_optax as lro
+from examples.common import checkpoints
+from examples.common.errors import BadFile
 from examples.common.interrupt import Interrupted, StopRequest
 from examples.common.metrics import MetricsLog, Record
 
@@ -22,7 +24,7 @@ METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 
 
-class ForeignCheckpoint(ValueError):
+class ForeignCheckpoint(BadFile):
     """What a run would go on from is of another model, or of another method."""
 
 
@@ -128,7 +130,7 @@ def train(
     stop: StopRequest,
     best: Best | None = None,
 ) -> TrainState:
-    """Trains to the end, from the directory's latest checkpoint if it has one.
+    """Trains to the end, from the directory's latest whole checkpoint if it has one.
 
     A run that was stopped, or killed, and is called again takes the same steps as one
     that was not: parameters, state and metrics agree bit for bit on one machine, but
@@ -151,95 +153,152 @@ def train(
       Interrupted: `stop` was requested; a checkpoint of the step then under way is
         saved.
       ForeignCheckpoint: the directory's checkpoint is of something else.
+      BadFile: its checkpoints or metrics are damaged, none of them being whole.
+      OSError: something cannot be written, such as on a full disk.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    params = task.init()
-    gradient = jax.jit(task.probed or jax.grad(task.loss))
-    bases = []
-    if probe is not None:
-        bases = probe.start(jax.eval_shape(gradient, params, task.validation[0]))
-    state = TrainState(params, tx.init(params), bases)
-    loss = jax.jit(task.loss)
+    return _Loop(task, tx, timetable, probe, directory, label, stop, best).run()
 
-    def validate(state: TrainState) -> tuple[Record, TrainState]:
+
+class _Loop:
+    """A run under way; the arguments are those of `train`."""
+
+    def __init__(
+        self,
+        task: Task,
+        tx: optax.GradientTransformation,
+        timetable: Timetable,
+        probe: Probe | None,
+        directory: Path,
+        label: str,
+        stop: StopRequest,
+        best: Best | None,
+    ):
+        self.task, self.tx, self.timetable, self.probe = task, tx, timetable, probe
+        self.directory, self.label, self.stop, self.best = directory, label, stop, best
+        self.metrics = directory / METRICS_FILE
+        self.gradient = jax.jit(task.probed or jax.grad(task.loss))
+        self.loss = jax.jit(task.loss)
+
+    def run(self) -> TrainState:
+        """The state after the last step."""
+        folder = self.directory / CHECKPOINTS
+        start = checkpoints.newest(folder, checkpoints.warn)
+        state = self._initial()
+        with _manager(folder) as manager:
+            if start is not None:
+                checkpoints.check_metrics(folder / str(start), self.metrics)
+                state = self._restored(manager, start, state)
+            if start == self.timetable.steps:
+                return state
+            with MetricsLog(self.metrics, keep=start) as log:
+                return self._take_steps(manager, log, state, start)
+
+    def _initial(self) -> TrainState:
+        params, bases = self.task.init(), []
+        if self.probe is not None:
+            batch = self.task.validation[0]
+            bases = self.probe.start(jax.eval_shape(self.gradient, params, batch))
+        return TrainState(params, self.tx.init(params), bases)
+
+    def _restored(
+        self, manager: ocp.CheckpointManager, start: int, state: TrainState
+    ) -> TrainState:
+        path = self.directory / CHECKPOINTS / str(start)
+        try:
+            saved = _shapes_of(manager.item_metadata(start), state)
+        except ForeignCheckpoint as error:
+            raise ForeignCheckpoint(
+                f"The checkpoint {path} is of another model or method: {error}"
+            ) from error
+        restored: Any = manager.restore(start, args=ocp.args.StandardRestore(saved))
+        return restored
+
+    def _take_steps(
+        self,
+        manager: ocp.CheckpointManager,
+        log: MetricsLog,
+        state: TrainState,
+        start: int | None,
+    ) -> TrainState:
+        at, task = self.timetable, self.task
+        # Compiled ahead, so that no measured step holds the compilation.
+        shapes = task.shapes or [task.batch(0)]
+        steps = _compiled(task, self.tx, state, shapes)
+        if start is None:
+            record, state = self._validate(state)
+            peak = max(map(_peak_bytes, steps.values()))
+            log.write({"step": 0, "peak_bytes": peak, **record})
+        top = self._top(log.kept)
+        first = (start or 0) + 1
+        with _progress_bar(self.label, first - 1, at.steps) as bar:
+            for done in range(first, at.steps + 1):
+                state, record = self._step(steps, state, done, bar)
+                last = done == at.steps
+                validated = last or done % at.eval_every == 0
+                if validated:
+                    extra, state = self._validate(state)
+                    record |= extra
+                    top = self._keep_best(record, top, state)
+                freed = 0
+                if not last and done % at.shrink_every == 0:
+                    self.tx, state, freed = _shrink(self.tx, state)
+                if freed:
+                    record["freed_bytes"] = freed
+                    bar.write(f"{self.label}: step {done} freed {freed:,} bytes")
+                    steps = _compiled(task, self.tx, state, shapes)
+                if validated or freed or done % at.log_every == 0:
+                    log.write({"step": done, **record})
+                stopped = self.stop.requested
+                if last or stopped or done % at.checkpoint_every == 0:
+                    log.sync()
+                    checkpoints.save(manager, done, state, self.metrics)
+                if stopped:
+                    raise Interrupted(f"{self.label} stopped after step {done}")
+        return state
+
+    def _step(
+        self, steps: dict[Hashable, Any], state: TrainState, done: int, bar: tqdm
+    ) -> tuple[TrainState, Record]:
+        batch = self.task.batch(done - 1)
+        began = time.perf_counter()
+        params, opt_state, measured = steps[_shape_of(batch)](*state[:2], batch)
+        record: Record = {name: float(value) for name, value in measured.items()}
+        record["seconds"] = time.perf_counter() - began
+        rate = self.task.tokens_per_step / record["seconds"]
+        bar.set_postfix_str(
+            f"loss {record['loss']:.3f}, {rate:,.0f} {self.task.unit}/s", refresh=False
+        )
+        bar.update()
+        return state._replace(params=params, opt_state=opt_state), record
+
+    def _validate(self, state: TrainState) -> tuple[Record, TrainState]:
+        task, probe = self.task, self.probe
         record: Record = {}
         if task.evaluate is not None:
             record |= task.evaluate(state.params)
         else:
-            losses = [float(loss(state.params, batch)) for batch in task.validation]
+            losses = [float(self.loss(state.params, x)) for x in task.validation]
             record["validation_loss"] = float(np.mean(losses))
         if probe is None:
             return record, state
-        grads = gradient(state.params, task.validation[0])
+        grads = self.gradient(state.params, task.validation[0])
         measured, bases = probe.measure(grads, state.opt_state, state.bases)
         record["probe"] = {name: float(x) for name, x in measured.items() if x}
         return record, state._replace(bases=bases)
 
-    with _checkpoints(directory) as checkpoints:
-        start = checkpoints.latest_step()
-        if start is not None:
-            try:
-                saved = _shapes_of(checkpoints.item_metadata(start), state)
-            except ForeignCheckpoint as error:
-                raise ForeignCheckpoint(
-                    f"The checkpoint {directory / CHECKPOINTS / str(start)} is of"
-                    f" another model or method: {error}"
-                ) from error
-            restore = ocp.args.StandardRestore(saved)
-            state = checkpoints.restore(start, args=restore)
-        if start == timetable.steps:
-            return state
-        with MetricsLog(directory / METRICS_FILE, keep=start) as log:
-            # Compiled ahead, so that no measured step holds the compilation.
-            shapes = task.shapes or [task.batch(0)]
-            steps = _compiled(task, tx, state, shapes)
-            if start is None:
-                record, state = validate(state)
-                peak = max(map(_peak_bytes, steps.values()))
-                log.write({"step": 0, "peak_bytes": peak, **record})
-            top = -math.inf
-            if best is not None:
-                after_start = [record for record in log.kept if record["step"] > 0]
-                top = max((r.get(best.metric, top) for r in after_start), default=top)
-            first = (start or 0) + 1
-            with _progress_bar(label, first - 1, timetable.steps) as bar:
-                for done in range(first, timetable.steps + 1):
-                    batch = task.batch(done - 1)
-                    began = time.perf_counter()
-                    step = steps[_shape_of(batch)]
-                    params, opt_state, measured = step(*state[:2], batch)
-                    state = state._replace(params=params, opt_state=opt_state)
-                    record = {name: float(value) for name, value in measured.items()}
-                    record["seconds"] = time.perf_counter() - began
-                    rate = task.tokens_per_step / record["seconds"]
-                    bar.set_postfix_str(
-                        f"loss {record['loss']:.3f}, {rate:,.0f} {task.unit}/s",
-                        refresh=False,
-                    )
-                    bar.update()
+    def _top(self, kept: Sequence[Record]) -> float:
+        """The best of the validations after the start."""
+        if self.best is None:
+            return -math.inf
+        found = [r.get(self.best.metric, -math.inf) for r in kept if r["step"] > 0]
+        return max(found, default=-math.inf)
 
-                    last = done == timetable.steps
-                    validated = last or done % timetable.eval_every == 0
-                    if validated:
-                        extra, state = validate(state)
-                        record |= extra
-                        if best is not None and record[best.metric] > top:
-                            top = record[best.metric]
-                            best.save(state.params)
-                    freed = 0
-                    if not last and done % timetable.shrink_every == 0:
-                        tx, state, freed = _shrink(tx, state)
-                    if freed:
-                        record["freed_bytes"] = freed
-                        bar.write(f"{label}: step {done} freed {freed:,} bytes")
-                        steps = _compiled(task, tx, state, shapes)
-                    if validated or freed or done % timetable.log_every == 0:
-                        log.write({"step": done, **record})
-                    if last or stop.requested or done % timetable.checkpoint_every == 0:
-                        checkpoints.save(done, args=ocp.args.StandardSave(state))
-                    if stop.requested:
-                        raise Interrupted(f"{label} stopped after step {done}")
-    return state
+    def _keep_best(self, record: Record, top: float, state: TrainState) -> float:
+        if self.best is None or not record[self.best.metric] > top:
+            return top
+        self.best.save(state.params)
+        return record[self.best.metric]
 
 
 def _compiled(
@@ -326,14 +385,16 @@ def _shapes_of(saved: Any, state: TrainState) -> Any:
     return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
 
-def _checkpoints(directory: Path) -> ocp.CheckpointManager:
+def _manager(folder: Path) -> ocp.CheckpointManager:
     # Saved before the next step begins: that step is given the arrays' memory
     # (donation), which a save in the background might still be reading.
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=2, enable_async_checkpointing=False
+        max_to_keep=2,
+        enable_async_checkpointing=False,
+        cleanup_tmp_directories=True,
     )
     return ocp.CheckpointManager(
-        (directory / CHECKPOINTS).resolve(),
+        folder.resolve(),
         options=options,
         item_handlers=ocp.StandardCheckpointHandler(),
     )

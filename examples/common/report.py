@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from examples.common.files import aside, write_text
 from examples.common.metrics import Record
 
 STYLE = {
@@ -172,12 +173,13 @@ def write_page(
         path = directory / f"{section.name}.png"
         with plt.rc_context(STYLE):
             figure, caption = section.draw()
-            figure.savefig(path)
+            with aside(path) as draft:
+                figure.savefig(draft, format="png")
             plt.close(figure)
         heading = section.heading
         page += [f"## {heading}", f"![{heading}]({path.name})", caption]
         paths.append(path)
-    paths[0].write_text("\n\n".join(page) + "\n")
+    write_text(paths[0], "\n\n".join(page) + "\n")
     return paths
 
 

@@ -1,6 +1,7 @@
 """Settings of a run: from the command line, or from the record of the run resumed."""
 
 import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Mapping
@@ -9,6 +10,11 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import tyro
+
+from examples.common.errors import BadFile
+from examples.common.files import read_object, write_json
+from examples.common.lock import is_free
+from examples.common.typed import checked_fields
 
 S = TypeVar("S")
 
@@ -63,7 +69,7 @@ def parse_settings(
         _check_unchanged(recorded, _parse(argv, recorded), out)
         return dataclasses.replace(recorded, resume=True), out
     out = given.out or RUNS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not is_free(out):
         raise ValueError(
             f"Cannot start a run in {out}: it is not empty. Continue that run with"
             " --resume, or choose another --out."
@@ -75,6 +81,57 @@ def settings_record(settings: Any) -> dict[str, Any]:
     """The settings as JSON can hold them, under the key that `--resume` looks for."""
     fields = dataclasses.asdict(settings)
     return {"settings": {k: v for k, v in fields.items() if k not in _UNRECORDED}}
+
+
+def write_record(out: Path, facts: Mapping[str, Any]) -> None:
+    """Writes the record of a run, settings included, with its checksum."""
+    write_json(out / RECORD, {**facts, "sha256": _checksum(facts)})
+
+
+def read_record(out: Path) -> dict[str, Any]:
+    """What `write_record` wrote, as JSON has it.
+
+    A run goes on with what it was started with: a record that was edited would make it
+    half of one run and half of another.
+
+    Raises:
+      FileNotFoundError: there is none.
+      BadFile: it is damaged, or was edited, naming it.
+    """
+    path = out / RECORD
+    facts = read_object(path)
+    if facts.pop("sha256", None) != _checksum(facts):
+        raise BadFile(
+            f"{path} is not as it was written: its checksum does not fit. Restore it,"
+            " or start a new run."
+        )
+    return facts
+
+
+def unchanged(out: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts that the run was started with, of which model and data are the same.
+
+    Raises:
+      ValueError: they are no longer, or the record is damaged.
+    """
+    recorded = read_record(out)
+    now = json.loads(json.dumps(facts))
+    for part in ("model", "data"):
+        was = recorded.get(part)
+        if not isinstance(was, dict):
+            raise BadFile(f"{out / RECORD} is of another command: it has no {part!r}.")
+        if was != now[part]:
+            names = sorted(was.keys() | now[part].keys())
+            changed = [n for n in names if now[part].get(n) != was.get(n)]
+            raise ValueError(
+                f"Cannot resume {out}: the {part} is not what it was when the run was"
+                f" started ({', '.join(changed)})."
+            )
+    return recorded
+
+
+def _checksum(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _parse(argv: list[str], defaults: Any) -> Any:
@@ -95,11 +152,15 @@ def _latest(name: str) -> Path:
 
 def _recorded(out: Path, like: Any) -> Any:
     try:
-        fields = json.loads((out / RECORD).read_text())["settings"]
-    except FileNotFoundError as error:
+        record = read_record(out)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"Cannot resume: {out} holds no run.") from error
-    # JSON has no tuples.
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    try:
+        fields = checked_fields(
+            type(like), record.get("settings"), but=_UNRECORDED, whole=False
+        )
+    except ValueError as error:
+        raise BadFile(f"{out / RECORD} is of another command: {error}") from error
     return dataclasses.replace(like, **fields)
 
 

@@ -1,5 +1,6 @@
 """Byte-level BPE and packing: text to rows of token ids of one length."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,10 +10,15 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from examples.common.data import Corpus
+from examples.common.errors import BadFile, one_line
+from examples.common.files import aside, sha256
 
 END_OF_TEXT = "<|endoftext|>"
 
+TOKENIZER = "tokenizer.json"
+
 _TOKENIZER_BYTES = 50_000_000  # more text changes the merges little
+_CACHE = (TOKENIZER, "train.npy", "validation.npy")
 _CHUNK = 1000  # documents encoded at once, to bound the memory of the encodings
 
 
@@ -92,21 +98,36 @@ class TokenizedCorpus:
     train: np.ndarray
     validation: np.ndarray
 
-    def save(self, directory: Path) -> None:
-        """Writes tokenizer.json, train.npy and validation.npy."""
+    def save(self, directory: Path) -> str:
+        """Writes tokenizer.json, train.npy and validation.npy; returns their hash.
+
+        Raises:
+          OSError: naming the file that cannot be written.
+        """
         directory.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save(str(directory / "tokenizer.json"))
-        np.save(directory / "train.npy", self.train)
-        np.save(directory / "validation.npy", self.validation)
+        files = [directory / name for name in _CACHE]
+        save_tokenizer(self.tokenizer, files[0])
+        for path, ids in zip(files[1:], (self.train, self.validation), strict=True):
+            with aside(path) as draft, draft.open("wb") as file:
+                np.save(file, ids)
+        return sha256(files)
 
     @classmethod
-    def load(cls, directory: Path) -> "TokenizedCorpus":
-        """Reads what `save` wrote; the ids stay on disk until they are used."""
-        return cls(
-            Tokenizer.from_file(str(directory / "tokenizer.json")),
-            np.load(directory / "train.npy", mmap_mode="r"),
-            np.load(directory / "validation.npy", mmap_mode="r"),
-        )
+    def load(cls, directory: Path, expected: str) -> "TokenizedCorpus":
+        """Reads what `save` wrote; the ids stay on disk until they are used.
+
+        Raises:
+          BadFile: they have not the expected hash.
+          OSError: they cannot be read.
+        """
+        files = [directory / name for name in _CACHE]
+        if sha256(files) != expected:
+            raise BadFile(
+                f"{directory} is not as it was written: {', '.join(_CACHE)} have"
+                " another checksum. Restore them, or start a new run."
+            )
+        tokenizer = read_tokenizer(files[0])
+        return cls(tokenizer, *(np.load(path, mmap_mode="r") for path in files[1:]))
 
 
 def tokenize(corpus: Corpus, vocab_size: int) -> TokenizedCorpus:
@@ -126,6 +147,69 @@ def tokenize(corpus: Corpus, vocab_size: int) -> TokenizedCorpus:
         _encode(tokenizer, corpus.train),
         _encode(tokenizer, corpus.validation),
     )
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer.json.
+
+    Raises:
+      BadFile: there is none, or it is damaged, naming it.
+    """
+    if not path.is_file():
+        raise BadFile(f"{path.parent} has no {path.name}.")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except BaseException as error:
+        raise _of_tokenizers(error, f"{path} is no tokenizer") from error
+    # Lengths are chosen here, whatever the file was saved with.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def check_tokens(
+    tokenizer: Tokenizer, vocab_size: int, path: Path, pair: bool = False
+) -> None:
+    """Encodes a text, or a pair: the file may name marks that the model has not.
+
+    Raises:
+      BadFile: it cannot be encoded, or by tokens that are none of the model's.
+    """
+    texts = ("a text", "another")[: 2 if pair else 1]
+    try:
+        ids = tokenizer.encode(texts[0], texts[1] if pair else None).ids
+    except BaseException as error:
+        raise _of_tokenizers(error, f"{path} cannot encode {texts}") from error
+    if max(ids, default=0) >= vocab_size:
+        raise BadFile(
+            f"{path} does not fit the model: it encodes {texts} by a token {max(ids)},"
+            f" and the vocabulary of the model ends at {vocab_size - 1}."
+        )
+
+
+def _of_tokenizers(error: BaseException, what: str) -> BaseException:
+    """An error of the package as ours, and any other as it is.
+
+    It raises no class of its own, and where Rust panics no `Exception` either.
+    """
+    if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+        return BadFile(f"{what}: {one_line(error)}")
+    return error
+
+
+def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
+    """Writes a tokenizer.json, replacing an older file in one step.
+
+    Raises:
+      OSError: naming the file.
+    """
+    with aside(path) as draft:
+        tokenizer.save(str(draft))
+
+
+def tokenizer_sha256(tokenizer: Tokenizer) -> str:
+    """Hash of all that a tokenizer.json of it says, in hexadecimal."""
+    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:

@@ -7,21 +7,26 @@ named with 0, 1, 2, ... in that place. Every parameter called `kernel` is (in, o
 and (out, in) in the file.
 """
 
-import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
+
+from examples.common.files import aside, read_object
 
 NameOf = Callable[[tuple[Any, ...]], str]
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+# Eight bits take a scale each, in files of their own; quantized weights are no floats.
+_DTYPES = ("F64", "F32", "F16", "BF16")
+# What they are read as here; buffers of whole numbers are left out by name.
+_BUFFERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")
 
 
 def local_directory(name: str | Path) -> Path:
@@ -63,18 +68,13 @@ def read_tensors(directory: Path) -> dict[str, np.ndarray]:
     """All tensors of `model.safetensors`, or of the shards its index names.
 
     Raises:
-      ValueError: there are no such files, or one of them is missing or damaged.
+      ValueError: there are no such files, one of them is missing, damaged, outside of
+        the directory, or holds a tensor of a type that cannot be used.
     """
     if (directory / _WEIGHTS).is_file():
         files = [_WEIGHTS]
     elif (directory / _INDEX).is_file():
-        try:
-            index = json.loads((directory / _INDEX).read_text(encoding="utf-8"))
-            files = sorted(set(index["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{directory / _INDEX} is no safetensors index: {error!r}."
-            ) from error
+        files = _shards(directory / _INDEX)
     else:
         raise ValueError(
             f"{directory} holds neither {_WEIGHTS} nor {_INDEX}. Weights of another "
@@ -83,20 +83,62 @@ def read_tensors(directory: Path) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     for file in files:
         try:
+            _check_types(directory / file)
             tensors |= load_file(directory / file)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, MemoryError) as error:
             raise ValueError(f"Cannot read {directory / file}: {error}") from error
     return tensors
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names, all of them inside of its directory."""
+    names = read_object(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{index} is no safetensors index: it has no 'weight_map'.")
+    for tensor, name in names.items():
+        # By the name alone: the hub's cache itself is made of links that lead outside.
+        kinds = (PurePosixPath, PureWindowsPath)
+        if not isinstance(name, str) or not name or "\0" in name:
+            raise ValueError(f"{index} names no file for {tensor}: {name!r}.")
+        if any(kind(name).anchor or ".." in kind(name).parts for kind in kinds):
+            raise ValueError(
+                f"{index} names {name!r} for {tensor}: a file must be inside of"
+                f" {index.parent}."
+            )
+    return sorted(set(names.values()))
+
+
+def _check_types(path: Path) -> None:
+    """Raises ValueError for a tensor of a type that cannot be used, by name."""
+    with safe_open(path, "numpy") as file:
+        for name in file.keys():  # noqa: SIM118 (it is no dict)
+            kind = file.get_slice(name).get_dtype()
+            if kind not in _DTYPES + _BUFFERS:
+                raise ValueError(
+                    f"Cannot read {path}: its tensor {name} is of {kind}, expected one"
+                    f" of {', '.join(_DTYPES)}. Convert the weights first."
+                )
+
+
+def check_depth(layers: int, tensors: Mapping[str, Any], source: object) -> None:
+    """Raises ValueError for more layers than there are tensors.
+
+    They would be made one by one, only to find that most are missing.
+    """
+    if layers > len(tensors):
+        raise ValueError(
+            f"The weights in {source} do not fit the model: its config.json says"
+            f" num_hidden_layers={layers:,}, and there are {len(tensors):,} tensors."
+        )
 
 
 def write_tensors(directory: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes `model.safetensors`; an interrupted write leaves an older one intact."""
     # save_file writes memory order, so a transposed view would come back scrambled.
     dense = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
-    partial = directory / f"{_WEIGHTS}.partial"
     # transformers refuses a file that does not say which framework it is laid out for.
-    save_file(dense, partial, metadata={"format": "pt"})
-    partial.replace(directory / _WEIGHTS)
+    with aside(directory / _WEIGHTS) as draft:
+        save_file(dense, draft, metadata={"format": "pt"})
 
 
 def fill_state(
@@ -117,7 +159,7 @@ def fill_state(
     problems: list[str] = []
     expected: set[str] = set()
 
-    def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    def read(name: str, shape: tuple[int, ...]) -> np.ndarray | None:
         expected.add(name)
         found = tensors.get(name)
         if found is None:
@@ -131,7 +173,7 @@ def fill_state(
             )
         else:
             return found
-        return np.zeros(shape, np.float32)
+        return None
 
     filled = []
     for path, param in nnx.to_flat_state(state):
@@ -140,9 +182,13 @@ def fill_state(
         stored = shape[::-1] if path[-1] == "kernel" else shape
         if "{}" in name:
             parts = [read(name.format(i), stored) for i in range(param.shape[0])]
-            value = np.stack(parts)
         else:
-            value = read(name, stored)
+            parts = [read(name, stored)]
+        if problems:
+            # All of them are named, and nothing is made of a size that may be absurd.
+            continue
+        found = [part for part in parts if part is not None]
+        value = np.stack(found) if "{}" in name else found[0]
         if path[-1] == "kernel":
             value = value.swapaxes(-1, -2)
         filled.append((path, param.replace(jnp.asarray(value, param.dtype))))

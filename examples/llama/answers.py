@@ -50,20 +50,36 @@ def answer(
     responses = generate(model, prompts, over=watched, **options)
     rows = []
     for problem, ids in zip(problems, responses, strict=True):
-        text = tokenizer.decode(ids)
-        found = final_number(text)
-        rows.append(
-            {
-                "prompt": problem.prompt,
-                "response": text,
-                "expected": str(problem.number),
-                "found": None if found is None else str(found),
-                "correct": found == problem.number,
-            }
-        )
+        rows.append(_row(problem, tokenizer.decode(ids)))
+    return rows
+
+
+def checked_answers(problems: Sequence[Instruction], rows: Any) -> list[dict[str, Any]]:
+    """The rows, if `answer` may have made them.
+
+    Raises:
+      ValueError: they are of other problems, or do not agree with themselves.
+    """
+    if not isinstance(rows, list) or len(rows) != len(problems):
+        raise ValueError(f"it has not {len(problems)} answers.")
+    for number, (problem, row) in enumerate(zip(problems, rows, strict=True), start=1):
+        text = row.get("response") if isinstance(row, dict) else None
+        if not isinstance(text, str) or row != _row(problem, text):
+            raise ValueError(f"its answer {number} is of another problem, or changed.")
     return rows
 
 
 def exact_match(rows: Sequence[dict[str, Any]]) -> float:
     """The share of right final numbers."""
     return sum(row["correct"] for row in rows) / len(rows)
+
+
+def _row(problem: Instruction, text: str) -> dict[str, Any]:
+    found = final_number(text)
+    return {
+        "prompt": problem.prompt,
+        "response": text,
+        "expected": str(problem.number),
+        "found": None if found is None else str(found),
+        "correct": found == problem.number,
+    }

@@ -1,7 +1,6 @@
 """What fine-tuning starts from: a model's weights and its tokenizer, or neither."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +10,22 @@ import jax
 from flax import nnx
 from tokenizers import Tokenizer
 
+from examples.common.config import check_room
 from examples.common.files import sha256
-from examples.common.settings import RECORD
-from examples.common.tokens import END_OF_TEXT, train_tokenizer
+from examples.common.methods import METHODS
+from examples.common.settings import RECORD, read_record
+from examples.common.tokens import (
+    END_OF_TEXT,
+    TOKENIZER,
+    check_tokens,
+    read_tokenizer,
+    train_tokenizer,
+)
 from examples.common.weights import local_directory
 from examples.llama.config import LlamaConfig, config_names, config_path
 from examples.llama.model import Llama
 from examples.llama.pretrain import MODEL
-from examples.llama.weights import TOKENIZER, load_llama
+from examples.llama.weights import load_llama
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,7 @@ def load_base(
     path = config_path(name)
     if path is not None:
         config = LlamaConfig.from_json(path, **overrides)
+        check_room(config.parameters, config.param_dtype, path)
         if tokenizer.is_file():
             found = read_tokenizer(tokenizer)
         else:
@@ -122,30 +130,11 @@ def end_tokens(config: LlamaConfig) -> tuple[int, ...]:
     return end if isinstance(end, tuple) else (end,)
 
 
-def read_tokenizer(path: Path) -> Tokenizer:
-    """A tokenizer.json.
-
-    Raises:
-      ValueError: there is none, or it is damaged.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path.parent} has no {path.name}.")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # The package raises nothing narrower.
-        raise ValueError(f"{path} is no tokenizer: {error}") from error
-    # Lengths are chosen here, whatever the file was saved with.
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
-
-
 def _directory(name: str) -> Path:
     """Where the weights are."""
     path = Path(name)
     if (path / RECORD).is_file():
-        methods = json.loads((path / RECORD).read_text())["settings"]["methods"]
-        path = path / methods[0]
+        path = path / _first_method(path)
     if (path / "checkpoints").is_dir() and not (path / MODEL).is_dir():
         raise ValueError(f"{path} is a run that is not finished: go on with --resume.")
     if (path / MODEL).is_dir():
@@ -154,6 +143,15 @@ def _directory(name: str) -> Path:
         return local_directory(name)
     except ValueError as error:
         raise ValueError(f"{error} Names of configs: {config_names()}.") from error
+
+
+def _first_method(run: Path) -> str:
+    """The first method of a run of examples.llama.pretrain."""
+    settings = read_record(run).get("settings")
+    methods = settings.get("methods") if isinstance(settings, dict) else None
+    if not isinstance(methods, list) or not methods or methods[0] not in METHODS:
+        raise ValueError(f"{run / RECORD} is no record of examples.llama.pretrain.")
+    return methods[0]
 
 
 def _check_tokenizer(
@@ -166,6 +164,7 @@ def _check_tokenizer(
             f"{file} does not fit the model: it has a token {largest}, and the"
             f" vocabulary of the model ends at {config.vocab_size - 1}."
         )
+    check_tokens(tokenizer, config.vocab_size, file)
     ends = end_tokens(config)
     if not ends:
         raise ValueError(f"{directory / 'config.json'} names no eos_token_id.")

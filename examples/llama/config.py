@@ -9,12 +9,13 @@ from examples.common.config import (
     check_counts,
     check_dtypes,
     check_file,
+    check_layers,
     check_positive,
-    read_object,
     required_fields,
     stored_fields,
 )
-from examples.common.files import write_json
+from examples.common.files import read_object, write_json
+from examples.common.typed import checked_fields
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -26,6 +27,8 @@ _FIXED_FIELDS = {
     "mlp_bias": False,
     "attention_dropout": 0.0,
 }
+# The same, of fields that Hugging Face's configs lack where they have this value.
+_FIXED_IF_THERE = {"partial_rotary_factor": 1.0, "quantization_config": None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +85,11 @@ class LlamaConfig:
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
-            num_hidden_layers=self.num_hidden_layers,
             num_attention_heads=self.num_attention_heads,
             num_key_value_heads=self.kv_heads,
             max_position_embeddings=self.max_position_embeddings,
         )
+        check_layers(self.num_hidden_layers)
         check_positive(
             rms_norm_eps=self.rms_norm_eps,
             rope_theta=self.rope_theta,
@@ -109,6 +112,15 @@ class LlamaConfig:
                 f"head_dim must be even and positive for rotary embeddings, got "
                 f"{width!r}. Change num_attention_heads, or set head_dim."
             )
+
+    @property
+    def parameters(self) -> int:
+        """How many weights the model has."""
+        d, h = self.hidden_size, self.head_width
+        attention = 2 * d * h * (self.num_attention_heads + self.kv_heads)
+        layer = attention + 3 * d * self.intermediate_size + 2 * d
+        tables = 1 if self.tie_word_embeddings else 2
+        return tables * self.vocab_size * d + self.num_hidden_layers * layer + d
 
     @property
     def kv_heads(self) -> int:
@@ -179,19 +191,29 @@ _REQUIRED_FIELDS = required_fields(LlamaConfig)
 
 def _config_fields(raw: Fields) -> Fields:
     """`LlamaConfig` fields of those of a Hugging Face config, or ValueError."""
-    check_file(raw, _REQUIRED_FIELDS, _FIXED_FIELDS)
+    check_file(raw, _REQUIRED_FIELDS, _FIXED_FIELDS | _FIXED_IF_THERE)
     fields = {name: raw[name] for name in _HF_FIELDS if name in raw}
-    if isinstance(fields.get("eos_token_id"), list):
-        # The config is a static part of the model, so it must be hashable.
-        fields["eos_token_id"] = tuple(fields["eos_token_id"])
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    if scaling != "default":
-        raise ValueError(
-            f"rope scaling {scaling!r} is not supported, only 'default' is."
-        )
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("partial_rotary_factor other than 1 is not supported.")
-    if "rope_theta" in rope:
-        fields["rope_theta"] = rope["rope_theta"]
-    return fields
+    # transformers 4 has one name, transformers 5 the other; a file may have both.
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = {} if raw.get(name) is None else raw[name]
+        if not isinstance(rope, dict):
+            raise ValueError(f"{name} must be an object, got {rope!r}.")
+        _check_rope(name, rope)
+        if "rope_theta" in rope:
+            fields["rope_theta"] = rope["rope_theta"]
+    # Lists become tuples: the config is a static part of the model, hence hashable.
+    return checked_fields(LlamaConfig, fields, whole=False)
+
+
+def _check_rope(name: str, rope: Fields) -> None:
+    """Raises ValueError unless the frequencies are those of `rope_theta` alone."""
+    for key in ("rope_type", "type"):
+        if (scaling := rope.get(key, "default")) != "default":
+            raise ValueError(
+                f"rope scaling {scaling!r} is not supported, only 'default' is."
+            )
+    for key, value in rope.items():
+        if key in ("partial_rotary_factor", "factor") and value == 1:
+            continue
+        if key not in ("rope_type", "type", "rope_theta"):
+            raise ValueError(f"{name}: {key}={value!r} is not supported.")

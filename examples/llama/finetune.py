@@ -10,13 +10,10 @@ from scratch, and says so.
 """
 
 import dataclasses
-import json
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import flax
 import jax
@@ -24,17 +21,16 @@ import optax
 import tokenizers
 
 import lowrank_optax as lro
-from examples.common.errors import one_line
-from examples.common.interrupt import Interrupted, StopRequest
-from examples.common.loop import ForeignCheckpoint
-from examples.common.settings import RECORD, parse_settings, settings_record
+from examples.common.command import command
+from examples.common.interrupt import StopRequest
+from examples.common.settings import parse_settings, settings_record, unchanged
+from examples.common.tokens import TOKENIZER, tokenizer_sha256
 from examples.llama.base import load_base
 from examples.llama.finetune_job import Job
 from examples.llama.finetune_report import comparison, write_files
 from examples.llama.finetune_settings import PRESETS, SMOKE, Finetune
 from examples.llama.instructions import Instruction, Instructions, load_instructions
 from examples.llama.rows import Rows, encode, lay_out
-from examples.llama.weights import TOKENIZER
 
 
 def prepare(settings: Finetune, out: Path) -> Job:
@@ -74,6 +70,7 @@ def prepare(settings: Finetune, out: Path) -> Job:
         "model": {
             "source": base.source,
             "sha256": base.sha256,
+            "tokenizer_sha256": tokenizer_sha256(base.tokenizer),
             **dataclasses.asdict(base.config),
         },
         "data": {
@@ -93,7 +90,7 @@ def prepare(settings: Finetune, out: Path) -> Job:
     job = Job(s, out, base, rows, tested, asked, prompts, facts)
     job.check()
     if s.resume:
-        return dataclasses.replace(job, facts=recorded_facts(out, facts))
+        return dataclasses.replace(job, facts=unchanged(out, facts))
     return job
 
 
@@ -107,24 +104,6 @@ def laid_out(rows: Rows, examples: int) -> dict[str, int]:
     }
 
 
-def recorded_facts(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """The facts that the run was started with.
-
-    Raises:
-      ValueError: model or data are no longer the same.
-    """
-    recorded = json.loads((out / RECORD).read_text())
-    now = json.loads(json.dumps(facts))
-    for part in ("model", "data"):
-        if recorded[part] != now[part]:
-            changed = [k for k, v in recorded[part].items() if now[part].get(k) != v]
-            raise ValueError(
-                f"Cannot resume {out}: the {part} has changed since it was started"
-                f" ({', '.join(changed)})."
-            )
-    return recorded
-
-
 def spread(
     examples: Sequence[Instruction], count: int | None
 ) -> tuple[Instruction, ...]:
@@ -134,39 +113,31 @@ def spread(
     return tuple(examples[i * len(examples) // count] for i in range(count))
 
 
+def begin(job: Job) -> None:
+    """Says what is run, and puts it on record unless it is resumed."""
+    s, start, data = job.settings, job.facts["start"], job.facts["data"]["source"]
+    print(f"{s.model}, {start}, on {data}: {job.steps} steps, run in {job.out}")
+    if not s.resume:
+        job.save()
+
+
+def work(job: Job, stop: StopRequest) -> tuple[str, list[Path]]:
+    """Trains with every method; the table that is printed, and the files written."""
+    before = job.before(stop)
+    runs = {method: job.run(method, stop) for method in job.settings.methods}
+    paths = write_files(job.out, job.facts, job.steps, before, runs)
+    return comparison(before, runs), paths
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the job; returns the exit status: 0, 2 for bad input, 130 if stopped."""
-    began = time.perf_counter()
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        job = prepare(*parse_settings(argv, "finetune", Finetune(), SMOKE, PRESETS))
-        s, start, data = job.settings, job.facts["start"], job.facts["data"]["source"]
-        print(f"{s.model}, {start}, on {data}: {job.steps} steps, run in {job.out}")
-        if not s.resume:
-            job.save()
-    except (ValueError, OSError) as error:
-        print("finetune:", one_line(error), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("finetune: stopped before the first step", file=sys.stderr)
-        return 130
-    with StopRequest() as stop:
-        try:
-            before = job.before(stop)
-            runs = {method: job.run(method, stop) for method in s.methods}
-        except ForeignCheckpoint as error:
-            print("finetune:", one_line(error), file=sys.stderr)
-            return 2
-        except Interrupted as stopped:
-            resume = f"python -m examples.llama.finetune --resume --out {job.out}"
-            print(f"{stopped}; go on with: {resume}", file=sys.stderr)
-            return 130
-        paths = write_files(job.out, job.facts, job.steps, before, runs)
-    print(comparison(before, runs))
-    print(f"{time.perf_counter() - began:.0f} seconds in all; written:")
-    for path in paths:
-        print(f"  {path}")
-    return 0
+    return command(
+        "examples.llama.finetune",
+        lambda: prepare(*parse_settings(argv, "finetune", Finetune(), SMOKE, PRESETS)),
+        begin,
+        work,
+    )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from examples.common.adapters import (
     merge,
     trained_parameters,
 )
-from examples.common.files import read_or_make, write_json
+from examples.common.files import read_or_make
 from examples.common.interrupt import StopRequest
 from examples.common.loop import METRICS_FILE, Task, Timetable, train
 from examples.common.methods import METHODS, matrix_state_bytes
@@ -29,8 +29,9 @@ from examples.common.metrics import read_metrics
 from examples.common.precision import in_float32
 from examples.common.report import Run
 from examples.common.schedule import warmup_linear
-from examples.common.settings import RECORD
-from examples.llama.answers import answer, exact_match
+from examples.common.settings import write_record
+from examples.common.tokens import TOKENIZER, save_tokenizer
+from examples.llama.answers import answer, checked_answers, exact_match
 from examples.llama.base import Base
 from examples.llama.config import LlamaConfig
 from examples.llama.finetune_report import Finetuned
@@ -40,7 +41,7 @@ from examples.llama.layerwise import separate, stacked, step_of
 from examples.llama.model import Llama
 from examples.llama.pretrain import MODEL
 from examples.llama.rows import Batch, Rows
-from examples.llama.weights import TOKENIZER, save_llama, tensor_name
+from examples.llama.weights import save_llama, tensor_name
 
 # In these nothing but the adapters is trained, as fine-tuning has it. The others that
 # take the linear maps' place train the rest too.
@@ -204,8 +205,9 @@ class Job:
     def save(self) -> None:
         """Makes the directory, with what `--resume` needs."""
         self.out.mkdir(parents=True, exist_ok=True)
-        self.base.tokenizer.save(str(self.out / TOKENIZER))
-        write_json(self.out / RECORD, self.facts)
+        save_tokenizer(self.base.tokenizer, self.out / TOKENIZER)
+        # The record last: what it is missing from is no run.
+        write_record(self.out, self.facts)
 
     def before(self, stop: StopRequest) -> float | None:
         """Exact match of a model with weights before it is fine-tuned."""
@@ -236,6 +238,7 @@ class Job:
                 temperature=s.temperature,
                 key=jax.random.key(seed),
             ),
+            partial(checked_answers, self.problems),
         )
         return exact_match(rows)
 

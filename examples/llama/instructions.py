@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
 from examples.common.data import held_out
+from examples.common.jsonl import Row, read_rows, read_text, text_of
 from examples.llama.problems import arithmetic
 
 ARITHMETIC = "arithmetic"
@@ -33,11 +33,26 @@ _COLUMNS = (
 _GSM8K = _COLUMNS[0]
 _TEMPLATE = "### Instruction:\n{}\n\n### Response:\n"
 _PROBLEMS = 4000
-# GSM8K's mark, and MetaMathQA's. A number that is only the head of a larger term, such
-# as a fraction, is no answer.
-_ANSWER = re.compile(
-    r"(?:####|[Tt]he answer is:?)\s*\$?(-?)\$?([\d,]*\.?\d+)(?![\d/\\^])"
+# GSM8K's mark, and MetaMathQA's.
+_MARK = re.compile(r"####|[Tt]he answer is:?")
+# How a number may be set, in TeX or Markdown; what stands for it is the second.
+_SETTING = (
+    (re.compile(r"\{,\}|(?<=\d)\\,(?=\d)|,\\!"), ","),
+    (re.compile(r"\\(?:boxed|fbox)\{([^{}]*)\}"), r"\1"),
+    (re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}"), r" \1"),
+    (re.compile(r"\\[ ,;:~]"), " "),
+    (re.compile(r"\\([%$])"), r"\1"),
+    (re.compile(r"\\[()\[\]]|\*\*|__|`|[$€£]"), ""),
+    (re.compile("\N{MINUS SIGN}"), "-"),
 )
+_NUMBER = re.compile(
+    r"\s*([+-]?(?:(?:\d{1,3}(?:,\d{2,3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3})?)"
+    r"(\s*%)?"
+)
+_SENTENCE_END = re.compile(r"[.?;](?=\s|$)")
+# Behind a number: nothing, or words, such as a unit. No more of a term: digits, signs,
+# a letter at once.
+_WORDS = re.compile(r"(?:[,:]?(?:\s+|$)(?!-)[^\d+*/=^<>\\{}|_]*)?")
 
 
 @dataclass(frozen=True)
@@ -113,17 +128,9 @@ def read_instructions(path: Path) -> list[Instruction]:
       ValueError: see `load_instructions`.
       OSError: the file cannot be read.
     """
-    raw = path.read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}, line {line}: not UTF-8 (byte {error.start} of the file)."
-        ) from error
-    rows = _csv_rows if path.suffix == ".csv" else _json_rows
+    rows = _csv_rows if path.suffix == ".csv" else read_rows
     columns, examples = None, []
-    for where, row in rows(path, text):
+    for where, row in rows(path):
         columns = columns or _columns_of(row, where)
         examples.append(instruction(row, columns, where))
     if not examples:
@@ -131,19 +138,14 @@ def read_instructions(path: Path) -> list[Instruction]:
     return examples
 
 
-def instruction(
-    row: dict[str, Any], columns: tuple[str, str], where: str
-) -> Instruction:
+def instruction(row: Row, columns: tuple[str, str], where: str) -> Instruction:
     """The example of a row.
 
     Raises:
       ValueError: a missing or empty text; in GSM8K's form, an answer without a number.
     """
     for name in columns:
-        if not isinstance(row.get(name), str):
-            lack = "no" if name not in row else "no text under"
-            raise ValueError(f"{where}: {lack} {name!r}.")
-        if not row[name].strip():
+        if not text_of(row, name, where).strip():
             raise ValueError(f"{where}: {name!r} is empty.")
     asked, response = (row[name].strip() for name in columns)
     number = final_number(response)
@@ -155,16 +157,32 @@ def instruction(
 def final_number(text: str) -> Decimal | None:
     """The number after "####" or "The answer is"; None where there is none.
 
-    Equal numbers are equal however they are written.
+    An answer is one number in figures, as a decimal: with a sign, commas between
+    thousands, an exponent, in TeX or in bold. Before it may stand a currency, behind it
+    a percent sign, or words up to the end of the sentence, such as a unit. A number
+    that is part of a larger term is none, as in `3x + 1`, `7/12`, `5!`, `5 or 6` and
+    `3:30`. The first mark with an answer counts. Equal numbers are equal however they
+    are written.
 
     >>> final_number("12 * 100 = 1200\\n#### $1,200.00") == final_number("#### 1200")
     True
+    >>> final_number("The answer is: 3x + 1") is None
+    True
     """
-    found = _ANSWER.search(text)
-    return Decimal(found[1] + found[2].replace(",", "")) if found else None
+    for mark in _MARK.finditer(text):
+        line = text[mark.end() :].lstrip().partition("\n")[0]
+        for pattern, plain in _SETTING:
+            line = pattern.sub(plain, line)
+        found = _NUMBER.match(line)
+        if found is None:
+            continue
+        behind = _SENTENCE_END.split(line[found.end() :])[0].rstrip("\"')]* ")
+        if _WORDS.fullmatch(behind) and " - " not in behind:
+            return Decimal(found[1].replace(",", ""))
+    return None
 
 
-def _columns_of(row: dict[str, Any], where: str) -> tuple[str, str]:
+def _columns_of(row: Row, where: str) -> tuple[str, str]:
     """The pair of columns that the first row has, or comes nearest to."""
     best = max(_COLUMNS, key=lambda pair: sum(name in row for name in pair))
     if not any(name in row for name in best):
@@ -173,23 +191,8 @@ def _columns_of(row: dict[str, Any], where: str) -> tuple[str, str]:
     return best
 
 
-def _json_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    # Not splitlines: a JSON string may hold other line separators as they are.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error.msg}).") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: not a JSON object.")
-        yield where, row
-
-
-def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
         for row in reader:
             where = f"{path}, line {reader.line_num}"

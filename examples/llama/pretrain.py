@@ -8,12 +8,10 @@ The text defaults to Python's own standard library, so nothing is downloaded.
 """
 
 import dataclasses
-import json
 import math
 import os
 import platform
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -27,23 +25,27 @@ from flax import nnx
 
 import lowrank_optax as lro
 from examples.common.adapters import adapt, merge, trained_parameters
+from examples.common.command import command
+from examples.common.config import check_room
 from examples.common.data import load_corpus
+from examples.common.errors import BadFile
 from examples.common.files import write_json
-from examples.common.interrupt import Interrupted, StopRequest
-from examples.common.loop import (
-    METRICS_FILE,
-    ForeignCheckpoint,
-    Task,
-    Timetable,
-    train,
-)
+from examples.common.interrupt import StopRequest
+from examples.common.loop import METRICS_FILE, Task, Timetable, train
 from examples.common.methods import METHODS, matrix_state_bytes
 from examples.common.metrics import read_metrics
 from examples.common.probe import Probe
 from examples.common.report import Run, table, write_report
 from examples.common.schedule import warmup_cosine
-from examples.common.settings import RECORD, parse_settings, settings_record
+from examples.common.settings import (
+    RECORD,
+    parse_settings,
+    read_record,
+    settings_record,
+    write_record,
+)
 from examples.common.tokens import END_OF_TEXT, Packed, TokenizedCorpus, tokenize
+from examples.common.typed import checked_fields
 from examples.llama.config import CONFIGS as CONFIGS
 from examples.llama.config import LlamaConfig, config_names, config_path
 from examples.llama.layerwise import step_of
@@ -54,6 +56,7 @@ from examples.llama.weights import save_llama
 
 RESULT = "result.json"
 MODEL = "model"
+TEXT = "data"
 
 _CLIP = 1.0  # the largest norm of the gradient
 _VALIDATION_BATCHES = 8
@@ -173,8 +176,9 @@ class Job:
 
     def save(self) -> None:
         """Makes the directory, with what `--resume` needs."""
-        self.tokens.save(self.out / "data")
-        write_json(self.out / RECORD, self.facts)
+        self.facts["data"]["tokens_sha256"] = self.tokens.save(self.out / TEXT)
+        # The record last: what it is missing from is no run.
+        write_record(self.out, self.facts)
 
     def run(self, method: str, stop: StopRequest) -> Run:
         """Trains with one method, or goes on with it, and sums it up.
@@ -233,9 +237,7 @@ def prepare(settings: Pretrain, out: Path) -> Job:
     """
     settings.check()
     if settings.resume:
-        facts = json.loads((out / RECORD).read_text())
-        config = LlamaConfig(**facts["model"])
-        return Job(settings, out, config, TokenizedCorpus.load(out / "data"), facts)
+        return resumed(settings, out)
 
     config = read_config(settings)
     tokens_needed = settings.steps * settings.batch_size * settings.seq_len
@@ -266,6 +268,22 @@ def prepare(settings: Pretrain, out: Path) -> Job:
     return job
 
 
+def resumed(settings: Pretrain, out: Path) -> Job:
+    """The job that is on record.
+
+    Raises:
+      ValueError, OSError: what is on record is damaged, or of another command.
+    """
+    facts = read_record(out)
+    try:
+        config = LlamaConfig(**checked_fields(LlamaConfig, facts.get("model")))
+        expected = facts["data"]["tokens_sha256"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadFile(f"{out / RECORD} is of another command: {error!r}.") from error
+    tokens = TokenizedCorpus.load(out / TEXT, expected)
+    return Job(settings, out, config, tokens, facts)
+
+
 def read_config(settings: Pretrain) -> LlamaConfig:
     """The model that `--model` names, checked against the sequence length."""
     path = config_path(settings.model)
@@ -280,6 +298,7 @@ def read_config(settings: Pretrain) -> LlamaConfig:
             f"Cannot train on sequences of {settings.seq_len} tokens: the model takes"
             f" {config.max_position_embeddings}. Lower --seq-len."
         )
+    check_room(config.parameters, config.param_dtype, path)
     return config
 
 
@@ -303,37 +322,28 @@ def finish(job: Job, runs: list[Run]) -> list[Path]:
     return [write_json(out / RESULT, result), *paths]
 
 
+def begin(job: Job) -> None:
+    """Says what is run, and puts it on record unless it is resumed."""
+    print(f"{job.model_fact} on {job.facts['data']['source']}, run in {job.out}")
+    if not job.settings.resume:
+        job.save()
+
+
+def work(job: Job, stop: StopRequest) -> tuple[str, list[Path]]:
+    """Trains with every method; the table that is printed, and the files written."""
+    runs = [job.run(method, stop) for method in job.settings.methods]
+    return table(runs), finish(job, runs)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Runs the job; returns the exit status: 0, 2 for bad settings, 130 if stopped."""
-    began = time.perf_counter()
+    """Runs the job; returns the exit status: 0, 2 for bad input, 130 if stopped."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        job = prepare(*parse_settings(argv, "pretrain", Pretrain(), SMOKE))
-        print(f"{job.model_fact} on {job.facts['data']['source']}, run in {job.out}")
-        if not job.settings.resume:
-            job.save()
-    except (ValueError, OSError) as error:
-        print("pretrain:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("pretrain: stopped before the first step", file=sys.stderr)
-        return 130
-    with StopRequest() as stop:
-        try:
-            runs = [job.run(method, stop) for method in job.settings.methods]
-        except ForeignCheckpoint as error:
-            print("pretrain:", error, file=sys.stderr)
-            return 2
-        except Interrupted as stopped:
-            resume = f"python -m examples.llama.pretrain --resume --out {job.out}"
-            print(f"{stopped}; go on with: {resume}", file=sys.stderr)
-            return 130
-        paths = finish(job, runs)
-    print(table(runs))
-    print(f"{time.perf_counter() - began:.0f} seconds in all; written:")
-    for path in paths:
-        print(f"  {path}")
-    return 0
+    return command(
+        "examples.llama.pretrain",
+        lambda: prepare(*parse_settings(argv, "pretrain", Pretrain(), SMOKE)),
+        begin,
+        work,
+    )
 
 
 if __name__ == "__main__":

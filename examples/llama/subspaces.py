@@ -13,6 +13,7 @@ import csv
 import sys
 import time
 from collections import defaultdict
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from examples.common.command import refused
+from examples.common.files import aside
+from examples.common.lock import is_free, sole_use
 from examples.common.settings import RUNS
 from examples.llama.pretrain import Job, Pretrain, prepare
 from lowrank_optax import diagnostics
@@ -200,16 +204,52 @@ def _lines(
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:
-    with path.open("w", newline="") as file:
+    with aside(path) as draft, draft.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the comparison; returns the exit status: 0, or 2 for bad settings."""
-    given = tyro.cli(Subspaces, args=sys.argv[1:] if argv is None else argv)
+def compare(job: Job) -> list[Path]:
+    """Trains with both methods, prints what was found and writes the files."""
+    rows, values = [], []
+    for method in METHODS:
+        for table, part in zip((rows, values), follow(job, method), strict=True):
+            table += part
+    names = ("overlap.csv", "singular_values.csv", "subspaces.png")
+    paths = [job.out / name for name in names]
+    write_csv(paths[0], rows)
+    write_csv(paths[1], values)
+    figure = draw(rows, values)
+    with aside(paths[2]) as draft:
+        figure.savefig(draft, format="png", dpi=150)
+    plt.close(figure)
+    last = max(row["step"] for row in rows)
+    for method in METHODS:
+        end = [r for r in rows if r["method"] == method and r["step"] > last / 2]
+        adjacent = np.mean([row["adjacent"] for row in end])
+        begin = np.mean([row["first"] for row in end])
+        print(
+            f"{method}: overlap in the second half {adjacent:.3f} with the subspace"
+            f" before, {begin:.3f} with the first"
+        )
+    return paths
+
+
+def prepared(given: Subspaces) -> Job:
+    """The job of these settings; writes nothing.
+
+    Raises:
+      ValueError, OSError: settings, model or text that cannot be used.
+    """
     out = given.out or RUNS / f"subspaces-{time.strftime('%Y%m%d-%H%M%S')}"
+    if given.steps <= given.update_every:
+        raise ValueError(
+            f"Cannot compare subspaces over {given.steps} steps: only one is chosen"
+            f" in {given.update_every}. Raise --steps."
+        )
+    if not is_free(out):
+        raise ValueError(f"Cannot write to {out}: it is not empty.")
     settings = Pretrain(
         model=given.model,
         methods=METHODS,
@@ -221,39 +261,24 @@ def main(argv: list[str] | None = None) -> int:
         update_every=given.update_every,
         seed=given.seed,
     )
-    try:
-        if given.steps <= given.update_every:
-            raise ValueError(
-                f"Cannot compare subspaces over {given.steps} steps: only one is chosen"
-                f" in {given.update_every}. Raise --steps."
-            )
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"Cannot write to {out}: it is not empty.")
-        job = prepare(settings, out)
-        out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        print("subspaces:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    rows, values = [], []
-    for method in METHODS:
-        for table, part in zip((rows, values), follow(job, method), strict=True):
-            table += part
-    write_csv(out / "overlap.csv", rows)
-    write_csv(out / "singular_values.csv", values)
-    figure = draw(rows, values)
-    figure.savefig(out / "subspaces.png", dpi=150)
-    plt.close(figure)
-    last = max(row["step"] for row in rows)
-    for method in METHODS:
-        end = [r for r in rows if r["method"] == method and r["step"] > last / 2]
-        adjacent = np.mean([row["adjacent"] for row in end])
-        begin = np.mean([row["first"] for row in end])
-        print(
-            f"{method}: overlap in the second half {adjacent:.3f} with the subspace"
-            f" before, {begin:.3f} with the first"
-        )
-    for name in ("overlap.csv", "singular_values.csv", "subspaces.png"):
-        print(f"  {out / name}")
+    return prepare(settings, out)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the comparison; returns the exit status: 0, or 2 for bad input."""
+    given = tyro.cli(Subspaces, args=sys.argv[1:] if argv is None else argv)
+    with ExitStack() as stack:
+        try:
+            job = prepared(given)
+            stack.enter_context(sole_use(job.out, resumed=False))
+        except (ValueError, OSError, MemoryError) as error:
+            return refused("subspaces", error)
+        try:
+            paths = compare(job)
+        except OSError as error:
+            return refused("subspaces", error)
+    for path in paths:
+        print(f"  {path}")
     return 0
 
 

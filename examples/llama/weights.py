@@ -7,7 +7,9 @@ import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer
 
+from examples.common.tokens import TOKENIZER, save_tokenizer
 from examples.common.weights import (
+    check_depth,
     fill_state,
     local_directory,
     read_tensors,
@@ -16,8 +18,6 @@ from examples.common.weights import (
 )
 from examples.llama.config import LlamaConfig
 from examples.llama.model import Llama
-
-TOKENIZER = "tokenizer.json"
 
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
@@ -65,6 +65,7 @@ def load_llama(directory: str | Path, **overrides: Any) -> Llama:
         # Some files repeat the tied matrix; a head of its own stays and is refused.
         if np.array_equal(tensors[_HEAD], tensors[_EMBEDDING]):
             del tensors[_HEAD]
+    check_depth(config.num_hidden_layers, tensors, directory)
     graph, state = nnx.split(nnx.eval_shape(lambda: Llama(config)))
     return nnx.merge(graph, fill_state(state, tensors, tensor_name, directory))
 
@@ -81,5 +82,5 @@ def save_llama(
     directory.mkdir(parents=True, exist_ok=True)
     write_tensors(directory, state_tensors(nnx.state(model, nnx.Param), tensor_name))
     if tokenizer is not None:
-        tokenizer.save(str(directory / TOKENIZER))
+        save_tokenizer(tokenizer, directory / TOKENIZER)
     model.config.to_json(directory / "config.json")

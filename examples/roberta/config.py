@@ -9,14 +9,17 @@ from examples.common.config import (
     check_counts,
     check_dtypes,
     check_file,
+    check_layers,
     check_positive,
-    read_object,
     required_fields,
     stored_fields,
 )
-from examples.common.files import write_json
+from examples.common.files import read_object, write_json
+from examples.common.typed import checked_fields
 
 MODEL_TYPES = ("roberta", "bert")
+
+_MOST_LABELS = 2**16
 
 # What this model cannot do otherwise.
 _FIXED_FIELDS = {
@@ -84,11 +87,11 @@ class EncoderConfig:
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
-            num_hidden_layers=self.num_hidden_layers,
             num_attention_heads=self.num_attention_heads,
             max_position_embeddings=self.max_position_embeddings,
             type_vocab_size=self.type_vocab_size,
         )
+        check_layers(self.num_hidden_layers)
         if self.pad_token_id not in range(self.vocab_size):
             raise ValueError(
                 f"pad_token_id must be a token, below vocab_size={self.vocab_size}, "
@@ -117,6 +120,14 @@ class EncoderConfig:
                 f"max_position_embeddings={self.max_position_embeddings} leaves no "
                 f"position behind pad_token_id={self.pad_token_id}. Raise it."
             )
+
+    @property
+    def parameters(self) -> int:
+        """How many weights the classifier has at least: those but for its head."""
+        d, up = self.hidden_size, self.intermediate_size
+        rows = self.vocab_size + self.max_position_embeddings + self.type_vocab_size
+        layer = 4 * (d * d + d) + 2 * d * up + up + d + 4 * d
+        return rows * d + 2 * d + self.num_hidden_layers * layer
 
     @property
     def first_position(self) -> int:
@@ -198,5 +209,6 @@ def _config_fields(raw: Fields) -> Fields:
         except KeyError as error:
             raise ValueError(f"id2label has no {error}.") from error
     elif "num_labels" in raw:
+        check_counts(_MOST_LABELS, num_labels=raw["num_labels"])
         fields["labels"] = tuple(f"LABEL_{i}" for i in range(raw["num_labels"]))
-    return fields
+    return checked_fields(EncoderConfig, fields, whole=False)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from examples.common.data import probe_hub
+from examples.common.jsonl import read_rows, read_text
 from examples.roberta.tasks import Task
 
 DEFAULT_HUB_DATASET = "nyu-mll/glue"
@@ -150,19 +151,10 @@ Rows = Iterator[tuple[int, Mapping[str, Any] | None]]
 it is broken and that is tolerated."""
 
 
-def _text(path: Path) -> str:
-    content = path.read_bytes()
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        row = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}: row {row} is not UTF-8.") from error
-
-
 def _tsv(path: Path, task: Task) -> Rows:
     """Rows of unquoted cells: GLUE's texts have quotation marks of their own."""
     # Not splitlines(): texts contain separators that only Unicode calls line ends.
-    lines = [line.removesuffix("\r") for line in _text(path).split("\n")]
+    lines = [line.removesuffix("\r") for line in read_text(path).split("\n")]
     if lines and not lines[-1]:
         lines.pop()
     first = 0 if task.header else 1
@@ -185,7 +177,7 @@ def _tsv(path: Path, task: Task) -> Rows:
 
 
 def _csv(path: Path) -> Rows:
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
         for row in reader:
             if None in row or None in row.values():
@@ -201,16 +193,8 @@ def _csv(path: Path) -> Rows:
 
 
 def _jsonl(path: Path) -> Rows:
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}: row {number} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}: row {number} is not a JSON object.")
-        yield number, row
+    for where, row in read_rows(path):
+        yield int(where.rpartition(" ")[2]), row
 
 
 def _check_columns(names: Iterable[str], task: Task, where: object) -> None:

@@ -12,7 +12,6 @@ import dataclasses
 import json
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,24 @@ import optax
 from tokenizers import Tokenizer
 
 import lowrank_optax as lro
-from examples.common.errors import one_line
-from examples.common.files import sha256, write_json
-from examples.common.interrupt import Interrupted, StopRequest
-from examples.common.loop import ForeignCheckpoint
-from examples.common.settings import RECORD, parse_settings, settings_record
+from examples.common.command import command
+from examples.common.files import sha256
+from examples.common.interrupt import StopRequest
+from examples.common.settings import (
+    parse_settings,
+    settings_record,
+    unchanged,
+    write_record,
+)
+from examples.common.tokens import (
+    TOKENIZER,
+    read_tokenizer,
+    save_tokenizer,
+    tokenizer_sha256,
+)
 from examples.common.weights import local_directory
 from examples.roberta.batches import encode
+from examples.roberta.config import EncoderConfig
 from examples.roberta.data import Dataset, Examples, load_dataset
 from examples.roberta.job import Job
 from examples.roberta.masked import ENCODERS
@@ -38,7 +48,39 @@ from examples.roberta.report import comparison, write_files
 from examples.roberta.settings import SMOKE, Glue
 from examples.roberta.stdlib import STDLIB, load_stdlib
 from examples.roberta.tokenizer import load_tokenizer, train_tokenizer
-from examples.roberta.weights import TOKENIZER, load_classifier
+from examples.roberta.weights import Weights, load_classifier
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What is fine-tuned.
+
+    Attributes:
+      config: the classifier's.
+      tokenizer: its own.
+      weights: None where it is made first.
+      source: where it is from.
+      start: what training starts from.
+      sha256: hash of its files; None where it is made here.
+    """
+
+    config: EncoderConfig
+    tokenizer: Tokenizer
+    weights: Weights | None
+    source: str
+    start: str
+    sha256: str | None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a reader of the result must know of it."""
+        return {
+            "source": self.source,
+            "start": self.start,
+            "sha256": self.sha256,
+            "tokenizer_sha256": tokenizer_sha256(self.tokenizer),
+            **dataclasses.asdict(self.config),
+        }
 
 
 def prepare(settings: Glue, out: Path) -> Job:
@@ -52,29 +94,12 @@ def prepare(settings: Glue, out: Path) -> Job:
     task = settings.chosen_task
     dataset, docstrings = _data(settings)
     labels = dataset.labels or ("score",)
-    if settings.made_here:
-        config, weights = ENCODERS[settings.model], None
-        if settings.resume:
-            tokenizer = Tokenizer.from_file(str(out / TOKENIZER))
-        else:
-            tokenizer = train_tokenizer(docstrings, config.vocab_size)
-        size = tokenizer.get_vocab_size()
-        config = dataclasses.replace(config, vocab_size=size, labels=labels)
-        source = f"{settings.model}, made here"
-        start = (
-            f"pretrained by masked language modelling of docstrings,"
-            f" {settings.pretrain_steps} steps, with a fresh head"
-        )
-        digest = None
-    else:
-        directory = local_directory(settings.model)
-        weights = load_classifier(directory, labels)
-        config, source, start = weights.config, settings.model, weights.start
-        tokenizer = load_tokenizer(directory, config)
-        files = sorted(directory.glob("*.json")) + sorted(
-            directory.glob("*.safetensors")
-        )
-        digest = sha256(files)
+    chosen = (
+        _made(settings, out, labels, docstrings)
+        if settings.made_here
+        else _given(settings, labels)
+    )
+    config, tokenizer = chosen.config, chosen.tokenizer
     if task.preset.max_length > config.max_length:
         raise ValueError(
             f"Cannot train on {task.preset.max_length} tokens: the model takes"
@@ -85,8 +110,7 @@ def prepare(settings: Glue, out: Path) -> Job:
     train = encoded.pop("train")
     facts = {
         **settings_record(settings),
-        "model": {"source": source, "start": start, "sha256": digest}
-        | dataclasses.asdict(config),
+        "model": chosen.facts,
         "data": {
             "source": dataset.source,
             "sha256": dataset.sha256,
@@ -103,12 +127,59 @@ def prepare(settings: Glue, out: Path) -> Job:
     }
     facts = json.loads(json.dumps(facts))
     if settings.resume:
-        _check_unchanged(facts, out)
+        # Where the run was begun is where it is from.
+        facts |= unchanged(out, facts)
     job = Job(
-        settings, out, config, tokenizer, train, encoded, docstrings, weights, facts
+        settings,
+        out,
+        config,
+        tokenizer,
+        train,
+        encoded,
+        docstrings,
+        chosen.weights,
+        facts,
     )
     job.check()
     return job
+
+
+def _made(
+    settings: Glue, out: Path, labels: tuple[str, ...], docstrings: Sequence[str]
+) -> Model:
+    """The model that is pre-trained first."""
+    config = ENCODERS[settings.model]
+    if settings.resume:
+        tokenizer = read_tokenizer(out / TOKENIZER)
+    else:
+        tokenizer = train_tokenizer(docstrings, config.vocab_size)
+    size = tokenizer.get_vocab_size()
+    config = dataclasses.replace(config, vocab_size=size, labels=labels)
+    start = (
+        f"pretrained by masked language modelling of docstrings,"
+        f" {settings.pretrain_steps} steps, with a fresh head"
+    )
+    source = f"{settings.model}, made here"
+    return Model(config, tokenizer, None, source, start, None)
+
+
+def _given(settings: Glue, labels: tuple[str, ...]) -> Model:
+    """The model of a directory, or of the hub."""
+    directory = local_directory(settings.model)
+    weights = load_classifier(directory, labels)
+    tokenizer = load_tokenizer(directory, weights.config)
+    files = [
+        *sorted(directory.glob("*.json")),
+        *sorted(directory.glob("*.safetensors")),
+    ]
+    return Model(
+        weights.config,
+        tokenizer,
+        weights,
+        settings.model,
+        weights.start,
+        sha256(files),
+    )
 
 
 def _data(settings: Glue) -> tuple[Dataset, Sequence[str]]:
@@ -140,63 +211,36 @@ def _sample(examples: Examples, count: int | None) -> Examples:
     return examples.take(np.sort(rows))
 
 
-def _check_unchanged(facts: dict[str, Any], out: Path) -> None:
-    recorded = json.loads((out / RECORD).read_text())
-    for part in ("model", "data"):
-        if recorded[part] != facts[part]:
-            raise ValueError(
-                f"Cannot resume {out}: the {part} is not what it was when the run was"
-                " started."
-            )
-    # Where the run was begun is where it is from.
-    facts |= recorded
-
-
 def begin(job: Job) -> None:
     """Says what is run, and puts it on record unless it is resumed."""
     model, data = job.facts["model"], job.facts["data"]
     print(f"{model['source']}, {model['start']}; on {job.settings.chosen_task.title},")
     print(f"{data['train_examples']:,} examples of {data['source']}; run in {job.out}")
     if not job.settings.resume:
-        job.out.mkdir(parents=True, exist_ok=True)
         # The record last: what it is missing from is no run.
-        job.tokenizer.save(str(job.out / TOKENIZER))
-        write_json(job.out / RECORD, job.facts)
+        save_tokenizer(job.tokenizer, job.out / TOKENIZER)
+        write_record(job.out, job.facts)
+
+
+def work(job: Job, stop: StopRequest) -> tuple[str, list[Path]]:
+    """Trains with every method; the table that is printed, and the files written."""
+    weights = job.load(stop)
+    trained = {
+        method: job.run(method, weights, stop) for method in job.settings.methods
+    }
+    paths = write_files(job, trained)
+    return comparison(job, trained), paths
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the job; returns the exit status: 0, 2 for bad settings, 130 if stopped."""
-    began = time.perf_counter()
+    """Runs the job; returns the exit status: 0, 2 for bad input, 130 if stopped."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        job = prepare(*parse_settings(argv, "glue", Glue(), SMOKE))
-        begin(job)
-    except (ValueError, OSError) as error:
-        print("glue:", one_line(error), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("glue: stopped before the first step", file=sys.stderr)
-        return 130
-    with StopRequest() as stop:
-        try:
-            weights = job.load(stop)
-            trained = {
-                method: job.run(method, weights, stop)
-                for method in job.settings.methods
-            }
-        except ForeignCheckpoint as error:
-            print("glue:", error, file=sys.stderr)
-            return 2
-        except Interrupted as stopped:
-            resume = f"python -m examples.roberta.glue --resume --out {job.out}"
-            print(f"{stopped}; go on with: {resume}", file=sys.stderr)
-            return 130
-        paths = write_files(job, trained)
-    print(comparison(job, trained))
-    print(f"{time.perf_counter() - began:.0f} seconds in all; written:")
-    for path in paths:
-        print(f"  {path}")
-    return 0
+    return command(
+        "examples.roberta.glue",
+        lambda: prepare(*parse_settings(argv, "glue", Glue(), SMOKE)),
+        begin,
+        work,
+    )
 
 
 if __name__ == "__main__":

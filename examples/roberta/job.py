@@ -24,7 +24,6 @@ from examples.common.adapters import (
     merge,
     trained_parameters,
 )
-from examples.common.files import read_or_make
 from examples.common.interrupt import StopRequest
 from examples.common.loop import (
     CHECKPOINTS,
@@ -35,9 +34,10 @@ from examples.common.loop import (
     train,
 )
 from examples.common.methods import METHODS, matrix_state_bytes
-from examples.common.metrics import read_metrics
+from examples.common.metrics import read_metrics, summed_up
 from examples.common.report import Run
 from examples.common.schedule import warmup_linear
+from examples.common.typed import checked_fields
 from examples.roberta.batches import Batch, Encoded
 from examples.roberta.config import EncoderConfig
 from examples.roberta.masked import pretrain
@@ -264,10 +264,15 @@ class Job:
             train(task, tx, timetable, None, directory, label, stop, best)
             return self._sum_up(method, rate, tx, directory)
 
-        found = read_or_make(directory / SUMMARY, summary)
+        found, records = summed_up(
+            directory / SUMMARY,
+            directory / METRICS_FILE,
+            summary,
+            partial(checked_fields, Run, but=("records",)),
+        )
         # Of use only to a run that is under way, and larger than all else.
         shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
-        return Run(**found, records=read_metrics(directory / METRICS_FILE))
+        return Run(**found, records=records)
 
     def evaluate(self, graph: nnx.GraphDef, params: Any) -> dict[str, float]:
         """Loss and scores over all validation sets, and of each if there are more."""

@@ -1,13 +1,14 @@
 """The tokenizer of an encoder's directory, checked against the model."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, processors
 from tokenizers.implementations import BertWordPieceTokenizer, ByteLevelBPETokenizer
 
-from examples.common.tokens import train_bpe
+from examples.common.errors import one_line
+from examples.common.files import read_object
+from examples.common.tokens import TOKENIZER, check_tokens, read_tokenizer, train_bpe
 from examples.roberta.config import EncoderConfig
 
 # RoBERTa's special tokens, in the order of their ids.
@@ -29,10 +30,10 @@ def load_tokenizer(directory: Path, config: EncoderConfig) -> Tokenizer:
     Raises:
       ValueError: there is none, it cannot be read, or it does not fit the model.
     """
-    path = directory / "tokenizer.json"
+    path = directory / TOKENIZER
     try:
         if path.is_file():
-            tokenizer = Tokenizer.from_file(str(path))
+            tokenizer = read_tokenizer(path)
         elif (path := directory / "vocab.txt").is_file():
             tokenizer = _word_piece(directory, path)
         elif (path := directory / "merges.txt").is_file():
@@ -45,7 +46,9 @@ def load_tokenizer(directory: Path, config: EncoderConfig) -> Tokenizer:
     except ValueError:
         raise
     except Exception as error:  # tokenizers raises no class of its own
-        raise ValueError(f"Cannot read the tokenizer {path}: {error}") from error
+        raise ValueError(
+            f"Cannot read the tokenizer {path}: {one_line(error)}"
+        ) from error
     _check(tokenizer, config, path)
     # Files carry those of sentence embeddings; lengths are chosen by the caller here.
     tokenizer.no_padding()
@@ -82,9 +85,11 @@ def _word_piece(directory: Path, path: Path) -> Tokenizer:
     settings = directory / "tokenizer_config.json"
     lower = True
     if settings.is_file():
-        lower = json.loads(settings.read_text(encoding="utf-8")).get(
-            "do_lower_case", True
-        )
+        lower = read_object(settings).get("do_lower_case", True)
+        if not isinstance(lower, bool):
+            raise ValueError(
+                f"{settings}: do_lower_case must be true or false, got {lower!r}."
+            )
     return BertWordPieceTokenizer(str(path), lowercase=lower)._tokenizer
 
 
@@ -104,6 +109,8 @@ def _check(tokenizer: Tokenizer, config: EncoderConfig, path: Path) -> None:
             f"{path} does not fit the model: it has {size:,} tokens, and the model's"
             f" vocab_size is {config.vocab_size:,}."
         )
+    for pair in (False, True):
+        check_tokens(tokenizer, config.vocab_size, path, pair)
     pad = next((p for p in map(tokenizer.token_to_id, _PADS) if p is not None), None)
     if pad is not None and pad != config.pad_token_id:
         raise ValueError(

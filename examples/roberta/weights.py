@@ -12,7 +12,10 @@ import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer
 
+from examples.common.config import check_room
+from examples.common.tokens import TOKENIZER, save_tokenizer
 from examples.common.weights import (
+    check_depth,
     fill_state,
     local_directory,
     read_tensors,
@@ -23,7 +26,6 @@ from examples.roberta.config import EncoderConfig
 from examples.roberta.model import Classifier, Encoder
 
 CONFIG = "config.json"
-TOKENIZER = "tokenizer.json"
 
 _NAMES = {
     "embeddings.norm": "embeddings.LayerNorm",
@@ -124,8 +126,10 @@ def load_classifier(
     labels = stored.labels if labels is None else tuple(labels)
     config = dataclasses.replace(stored, labels=labels)
     if not has_weights(directory):
+        check_room(config.parameters, config.param_dtype, directory / CONFIG)
         return Weights(config, {})
     tensors = _plain(read_tensors(directory), stored.model_type)
+    check_depth(config.num_hidden_layers, tensors, directory)
     # Read as the file has it, with its own number of classes.
     state = nnx.to_flat_state(_abstract(stored))
     parts = [p for p in _HEAD if not any(name.startswith(f"{p}.") for name in tensors)]
@@ -169,7 +173,7 @@ def save_model(
         return name if path[0] == "classifier" else prefix + name
 
     if tokenizer is not None:
-        tokenizer.save(str(directory / TOKENIZER))
+        save_tokenizer(tokenizer, directory / TOKENIZER)
     write_tensors(directory, state_tensors(nnx.state(model, nnx.Param), name_of))
     # Last: a directory with a config but without weights would be one from scratch.
     model.config.to_json(directory / CONFIG, architecture)

@@ -7,6 +7,7 @@ adapter of it, which anything that reads Hugging Face PEFT's format can apply.
 
 import json
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -218,9 +219,16 @@ def save_peft(
             tensors[key + up] = np.ascontiguousarray(a.T)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
     config = json.dumps(_config(ranks, base_model_name, task_type), indent=2)
-    (directory / "adapter_config.json").write_text(config + "\n")
+    # Written aside and renamed: a link in a file's place is replaced, not followed, and
+    # a full disk leaves older files as they are.
+    with tempfile.TemporaryDirectory(prefix=".peft-", dir=directory) as folder:
+        weights = Path(folder, "adapter_model.safetensors")
+        save_file(tensors, weights, {"format": "pt"})
+        text = Path(folder, "adapter_config.json")
+        text.write_text(config + "\n")
+        for draft in (weights, text):
+            draft.replace(directory / draft.name)
     return directory
 
 

@@ -1,0 +1,78 @@
+"""What commands share: errors as one line, one process at a time, stop and resume."""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from examples.common.errors import BadFile, one_line
+from examples.common.interrupt import Interrupted, StopRequest
+from examples.common.lock import sole_use
+
+REFUSED = 2
+STOPPED = 130
+
+
+class Job(Protocol):
+    """What a command needs to know of what it runs."""
+
+    @property
+    def out(self) -> Path:
+        """The directory of the run."""
+
+    @property
+    def settings(self) -> Any:
+        """Settings with a field `resume`."""
+
+
+J = TypeVar("J", bound=Job)
+
+
+def command(
+    module: str,
+    prepare: Callable[[], J],
+    begin: Callable[[J], None],
+    work: Callable[[J, StopRequest], tuple[str, Sequence[Path]]],
+) -> int:
+    """Runs a job; returns the exit status: 0, 2 for bad input, 130 if stopped.
+
+    Args:
+      module: of the command, such as `examples.llama.pretrain`.
+      prepare: makes the job; writes nothing.
+      begin: puts it on record, unless it is resumed.
+      work: does it; what is printed in the end, and the files written.
+    """
+    began = time.perf_counter()
+    name = module.rpartition(".")[2]
+    with ExitStack() as stack:
+        try:
+            job = prepare()
+            stack.enter_context(sole_use(job.out, job.settings.resume))
+            begin(job)
+        except (ValueError, OSError, MemoryError) as error:
+            return refused(name, error)
+        except KeyboardInterrupt:
+            print(f"{name}: stopped before the first step", file=sys.stderr)
+            return STOPPED
+        stop = stack.enter_context(StopRequest())
+        try:
+            shown, paths = work(job, stop)
+        except (BadFile, OSError) as error:
+            return refused(name, error)
+        except Interrupted as stopped:
+            resume = f"python -m {module} --resume --out {job.out}"
+            print(f"{stopped}; go on with: {resume}", file=sys.stderr)
+            return STOPPED
+    print(shown)
+    print(f"{time.perf_counter() - began:.0f} seconds in all; written:")
+    for path in paths:
+        print(f"  {path}")
+    return 0
+
+
+def refused(name: str, error: BaseException) -> int:
+    """Says in one line why a command cannot go on; returns the exit status."""
+    print(f"{name}:", one_line(error), file=sys.stderr)
+    return REFUSED
