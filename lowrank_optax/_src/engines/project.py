@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from lowrank_optax._src.engines import batching, projection
 from lowrank_optax._src.engines.accept import all_finite, increment, tree_where
@@ -60,7 +61,7 @@ def project_gradients(
     refresh: Refresh = Every(200),
     transfer: Transfer = Keep(),
     recovery: Recovery | Callable[[MatrixView], Recovery] = Drop(),
-    scale: Any = 1.0,
+    scale: ArrayLike = 1.0,
     side: matrix.Side | Callable[[str], matrix.Side] = "short",
     matrices: matrix.Matrices = None,
     key: int | jax.Array = 0,

@@ -1,13 +1,12 @@
 """APOLLO (Zhu et al. 2025): gradients scaled by what Adam does in a random subspace."""
 
-from typing import Any
-
 import jax
 import optax
+from jax.typing import ArrayLike
 
 from lowrank_optax._src.engines.project import project_gradients
 from lowrank_optax._src.leaves.matrix import Matrices, Side
-from lowrank_optax._src.methods.optimizer import LearningRate, optimizer
+from lowrank_optax._src.methods.optimizer import Mask, optimizer
 from lowrank_optax._src.parts.laws import Subspace
 from lowrank_optax._src.parts.recovery import Per, ScaleGradient
 from lowrank_optax._src.parts.refresh import Every
@@ -18,11 +17,11 @@ def apollo_scale(
     inner: optax.GradientTransformation,
     *,
     rank: int,
-    update_every: Any = 200,
     per: Per = "channel",
-    limiter: Any = 1.01,
+    limiter: ArrayLike | None = 1.01,
+    update_every: ArrayLike = 200,
     subspace: Subspace = RandomGaussian(),
-    scale: Any = 1.0,
+    scale: ArrayLike = 1.0,
     side: Side = "short",
     matrices: Matrices = None,
     key: int | jax.Array = 0,
@@ -93,19 +92,19 @@ def apollo_scale(
 
 
 def apollo_adamw(
-    learning_rate: LearningRate,
+    learning_rate: optax.ScalarOrSchedule,
     rank: int = 256,
-    update_every: Any = 200,
-    scale: Any = 1.0,
     *,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
     per: Per = "channel",
-    limiter: Any = 1.01,
+    limiter: ArrayLike | None = 1.01,
+    update_every: ArrayLike = 200,
     subspace: Subspace = RandomGaussian(),
+    scale: ArrayLike = 1.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
     side: Side = "short",
     matrices: Matrices = None,
     key: int | jax.Array = 0,

@@ -4,11 +4,12 @@ from typing import Any
 
 import jax
 import optax
+from jax.typing import ArrayLike
 
 from lowrank_optax._src.engines.project import project_gradients
 from lowrank_optax._src.leaves.matrix import Matrices, MatrixView, Side
 from lowrank_optax._src.leaves.paths import words
-from lowrank_optax._src.methods.optimizer import LearningRate, optimizer
+from lowrank_optax._src.methods.optimizer import Mask, Static, optimizer
 from lowrank_optax._src.parts.checks import check_rank
 from lowrank_optax._src.parts.laws import Subspace, Transfer
 from lowrank_optax._src.parts.recovery import Drop, SparseResidual
@@ -24,17 +25,17 @@ def galore_plus_project(
     inner: optax.GradientTransformation,
     *,
     rank: int,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
     num_heads: int | tuple[int, int] | None = None,
-    density: float = 0.012,
-    warmup: Any = None,
-    update_every: Any = 200,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    residual_scale: Any = None,
+    density: Static[float] = 0.012,
+    warmup: ArrayLike | None = None,
+    residual_scale: ArrayLike | None = None,
+    update_every: ArrayLike = 200,
     subspace: Subspace = TopSingular("subspace_iteration"),
     transfer: Transfer = Keep(),
-    scale: Any = 1.0,
+    scale: ArrayLike = 1.0,
     side: Side = "short",
     matrices: Matrices = None,
     key: int | jax.Array = 0,
@@ -147,22 +148,22 @@ def _positive(name: str, value: Any) -> bool:
 
 
 def galore_plus_adamw(
-    learning_rate: LearningRate,
+    learning_rate: optax.ScalarOrSchedule,
     rank: int = 128,
-    update_every: Any = 200,
-    scale: Any = 0.25,
     *,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
     num_heads: int | tuple[int, int] | None = None,
-    density: float = 0.012,
-    warmup: Any = None,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
-    residual_scale: Any = None,
+    density: Static[float] = 0.012,
+    warmup: ArrayLike | None = None,
+    residual_scale: ArrayLike | None = None,
+    update_every: ArrayLike = 200,
     subspace: Subspace = TopSingular("subspace_iteration"),
     transfer: Transfer = Keep(),
+    scale: ArrayLike = 0.25,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
     side: Side = "short",
     matrices: Matrices = None,
     key: int | jax.Array = 0,

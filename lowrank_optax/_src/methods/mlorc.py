@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from lowrank_optax._src.engines import batching
 from lowrank_optax._src.engines.accept import tree_where
@@ -14,7 +15,7 @@ from lowrank_optax._src.engines.leafwise import leafwise
 from lowrank_optax._src.kernels.dispatch import active
 from lowrank_optax._src.leaves.matrix import Matrices
 from lowrank_optax._src.linalg import at_least_float32
-from lowrank_optax._src.methods.optimizer import LearningRate, optimizer
+from lowrank_optax._src.methods.optimizer import Mask, optimizer
 from lowrank_optax._src.parts.low_rank import (
     Average,
     LowRank,
@@ -77,10 +78,10 @@ def mlorc_compress(
 
 def mlorc_scale_by_adam(
     rank: int = 4,
-    b1: Any = 0.8,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
     *,
+    b1: ArrayLike = 0.8,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
     oversample: int = 4,
     power_iters: int = 0,
     warm_start: bool = True,
@@ -157,9 +158,9 @@ def mlorc_scale_by_adam(
 
 def mlorc_scale_by_lion(
     rank: int = 4,
-    b1: Any = 0.9,
-    b2: Any = 0.99,
     *,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.99,
     oversample: int = 4,
     power_iters: int = 0,
     warm_start: bool = True,
@@ -304,18 +305,18 @@ def _kernels(grad, *sketches):
 
 
 def mlorc_adamw(
-    learning_rate: LearningRate,
+    learning_rate: optax.ScalarOrSchedule,
     rank: int = 4,
     *,
-    b1: Any = 0.8,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
+    b1: ArrayLike = 0.8,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
     oversample: int = 4,
     power_iters: int = 0,
     warm_start: bool = True,
     compress: tuple[str, ...] = ("mu", "nu"),
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
     matrices: Matrices = None,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -335,9 +336,9 @@ def mlorc_adamw(
     """
     method = mlorc_scale_by_adam(
         rank,
-        b1,
-        b2,
-        eps,
+        b1=b1,
+        b2=b2,
+        eps=eps,
         oversample=oversample,
         power_iters=power_iters,
         warm_start=warm_start,
@@ -349,16 +350,16 @@ def mlorc_adamw(
 
 
 def mlorc_lion(
-    learning_rate: LearningRate,
+    learning_rate: optax.ScalarOrSchedule,
     rank: int = 4,
     *,
-    b1: Any = 0.9,
-    b2: Any = 0.99,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.99,
     oversample: int = 4,
     power_iters: int = 0,
     warm_start: bool = True,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
     matrices: Matrices = None,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -378,8 +379,8 @@ def mlorc_lion(
     """
     method = mlorc_scale_by_lion(
         rank,
-        b1,
-        b2,
+        b1=b1,
+        b2=b2,
         oversample=oversample,
         power_iters=power_iters,
         warm_start=warm_start,
