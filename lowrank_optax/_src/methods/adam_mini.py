@@ -132,8 +132,9 @@ def adam_mini(
 
     Args:
       learning_rate: a float or a schedule.
-      b1, b2, eps, matrices, key: see `scale_by_adam_mini`.
+      b1, b2, eps: of Adam-mini.
       weight_decay, mask: decoupled, times the learning rate.
+      matrices, key: see `scale_by_adam_mini`.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro
     >>> tx = lro.adam_mini(1e-3)

@@ -46,11 +46,11 @@ def apollo_scale(
     Args:
       inner: such as ``optax.scale_by_adam()``.
       rank: r.
-      update_every: T; the first update always draws.
       per: a factor for each "channel" (index of the side that is not projected), or for
         the "tensor".
       limiter: the factor by which the norm of the scaled gradient may grow from one
         step to the next; None for none.
+      update_every: T; the first update always draws.
       subspace: the projection; ``TopSingular()`` is the paper's variant with SVD.
       scale: s. The factors are about ``sqrt(r / m)`` of those of full-rank Adam, m the
         projected side, so ``sqrt(m / r)`` makes up for it. The paper's alpha stands
@@ -117,8 +117,8 @@ def apollo_adamw(
       learning_rate: a float or a schedule; the paper pre-trains LLaMA at 0.01.
       rank, update_every, scale: r (a quarter of the width in the paper), T and s.
       b1, b2, eps: of Adam.
-      weight_decay, mask: decoupled, on the full weights, times the learning rate.
       per, limiter, subspace: see `apollo_scale`.
+      weight_decay, mask: decoupled, on the full weights, times the learning rate.
       side, matrices, key: see `project_gradients`.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro

@@ -42,8 +42,8 @@ def fira_project(
     Args:
       inner: such as ``optax.scale_by_adam()``.
       rank: r.
-      update_every: T; the first update always refreshes.
       limiter, reference: see `FiraResidual`.
+      update_every: T; the first update always refreshes.
       subspace: which subspace; ``ImportanceSampled()`` makes this Fira-I3S.
       transfer: the papers keep the moments.
       scale: s, the papers' alpha; it does not scale the residual.
@@ -111,8 +111,8 @@ def fira_adamw(
       rank, update_every, scale: r, T and alpha; the papers pre-train LLaMA at rate 0.01
         with alpha 0.25 up to 350M parameters, 0.0625 beyond.
       b1, b2, eps: of Adam.
-      weight_decay, mask: decoupled, on the full weights, times the learning rate.
       limiter, reference, subspace, transfer: see `fira_project`.
+      weight_decay, mask: decoupled, on the full weights, times the learning rate.
       side, matrices, key: see `project_gradients`.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro

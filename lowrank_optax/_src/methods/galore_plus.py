@@ -60,14 +60,14 @@ def galore_plus_project(
     Args:
       inner: such as ``optax.scale_by_adam()``; it must have a first moment.
       rank: r.
+      b1, b2, eps: of the residual's Adam, best those of the inner optimizer.
       num_heads: heads of kernels of two axes, or a pair for queries and keys; others
         have an axis that counts them. None counts such a kernel as one head.
       density: share of the entries that the residual keeps (GP-7); 0 for no residual.
       warmup: updates before these are chosen; None for ``update_every`` (GP-6), 0 for
         no residual.
-      update_every: T; the first update always refreshes.
-      b1, b2, eps: of the residual's Adam, best those of the inner optimizer.
       residual_scale: see `SparseResidual`.
+      update_every: T; the first update always refreshes.
       subspace: how singular vectors are found; ``EnergyRank()`` adapts the rank.
       transfer: the paper keeps the moments.
       scale: s, the paper's alpha; it multiplies the residual too (GP-5).
@@ -174,10 +174,10 @@ def galore_plus_adamw(
       learning_rate: a float or a schedule.
       rank, update_every, scale: r, T and alpha, as in `galore_adamw`; the paper
         fine-tunes with a rate of 1e-6 and alpha from 16 to 128.
-      num_heads, density, warmup: see `galore_plus_project`.
       b1, b2, eps: of Adam, that of the residual included.
+      num_heads, density, warmup, residual_scale: see `galore_plus_project`.
+      subspace, transfer: see `galore_plus_project`.
       weight_decay, mask: decoupled, on the full weights, times the learning rate.
-      residual_scale, subspace, transfer: see `galore_plus_project`.
       side, matrices, key: see `project_gradients`.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro

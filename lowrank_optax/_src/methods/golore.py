@@ -104,16 +104,16 @@ def golore_adamw(
 
     Args:
       learning_rate: a float or a schedule.
-      switch_step: from when on the subspaces are random; the paper's choice is 80% of
-        the training steps.
       rank, update_every, scale: r, T and alpha.
       b1, b2, eps: of Adam.
-      weight_decay, mask: decoupled, on the full weights, times the learning rate.
+      switch_step: the subspaces are random from this step on; the paper chooses 80% of
+        the training steps.
       subspace, transfer: see `golore_project`.
+      weight_decay, mask: decoupled, on the full weights, times the learning rate.
       side, matrices, key: see `project_gradients`.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro
-    >>> tx = lro.golore_adamw(1e-2, switch_step=800, rank=2)
+    >>> tx = lro.golore_adamw(1e-2, rank=2, switch_step=800)
     >>> params = {"w": jnp.ones((4, 6))}
     >>> updates, state = tx.update(params, tx.init(params), params)
     """

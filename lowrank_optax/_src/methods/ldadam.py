@@ -53,8 +53,8 @@ def scale_by_ldadam(
     Args:
       rank: r; the effective rank of a leaf is ``min(rank, m, n)``.
       b1, b2: decays of the moments; also of Adam on the other leaves.
-      rho: weight of the old momentum in the choice of the subspace.
       eps: added outside of the root, after the bias correction.
+      rho: weight of the old momentum in the choice of the subspace.
       error_feedback: keep what the subspace misses and add it to the next gradient. A
         clip of gradients chained before this does not see the error.
       matrices: see `project_gradients`.
@@ -186,7 +186,7 @@ def ldadamw(
 
     Args:
       learning_rate: a float or a schedule.
-      rank, b1, b2, rho, eps, error_feedback: of the method.
+      rank, b1, b2, eps, rho, error_feedback: of the method.
       weight_decay, mask: decoupled, on the full weights, times the learning rate.
       matrices, key: see `scale_by_ldadam`.
 

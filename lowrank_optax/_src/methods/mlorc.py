@@ -325,8 +325,8 @@ def mlorc_adamw(
     Args:
       learning_rate: a float or a schedule.
       rank, b1, b2, eps: of the method.
-      weight_decay, mask: decoupled, on the full weights, times the learning rate.
       oversample, power_iters, warm_start, compress: see `mlorc_scale_by_adam`.
+      weight_decay, mask: decoupled, on the full weights, times the learning rate.
       matrices, key: see `project_gradients`.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -368,8 +368,8 @@ def mlorc_lion(
     Args:
       learning_rate: a float or a schedule.
       rank, b1, b2: of the method.
-      weight_decay, mask: decoupled, on the full weights, times the learning rate.
       oversample, power_iters, warm_start: see `mlorc_scale_by_lion`.
+      weight_decay, mask: decoupled, on the full weights, times the learning rate.
       matrices, key: see `project_gradients`.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro

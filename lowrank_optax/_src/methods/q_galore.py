@@ -48,8 +48,8 @@ def q_galore_project(
     Args:
       inner: such as ``optax.scale_by_adam()``.
       rank: r.
-      update_every: T, the period at the start; the first update always refreshes.
       bits: of the basis, 4 (see `PackedInt4`) or 8 (see `BlockInt8`).
+      update_every: T, the period at the start; the first update always refreshes.
       threshold, max_stretch: of the lazy renewal, see `WhenDrifted`.
       subspace, transfer, scale, side: see `galore_project`.
       matrices, key: see `project_gradients`.
@@ -120,9 +120,9 @@ def q_galore_adamw_8bit(
       learning_rate: a float or a schedule.
       rank, update_every, scale: r, T and alpha, as in `galore_adamw`.
       b1, b2, eps: of Adam; the paper's script has b2 = 0.95.
-      weight_decay, mask: decoupled, on the full weights, times the learning rate.
       bits, threshold, max_stretch, subspace, transfer: see `q_galore_project`.
       block: of the moments, see `quantize_state`.
+      weight_decay, mask: decoupled, on the full weights, times the learning rate.
       side, matrices, key: see `project_gradients`.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro
