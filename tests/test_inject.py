@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 from registry import METHODS, PERIOD, RANK, example_params
 from running import assert_close, random_grads, run
+from typing_extensions import TypeAliasType
 
 import lowrank_optax as lro
 from lowrank_optax._src.methods.optimizer import Static
@@ -97,6 +98,7 @@ def annotated(**types):
         jax.Array,
         Float[Array, ""],
         Annotated[float, "a share"],
+        TypeAliasType("Number", float),
         "float",
         Any,
         inspect.Parameter.empty,
@@ -116,6 +118,7 @@ def test_types_that_are_injected(number):
         "int",
         Static[float],
         Static[float] | None,
+        TypeAliasType("Size", int),
         int | tuple[int, int],
         int | jax.Array,
         tuple[str, ...],

@@ -98,7 +98,8 @@ def galore_adamw(
       rank, update_every, scale: r, T and alpha. The learning rate of a projected
         matrix is effectively ``scale * learning_rate``; the papers pre-train with 0.01.
       b1, b2, eps: of Adam.
-      weight_decay: decoupled, on the full weights, times the learning rate.
+      weight_decay: a float or a schedule; decoupled, on the full weights, times the
+        learning rate.
       mask: which leaves decay, as in `optax.add_decayed_weights`.
       subspace, transfer, side, matrices, key: see `galore_project`.
 

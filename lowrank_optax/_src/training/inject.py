@@ -73,6 +73,7 @@ def _signature(factory: Callable[..., Any]) -> inspect.Signature:
 
 def _is_static(annotation: Any) -> bool | None:
     """Whether a type leaves no place for a float; None where it does not say."""
+    annotation = getattr(annotation, "__value__", annotation)  # of `type X = ...`
     if get_origin(annotation) is Annotated:
         kind, *notes = get_args(annotation)
         return STATIC in notes or _is_static(kind)
