@@ -264,7 +264,7 @@ def refresh_times(rounds: int = 5) -> dict[str, float]:
 
     def galore(every):
         return lro.galore_adamw(
-            1e-3, _REFRESH_RANK, every, subspace=lro.TopSingular("svd")
+            1e-3, _REFRESH_RANK, update_every=every, subspace=lro.TopSingular("svd")
         )
 
     def galore_plus(every):

@@ -27,7 +27,11 @@ def test_on_two_axes_it_is_that_of_optax(decay_rate, threshold):
     # One large gradient, so that the clip is met.
     grads = random_grads(params, 6)
     grads[4] = optax.tree.scale(20.0, grads[4])
-    updates, state = run(lro.scale_by_adafactor(decay_rate, threshold), params, grads)
+    updates, state = run(
+        lro.scale_by_adafactor(decay_rate=decay_rate, clipping_threshold=threshold),
+        params,
+        grads,
+    )
     expected, theirs = run(optax_adafactor(decay_rate, threshold), params, grads)
     for u, want in zip(updates, expected, strict=True):
         for name in SHAPES:

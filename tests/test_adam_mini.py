@@ -173,7 +173,12 @@ def test_the_optimizers_are_their_parts():
     galore = lro.galore_project(inner, rank=RANK, update_every=2, scale=0.5)
     for tx, method in [
         (lro.adam_mini(0.1, **shared, **decay), inner),
-        (lro.galore_adam_mini(0.1, RANK, 2, 0.5, **shared, **decay), galore),
+        (
+            lro.galore_adam_mini(
+                0.1, RANK, update_every=2, scale=0.5, **shared, **decay
+            ),
+            galore,
+        ),
     ]:
         updates, _ = run(tx, params, grads)
         directions, _ = run(method, params, grads)

@@ -383,7 +383,7 @@ def test_adarankgrad_adamw_is_its_parts():
     tx = lro.adarankgrad_adamw(
         0.1,
         3,
-        0.5,
+        scale=0.5,
         b1=0.8,
         b2=0.9,
         eps=1e-3,

@@ -225,8 +225,8 @@ def test_apollo_adamw_is_its_parts():
     tx = lro.apollo_adamw(
         0.1,
         RANK,
-        2,
-        0.5,
+        update_every=2,
+        scale=0.5,
         b1=0.8,
         b2=0.9,
         eps=1e-3,

@@ -195,8 +195,8 @@ def test_fira_adamw_is_its_parts():
     tx = lro.fira_adamw(
         0.1,
         RANK,
-        PERIOD,
-        0.5,
+        update_every=PERIOD,
+        scale=0.5,
         b1=0.8,
         b2=0.9,
         eps=1e-3,

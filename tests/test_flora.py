@@ -73,7 +73,7 @@ def test_the_momentum_follows_the_formulas(shape):
 def test_flora_follows_the_formulas():
     params = {"w": jnp.zeros((6, 9))}
     grads = [{"w": g} for g in gradients((6, 9))]
-    tx = lro.flora(0.1, RANK, PERIOD, 2.0, clipping_threshold=1.0)
+    tx = lro.flora(0.1, RANK, update_every=PERIOD, scale=2.0, clipping_threshold=1.0)
     updates, state = run(tx, params, grads)
     assert all(np.all(np.asarray(x) >= 0) for x in jax.tree.leaves(state[0][0]))
     bases = {step: projection(step, 6, "w") for step in range(0, STEPS, PERIOD)}
@@ -149,8 +149,8 @@ def test_flora_is_its_parts():
     tx = lro.flora(
         0.1,
         RANK,
-        2,
-        0.5,
+        update_every=2,
+        scale=0.5,
         b1=0.8,
         decay_rate=0.7,
         clipping_threshold=None,

@@ -133,8 +133,8 @@ def test_galore_adamw_is_its_parts():
     tx = lro.galore_adamw(
         0.1,
         RANK,
-        PERIOD,
-        0.25,
+        update_every=PERIOD,
+        scale=0.25,
         b1=0.8,
         b2=0.9,
         eps=1e-3,
@@ -173,7 +173,9 @@ def adafactor(grads, decay_rate=0.8, clipping_threshold=1.0, momentum=None):
 @pytest.mark.parametrize("momentum", [None, 0.9])
 def test_galore_adafactor_is_adafactor_in_the_subspace(momentum):
     grads = gradients((6, 9))
-    tx = lro.galore_adafactor(0.1, RANK, PERIOD, 0.25, momentum=momentum)
+    tx = lro.galore_adafactor(
+        0.1, RANK, update_every=PERIOD, scale=0.25, momentum=momentum
+    )
     updates, bases = run_and_collect_bases(tx, grads)
     assert len(bases) == STEPS // PERIOD
     at = [np.float64(bases[step - step % PERIOD]) for step in range(STEPS)]
@@ -186,12 +188,16 @@ def test_galore_adafactor_is_adafactor_in_the_subspace(momentum):
 def test_galore_adafactor_clips_only_if_asked_to():
     grads = [{"w": g} for g in gradients((6, 9), steps=3)]
     free, _ = run(
-        lro.galore_adafactor(1.0, RANK, PERIOD, 1.0, clipping_threshold=None),
+        lro.galore_adafactor(
+            1.0, RANK, update_every=PERIOD, scale=1.0, clipping_threshold=None
+        ),
         grads[0],
         grads,
     )
     clipped, _ = run(
-        lro.galore_adafactor(1.0, RANK, PERIOD, 1.0, clipping_threshold=0.1),
+        lro.galore_adafactor(
+            1.0, RANK, update_every=PERIOD, scale=1.0, clipping_threshold=0.1
+        ),
         grads[0],
         grads,
     )

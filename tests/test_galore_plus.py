@@ -390,8 +390,8 @@ def test_galore_plus_adamw_is_its_parts():
     tx = lro.galore_plus_adamw(
         0.1,
         2,
-        4,
-        0.5,
+        update_every=4,
+        scale=0.5,
         b1=0.8,
         b2=0.9,
         eps=1e-3,

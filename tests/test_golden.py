@@ -33,16 +33,18 @@ def galore(meta):
 
 
 def mlorc_adam(meta):
-    return lro.mlorc_scale_by_adam(meta["rank"], meta["b1"], meta["b2"], meta["eps"])
+    return lro.mlorc_scale_by_adam(
+        meta["rank"], b1=meta["b1"], b2=meta["b2"], eps=meta["eps"]
+    )
 
 
 def ldadam(meta):
-    numbers = [meta[name] for name in ("rank", "b1", "b2", "rho", "eps")]
-    return lro.scale_by_ldadam(*numbers, meta["error_feedback"])
+    names = "rank", "b1", "b2", "eps", "rho", "error_feedback"
+    return lro.scale_by_ldadam(**{name: meta[name] for name in names})
 
 
 def mlorc_lion(meta):
-    return lro.mlorc_scale_by_lion(meta["rank"], meta["b1"], meta["b2"])
+    return lro.mlorc_scale_by_lion(meta["rank"], b1=meta["b1"], b2=meta["b2"])
 
 
 def fira(meta):

@@ -130,7 +130,10 @@ M, N, S, L = 40, 24, 24, 40
 @pytest.mark.parametrize("r", [4, 30])
 @pytest.mark.parametrize(
     "make",
-    [lambda r: golore(rank=r), lambda r: lro.golore_adamw(0.1, 100, rank=r)],
+    [
+        lambda r: golore(rank=r),
+        lambda r: lro.golore_adamw(0.1, r, switch_step=100),
+    ],
     ids=["project", "adamw"],
 )
 def test_state_size(make, r):
@@ -145,10 +148,10 @@ def test_golore_adamw_is_its_parts():
     grads = random_grads(params, PERIOD + 2)
     tx = lro.golore_adamw(
         0.1,
-        PERIOD,
         RANK,
-        PERIOD,
-        0.5,
+        switch_step=PERIOD,
+        update_every=PERIOD,
+        scale=0.5,
         b1=0.8,
         b2=0.9,
         eps=1e-3,

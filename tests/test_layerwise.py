@@ -116,13 +116,13 @@ METHODS = {
     "mlorc_adamw": lro.mlorc_adamw(0.05, 2, matrices=matrices, weight_decay=0.1),
     # Its sketches are random, and so is where the bases come from.
     "galore_adamw": lro.galore_adamw(
-        lambda count: 0.05 / (1 + count), 2, 3, matrices=matrices
+        lambda count: 0.05 / (1 + count), 2, update_every=3, matrices=matrices
     ),
     "i3s_subspace": lro.inject_hyperparams(lro.i3s_adamw)(
         0.05, rank=2, update_every=3, matrices=matrices
     ),
-    "apollo_adamw": lro.apollo_adamw(0.05, 2, 3, matrices=matrices),
-    "fira_adamw": lro.fira_adamw(0.05, 2, 3, matrices=matrices),
+    "apollo_adamw": lro.apollo_adamw(0.05, 2, update_every=3, matrices=matrices),
+    "fira_adamw": lro.fira_adamw(0.05, 2, update_every=3, matrices=matrices),
     "mlorc_lion without a warm start": lro.mlorc_lion(
         0.05, 2, matrices=matrices, warm_start=False
     ),

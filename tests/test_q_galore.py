@@ -222,7 +222,7 @@ def test_unquantized_and_never_lazy_it_is_galore():
 
 def test_a_bad_gradient_leaves_a_usable_state():
     g = random_like({"g": (M, N)}, 0)["g"]
-    tx = lro.q_galore_adamw_8bit(0.1, RANK, 1)
+    tx = lro.q_galore_adamw_8bit(0.1, RANK, update_every=1)
     tx = tx._replace(update=jax.jit(tx.update))
     _, before = tx.update(g, tx.init(g), g)
     for bad in (0 * g, g.at[0, 0].set(jnp.nan)):
@@ -266,8 +266,8 @@ def test_q_galore_adamw_8bit_is_its_parts():
     tx = lro.q_galore_adamw_8bit(
         0.1,
         2,
-        1,
-        0.5,
+        update_every=1,
+        scale=0.5,
         b1=0.8,
         b2=0.9,
         eps=1e-3,

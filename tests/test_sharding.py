@@ -35,7 +35,7 @@ METHODS = {
         side="long",
         matrices=MATRICES,
     ),
-    "galore_adafactor": lro.galore_adafactor(0.1, 3, 2, matrices=MATRICES),
+    "galore_adafactor": lro.galore_adafactor(0.1, 3, update_every=2, matrices=MATRICES),
     "mlorc_adam": lro.mlorc_scale_by_adam(3, matrices=MATRICES),
     "mlorc_lion": lro.mlorc_scale_by_lion(3, matrices=MATRICES),
     "mlorc_compress": lro.mlorc_compress(optax.trace(0.9), rank=3, matrices=MATRICES),

@@ -166,7 +166,7 @@ class _Projection:
     matrices: matrix.Matrices
     key: int | jax.Array
 
-    def check(self, subspace: Subspace, recovery: Recovery, side: Any) -> None:
+    def check(self, subspace: Any, recovery: Any, side: Any) -> None:
         """Refuse parts that do not go together."""
         compatible.check_rank(subspace, self.rank)
         for part in (self.refresh, recovery):
@@ -205,7 +205,7 @@ class _Projection:
                     else jnp.zeros([], jnp.int32)
                 )
             ),
-            refresh=tree(lambda v: self.refresh.init(v, phases[id(v)])),
+            refresh=tree(lambda v: self.refresh.init(v, float(phases[id(v)]))),
             recovery=tree(lambda v: _at(v, self.recovery).init(v)),
             inner_state=fit_boxes(layout, inner_state, proxies),
         )
@@ -272,8 +272,9 @@ class _Projection:
 
     def _count(self, x: Matrix, size: jax.Array, first: Any = True) -> Any:
         """The rule's state after a step whose projected gradient had this norm."""
-        size = jnp.where(x.due, x.size, size)
-        after = self.refresh.after(x.own.refresh, x.due, size, x.share)
+        due, share = jnp.asarray(x.due), jnp.asarray(x.share)
+        size = jnp.where(due, x.size, size)
+        after = self.refresh.after(x.own.refresh, due, size, share)
         after = tree_where(x.due | first, after, x.own.refresh)
         return accept_finite(after, x.own.refresh)
 

@@ -29,7 +29,7 @@ from lowrank_optax._src.parts.part import compiled
 
 
 def leafwise(
-    rule: Rule,
+    rule: Rule | StagedRule,
     *,
     dense: optax.GradientTransformation,
     side: matrix.Side = "short",
@@ -178,8 +178,8 @@ class _Leafwise:
         }
         if hasattr(self.rule, "begin"):
             old = _begun(self.rule, views, grads, old)
-        if hasattr(self.rule, "stages"):
-            return self._staged(views, grads, step, old, keys)
+        if isinstance(self.rule, StagedRule):
+            return self._staged(self.rule, views, grads, step, old, keys)
         order, out, new = Order(), {}, {}
         for i, v in views.items():
             with jax.named_scope(v.path):
@@ -188,16 +188,16 @@ class _Leafwise:
             order.end((out[i], new[i]))
         return out, new
 
-    def _staged(self, views, grads, step, old, keys) -> Any:
+    def _staged(self, rule: StagedRule, views, grads, step, old, keys) -> Any:
         """Thin and wide stages in turn; an order among the wide ones."""
         order, out = Order(dense=True), {}
         states = list(old.values())
-        given = self.rule.start(list(keys.values()), states, step)
-        for k, (_, finish) in enumerate(self.rule.stages):
+        given = rule.start(list(keys.values()), states, step)
+        for k, (_, finish) in enumerate(rule.stages):
             found = {}
             for (i, v), own in zip(views.items(), given, strict=True):
                 with jax.named_scope(v.path):
-                    parts, state = (self.rule, k, nameless(v)), order.start(old[i])
+                    parts, state = (rule, k, nameless(v)), order.start(old[i])
                     out[i], found[i] = _wide(parts, step, grads[i], state, own)
                 order.end(found[i])
             given = finish(list(found.values()), states, step) if found else []

@@ -22,7 +22,7 @@ _log: ContextVar[list[Any] | None] = ContextVar("log", default=None)
 
 
 @contextlib.contextmanager
-def _within(variable: ContextVar[T], value: T) -> Iterator[T]:
+def _within(variable: ContextVar[Any], value: T) -> Iterator[T]:
     token = variable.set(value)
     try:
         yield value

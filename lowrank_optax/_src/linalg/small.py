@@ -7,6 +7,7 @@ of rounds on all matrices of a model at once.
 """
 
 import functools
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -69,8 +70,8 @@ def _eliminate(gram, choose, least, unroll):
         taken = later & choose(j, jnp.where(later, left, -1e30))
         later = later & ~taken
         # Sums term by term, which are fused with all else where a reduction is not.
-        row = sum(jnp.where(taken[:, i, None], rows[:, i], 0.0) for i in range(k))
-        pivot = sum(jnp.where(taken[:, i], row[:, i], 0.0) for i in range(k))[:, None]
+        row = _sum(jnp.where(taken[:, i, None], rows[:, i], 0.0) for i in range(k))
+        pivot = _sum(jnp.where(taken[:, [i]], row[:, [i]], 0.0) for i in range(k))
         used = pivot > least
         root = jnp.where(used, jax.lax.rsqrt(jnp.where(used, pivot, 1.0)), 0.0)
         row = row * root
@@ -82,6 +83,10 @@ def _eliminate(gram, choose, least, unroll):
     state = rows, jnp.ones(gram.shape[:2], bool)
     rows, _ = jax.lax.fori_loop(0, k, step, state, unroll=k if unroll else 1)
     return rows[:, :, k:].mT
+
+
+def _sum(terms: Iterable[Array]) -> Array:
+    return functools.reduce(jnp.add, terms)
 
 
 def jacobi_eigh(

@@ -24,7 +24,7 @@ class Stacks:
       count: a number that is not known when compiling, see `places`.
     """
 
-    def __init__(self, problems: Sequence[Arrays], count: jax.Array):
+    def __init__(self, problems: Sequence[Arrays], count: jax.Array | None):
         def kind(arrays):
             return tuple((x.shape[-2:], jnp.dtype(x.dtype)) for x in arrays)
 
@@ -61,7 +61,9 @@ class Stacks:
 
 
 def each(
-    function: Callable[..., jax.Array], problems: Sequence[Arrays], count: jax.Array
+    function: Callable[..., jax.Array],
+    problems: Sequence[Arrays],
+    count: jax.Array | None,
 ) -> list[jax.Array]:
     """``function`` of the arrays of each problem, of a whole stack in one call."""
     stacks = Stacks(problems, count)

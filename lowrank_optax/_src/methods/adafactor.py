@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from lowrank_optax._src.engines.accept import accept_leaf, increment
 from lowrank_optax._src.engines.order import Order
@@ -14,7 +15,7 @@ from lowrank_optax._src.leaves.choose import view_dense, view_leaves
 from lowrank_optax._src.leaves.matrix import Matrices, MatrixView, Side
 from lowrank_optax._src.leaves.paths import flatten
 from lowrank_optax._src.methods.galore import galore_project
-from lowrank_optax._src.methods.optimizer import LearningRate, optimizer
+from lowrank_optax._src.methods.optimizer import Mask, optimizer
 from lowrank_optax._src.parts.laws import Subspace, Transfer
 from lowrank_optax._src.parts.subspace import TopSingular
 from lowrank_optax._src.parts.transfer import Keep
@@ -42,9 +43,9 @@ _EPS = 1e-30
 
 
 def scale_by_adafactor(
-    decay_rate: Any = 0.8,
-    clipping_threshold: Any = 1.0,
     *,
+    decay_rate: ArrayLike = 0.8,
+    clipping_threshold: ArrayLike | None = 1.0,
     matrices: Matrices = None,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -114,7 +115,7 @@ def scale_by_adafactor(
             treedef.flatten_up_to(x) for x in (state.v_row, state.v_col, state.v)
         ]
         t = increment(state.step)
-        b2 = 1 - jnp.asarray(t, jnp.float32) ** -decay_rate
+        b2 = 1 - jnp.asarray(t, jnp.float32) ** jnp.negative(decay_rate)
         out, order = [], Order()
         for i, (view, *old) in enumerate(zip(views, *moments, strict=True)):
             g = view.matrix(order.start(grads[i]))
@@ -142,7 +143,7 @@ def scale_by_adafactor(
 
 
 def clip_by_matrix_rms(
-    threshold: Any, matrices: Matrices = None
+    threshold: ArrayLike, matrices: Matrices = None
 ) -> optax.GradientTransformationExtraArgs:
     """`optax.clip_by_block_rms`, by the root mean square of each matrix of a stack."""
 
@@ -155,7 +156,7 @@ def clip_by_matrix_rms(
     return transformation(lambda params: optax.EmptyState(), update)
 
 
-def _clip(u: jax.Array, threshold: Any) -> jax.Array:
+def _clip(u: jax.Array, threshold: ArrayLike) -> jax.Array:
     size = jnp.sqrt(jnp.mean(u**2, axis=(-2, -1), keepdims=True))
     return u / jnp.maximum(1.0, size / threshold)
 
@@ -178,18 +179,18 @@ def _factored(view: MatrixView) -> bool:
 
 
 def galore_adafactor(
-    learning_rate: LearningRate,
+    learning_rate: optax.ScalarOrSchedule,
     rank: int = 128,
-    update_every: Any = 200,
-    scale: Any = 0.25,
     *,
-    decay_rate: Any = 0.8,
-    clipping_threshold: Any = 1.0,
-    momentum: Any = None,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
+    decay_rate: ArrayLike = 0.8,
+    clipping_threshold: ArrayLike | None = 1.0,
+    momentum: ArrayLike | None = None,
+    update_every: ArrayLike = 200,
     subspace: Subspace = TopSingular(),
     transfer: Transfer = Keep(),
+    scale: ArrayLike = 0.25,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
     side: Side = "short",
     matrices: Matrices = None,
     key: int | jax.Array = 0,
@@ -213,7 +214,9 @@ def galore_adafactor(
     >>> params = {"w": jnp.ones((4, 6))}
     >>> updates, state = tx.update(params, tx.init(params), params)
     """
-    inner = scale_by_adafactor(decay_rate, clipping_threshold)
+    inner = scale_by_adafactor(
+        decay_rate=decay_rate, clipping_threshold=clipping_threshold
+    )
     if momentum is not None:
         inner = optax.chain(inner, optax.ema(momentum, debias=False))
     method = galore_project(

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from lowrank_optax._src.engines.accept import accept_leaf, increment
 from lowrank_optax._src.engines.order import Order
@@ -14,7 +15,7 @@ from lowrank_optax._src.leaves.choose import view_blocks
 from lowrank_optax._src.leaves.matrix import Matrices, Side
 from lowrank_optax._src.leaves.paths import flatten
 from lowrank_optax._src.methods.galore import galore_project
-from lowrank_optax._src.methods.optimizer import LearningRate, optimizer
+from lowrank_optax._src.methods.optimizer import Mask, optimizer
 from lowrank_optax._src.parts.laws import Subspace, Transfer
 from lowrank_optax._src.parts.subspace import TopSingular
 from lowrank_optax._src.parts.transfer import Keep
@@ -35,10 +36,10 @@ class AdamMiniState(NamedTuple):
 
 
 def scale_by_adam_mini(
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
     *,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
     matrices: Matrices = None,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -102,7 +103,7 @@ def scale_by_adam_mini(
         out, order = [], Order()
         for i, view in enumerate(views):
             g = view.matrix(order.start(grads[i]))
-            mu = b1 * view.matrix(mus[i]) + (1 - b1) * g
+            mu = view.matrix(mus[i]) * b1 + g * (1 - b1)
             nu = b2 * nus[i] + (1 - b2) * jnp.mean(g**2, axis=-2, keepdims=True)
             size = jnp.sqrt(nu / (1 - b2**t)) + eps
             out.append(view.leaf(mu / (1 - b1**t) / size))
@@ -116,13 +117,13 @@ def scale_by_adam_mini(
 
 
 def adam_mini(
-    learning_rate: LearningRate,
+    learning_rate: optax.ScalarOrSchedule,
     *,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
     matrices: Matrices = None,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -130,31 +131,32 @@ def adam_mini(
 
     Args:
       learning_rate: a float or a schedule.
-      b1, b2, eps, matrices, key: see `scale_by_adam_mini`.
+      b1, b2, eps: of Adam-mini.
       weight_decay, mask: decoupled, times the learning rate.
+      matrices, key: see `scale_by_adam_mini`.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro
     >>> tx = lro.adam_mini(1e-3)
     >>> lro.state_bytes(tx, {"w": jnp.ones((64, 64))})  # m n + l floats, a counter
     16644
     """
-    method = scale_by_adam_mini(b1, b2, eps, matrices=matrices, key=key)
+    method = scale_by_adam_mini(b1=b1, b2=b2, eps=eps, matrices=matrices, key=key)
     return optimizer(method, learning_rate, weight_decay, mask)
 
 
 def galore_adam_mini(
-    learning_rate: LearningRate,
+    learning_rate: optax.ScalarOrSchedule,
     rank: int = 128,
-    update_every: Any = 200,
-    scale: Any = 0.25,
     *,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    update_every: ArrayLike = 200,
     subspace: Subspace = TopSingular(),
     transfer: Transfer = Keep(),
+    scale: ArrayLike = 0.25,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
     side: Side = "short",
     matrices: Matrices = None,
     key: int | jax.Array = 0,
@@ -176,7 +178,7 @@ def galore_adam_mini(
     >>> updates, state = tx.update(params, tx.init(params), params)
     """
     method = galore_project(
-        scale_by_adam_mini(b1, b2, eps),
+        scale_by_adam_mini(b1=b1, b2=b2, eps=eps),
         rank=rank,
         update_every=update_every,
         subspace=subspace,

@@ -1,13 +1,12 @@
 """AdaRankGrad (Refael et al. 2024): the rank follows the gradient's."""
 
-from typing import Any
-
 import jax
 import optax
+from jax.typing import ArrayLike
 
 from lowrank_optax._src.engines.project import project_gradients
 from lowrank_optax._src.leaves.matrix import Matrices, Side
-from lowrank_optax._src.methods.optimizer import LearningRate, optimizer
+from lowrank_optax._src.methods.optimizer import Mask, optimizer
 from lowrank_optax._src.parts.checks import check_rank
 from lowrank_optax._src.parts.laws import Recovery, Transfer
 from lowrank_optax._src.parts.recovery import Drop
@@ -21,12 +20,12 @@ def adaptive_rank(
     *,
     max_rank: int,
     min_rank: int = 1,
-    max_residual_energy: Any = 0.48,
-    max_interval: Any = 200,
-    min_interval: Any = 20,
+    max_residual_energy: ArrayLike = 0.48,
+    max_interval: ArrayLike = 200,
+    min_interval: ArrayLike = 20,
     transfer: Transfer = Rotate(),
     recovery: Recovery = Drop(),
-    scale: Any = 1.0,
+    scale: ArrayLike = 1.0,
     side: Side = "long",
     matrices: Matrices = None,
     key: int | jax.Array = 0,
@@ -109,21 +108,21 @@ def adaptive_rank(
 
 
 def adarankgrad_adamw(
-    learning_rate: LearningRate,
+    learning_rate: optax.ScalarOrSchedule,
     max_rank: int = 128,
-    scale: Any = 0.25,
     *,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
     min_rank: int = 1,
-    max_residual_energy: Any = 0.48,
-    max_interval: Any = 200,
-    min_interval: Any = 20,
+    max_residual_energy: ArrayLike = 0.48,
+    max_interval: ArrayLike = 200,
+    min_interval: ArrayLike = 20,
     transfer: Transfer = Rotate(),
     recovery: Recovery = Drop(),
+    scale: ArrayLike = 0.25,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
     side: Side = "long",
     matrices: Matrices = None,
     key: int | jax.Array = 0,

@@ -1,13 +1,12 @@
 """APOLLO (Zhu et al. 2025): gradients scaled by what Adam does in a random subspace."""
 
-from typing import Any
-
 import jax
 import optax
+from jax.typing import ArrayLike
 
 from lowrank_optax._src.engines.project import project_gradients
 from lowrank_optax._src.leaves.matrix import Matrices, Side
-from lowrank_optax._src.methods.optimizer import LearningRate, optimizer
+from lowrank_optax._src.methods.optimizer import Mask, optimizer
 from lowrank_optax._src.parts.laws import Subspace
 from lowrank_optax._src.parts.recovery import Per, ScaleGradient
 from lowrank_optax._src.parts.refresh import Every
@@ -18,11 +17,11 @@ def apollo_scale(
     inner: optax.GradientTransformation,
     *,
     rank: int,
-    update_every: Any = 200,
     per: Per = "channel",
-    limiter: Any = 1.01,
+    limiter: ArrayLike | None = 1.01,
+    update_every: ArrayLike = 200,
     subspace: Subspace = RandomGaussian(),
-    scale: Any = 1.0,
+    scale: ArrayLike = 1.0,
     side: Side = "short",
     matrices: Matrices = None,
     key: int | jax.Array = 0,
@@ -47,11 +46,11 @@ def apollo_scale(
     Args:
       inner: such as ``optax.scale_by_adam()``.
       rank: r.
-      update_every: T; the first update always draws.
       per: a factor for each "channel" (index of the side that is not projected), or for
         the "tensor".
       limiter: the factor by which the norm of the scaled gradient may grow from one
         step to the next; None for none.
+      update_every: T; the first update always draws.
       subspace: the projection; ``TopSingular()`` is the paper's variant with SVD.
       scale: s. The factors are about ``sqrt(r / m)`` of those of full-rank Adam, m the
         projected side, so ``sqrt(m / r)`` makes up for it. The paper's alpha stands
@@ -93,19 +92,19 @@ def apollo_scale(
 
 
 def apollo_adamw(
-    learning_rate: LearningRate,
+    learning_rate: optax.ScalarOrSchedule,
     rank: int = 256,
-    update_every: Any = 200,
-    scale: Any = 1.0,
     *,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
     per: Per = "channel",
-    limiter: Any = 1.01,
+    limiter: ArrayLike | None = 1.01,
+    update_every: ArrayLike = 200,
     subspace: Subspace = RandomGaussian(),
+    scale: ArrayLike = 1.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
     side: Side = "short",
     matrices: Matrices = None,
     key: int | jax.Array = 0,
@@ -118,8 +117,8 @@ def apollo_adamw(
       learning_rate: a float or a schedule; the paper pre-trains LLaMA at 0.01.
       rank, update_every, scale: r (a quarter of the width in the paper), T and s.
       b1, b2, eps: of Adam.
-      weight_decay, mask: decoupled, on the full weights, times the learning rate.
       per, limiter, subspace: see `apollo_scale`.
+      weight_decay, mask: decoupled, on the full weights, times the learning rate.
       side, matrices, key: see `project_gradients`.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro

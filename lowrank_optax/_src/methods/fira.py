@@ -1,13 +1,12 @@
 """Fira (Chen et al. 2024): GaLore that keeps what the projection leaves out."""
 
-from typing import Any
-
 import jax
 import optax
+from jax.typing import ArrayLike
 
 from lowrank_optax._src.engines.project import project_gradients
 from lowrank_optax._src.leaves.matrix import Matrices, Side
-from lowrank_optax._src.methods.optimizer import LearningRate, optimizer
+from lowrank_optax._src.methods.optimizer import Mask, optimizer
 from lowrank_optax._src.parts.laws import Subspace, Transfer
 from lowrank_optax._src.parts.recovery import FiraResidual
 from lowrank_optax._src.parts.refresh import Every
@@ -19,12 +18,12 @@ def fira_project(
     inner: optax.GradientTransformation,
     *,
     rank: int,
-    update_every: Any = 200,
-    limiter: Any = 1.01,
-    reference: tuple[Any, Any] | None = None,
+    limiter: ArrayLike | None = 1.01,
+    reference: tuple[ArrayLike, ArrayLike] | None = None,
+    update_every: ArrayLike = 200,
     subspace: Subspace = TopSingular(),
     transfer: Transfer = Keep(),
-    scale: Any = 1.0,
+    scale: ArrayLike = 1.0,
     side: Side = "short",
     matrices: Matrices = None,
     key: int | jax.Array = 0,
@@ -43,8 +42,8 @@ def fira_project(
     Args:
       inner: such as ``optax.scale_by_adam()``.
       rank: r.
-      update_every: T; the first update always refreshes.
       limiter, reference: see `FiraResidual`.
+      update_every: T; the first update always refreshes.
       subspace: which subspace; ``ImportanceSampled()`` makes this Fira-I3S.
       transfer: the papers keep the moments.
       scale: s, the papers' alpha; it does not scale the residual.
@@ -87,20 +86,20 @@ def fira_project(
 
 
 def fira_adamw(
-    learning_rate: LearningRate,
+    learning_rate: optax.ScalarOrSchedule,
     rank: int = 128,
-    update_every: Any = 200,
-    scale: Any = 0.25,
     *,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
-    limiter: Any = 1.01,
-    reference: tuple[Any, Any] | None = None,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    limiter: ArrayLike | None = 1.01,
+    reference: tuple[ArrayLike, ArrayLike] | None = None,
+    update_every: ArrayLike = 200,
     subspace: Subspace = TopSingular(),
     transfer: Transfer = Keep(),
+    scale: ArrayLike = 0.25,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
     side: Side = "short",
     matrices: Matrices = None,
     key: int | jax.Array = 0,
@@ -112,8 +111,8 @@ def fira_adamw(
       rank, update_every, scale: r, T and alpha; the papers pre-train LLaMA at rate 0.01
         with alpha 0.25 up to 350M parameters, 0.0625 beyond.
       b1, b2, eps: of Adam.
-      weight_decay, mask: decoupled, on the full weights, times the learning rate.
       limiter, reference, subspace, transfer: see `fira_project`.
+      weight_decay, mask: decoupled, on the full weights, times the learning rate.
       side, matrices, key: see `project_gradients`.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro

@@ -1,14 +1,13 @@
 """Flora (Hao et al. 2024): momentum kept in a random subspace that changes."""
 
-from typing import Any
-
 import jax
 import optax
+from jax.typing import ArrayLike
 
 from lowrank_optax._src.engines.project import project_gradients
 from lowrank_optax._src.leaves.matrix import Matrices, Side
 from lowrank_optax._src.methods.adafactor import clip_by_matrix_rms, scale_by_adafactor
-from lowrank_optax._src.methods.optimizer import LearningRate, optimizer
+from lowrank_optax._src.methods.optimizer import Mask, optimizer
 from lowrank_optax._src.parts.laws import Transfer
 from lowrank_optax._src.parts.refresh import Every
 from lowrank_optax._src.parts.subspace import RandomGaussian
@@ -19,9 +18,9 @@ def flora_project(
     inner: optax.GradientTransformation,
     *,
     rank: int,
-    update_every: Any = 1000,
+    update_every: ArrayLike = 1000,
     transfer: Transfer = RotateFirst(),
-    scale: Any = 1.0,
+    scale: ArrayLike = 1.0,
     side: Side = "short",
     matrices: Matrices = None,
     key: int | jax.Array = 0,
@@ -81,16 +80,16 @@ def flora_project(
 
 
 def flora(
-    learning_rate: LearningRate,
+    learning_rate: optax.ScalarOrSchedule,
     rank: int = 256,
-    update_every: Any = 1000,
-    scale: Any = 1.0,
     *,
-    b1: Any = 0.9,
-    decay_rate: Any = 0.8,
-    clipping_threshold: Any = 1.0,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
+    b1: ArrayLike = 0.9,
+    decay_rate: ArrayLike = 0.8,
+    clipping_threshold: ArrayLike | None = 1.0,
+    update_every: ArrayLike = 1000,
+    scale: ArrayLike = 1.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
     side: Side = "short",
     matrices: Matrices = None,
     key: int | jax.Array = 0,
@@ -123,7 +122,10 @@ def flora(
         matrices=matrices,
         key=key,
     )
-    parts = [scale_by_adafactor(decay_rate, None, matrices=matrices), momentum]
+    adafactor = scale_by_adafactor(
+        decay_rate=decay_rate, clipping_threshold=None, matrices=matrices
+    )
+    parts = [adafactor, momentum]
     if clipping_threshold is not None:
         parts.append(clip_by_matrix_rms(clipping_threshold, matrices))
     return optimizer(optax.chain(*parts), learning_rate, weight_decay, mask)

@@ -1,13 +1,12 @@
 """GaLore (Zhao et al. 2024): an optimizer on the leading singular subspace."""
 
-from typing import Any
-
 import jax
 import optax
+from jax.typing import ArrayLike
 
 from lowrank_optax._src.engines.project import project_gradients
 from lowrank_optax._src.leaves.matrix import Matrices, Side
-from lowrank_optax._src.methods.optimizer import LearningRate, optimizer
+from lowrank_optax._src.methods.optimizer import Mask, optimizer
 from lowrank_optax._src.parts.laws import Subspace, Transfer
 from lowrank_optax._src.parts.refresh import Every
 from lowrank_optax._src.parts.subspace import TopSingular
@@ -18,10 +17,10 @@ def galore_project(
     inner: optax.GradientTransformation,
     *,
     rank: int,
-    update_every: Any = 200,
+    update_every: ArrayLike = 200,
     subspace: Subspace = TopSingular(),
     transfer: Transfer = Keep(),
-    scale: Any = 1.0,
+    scale: ArrayLike = 1.0,
     side: Side = "short",
     matrices: Matrices = None,
     key: int | jax.Array = 0,
@@ -76,18 +75,18 @@ def galore_project(
 
 
 def galore_adamw(
-    learning_rate: LearningRate,
+    learning_rate: optax.ScalarOrSchedule,
     rank: int = 128,
-    update_every: Any = 200,
-    scale: Any = 0.25,
     *,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    update_every: ArrayLike = 200,
     subspace: Subspace = TopSingular(),
     transfer: Transfer = Keep(),
+    scale: ArrayLike = 0.25,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
     side: Side = "short",
     matrices: Matrices = None,
     key: int | jax.Array = 0,
@@ -99,7 +98,8 @@ def galore_adamw(
       rank, update_every, scale: r, T and alpha. The learning rate of a projected
         matrix is effectively ``scale * learning_rate``; the papers pre-train with 0.01.
       b1, b2, eps: of Adam.
-      weight_decay: decoupled, on the full weights, times the learning rate.
+      weight_decay: a float or a schedule; decoupled, on the full weights, times the
+        learning rate.
       mask: which leaves decay, as in `optax.add_decayed_weights`.
       subspace, transfer, side, matrices, key: see `galore_project`.
 

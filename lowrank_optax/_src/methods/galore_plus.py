@@ -4,11 +4,12 @@ from typing import Any
 
 import jax
 import optax
+from jax.typing import ArrayLike
 
 from lowrank_optax._src.engines.project import project_gradients
 from lowrank_optax._src.leaves.matrix import Matrices, MatrixView, Side
 from lowrank_optax._src.leaves.paths import words
-from lowrank_optax._src.methods.optimizer import LearningRate, optimizer
+from lowrank_optax._src.methods.optimizer import Mask, Static, optimizer
 from lowrank_optax._src.parts.checks import check_rank
 from lowrank_optax._src.parts.laws import Subspace, Transfer
 from lowrank_optax._src.parts.recovery import Drop, SparseResidual
@@ -24,17 +25,17 @@ def galore_plus_project(
     inner: optax.GradientTransformation,
     *,
     rank: int,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
     num_heads: int | tuple[int, int] | None = None,
-    density: float = 0.012,
-    warmup: Any = None,
-    update_every: Any = 200,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    residual_scale: Any = None,
+    density: Static[float] = 0.012,
+    warmup: ArrayLike | None = None,
+    residual_scale: ArrayLike | None = None,
+    update_every: ArrayLike = 200,
     subspace: Subspace = TopSingular("subspace_iteration"),
     transfer: Transfer = Keep(),
-    scale: Any = 1.0,
+    scale: ArrayLike = 1.0,
     side: Side = "short",
     matrices: Matrices = None,
     key: int | jax.Array = 0,
@@ -59,14 +60,14 @@ def galore_plus_project(
     Args:
       inner: such as ``optax.scale_by_adam()``; it must have a first moment.
       rank: r.
+      b1, b2, eps: of the residual's Adam, best those of the inner optimizer.
       num_heads: heads of kernels of two axes, or a pair for queries and keys; others
         have an axis that counts them. None counts such a kernel as one head.
       density: share of the entries that the residual keeps (GP-7); 0 for no residual.
       warmup: updates before these are chosen; None for ``update_every`` (GP-6), 0 for
         no residual.
-      update_every: T; the first update always refreshes.
-      b1, b2, eps: of the residual's Adam, best those of the inner optimizer.
       residual_scale: see `SparseResidual`.
+      update_every: T; the first update always refreshes.
       subspace: how singular vectors are found; ``EnergyRank()`` adapts the rank.
       transfer: the paper keeps the moments.
       scale: s, the paper's alpha; it multiplies the residual too (GP-5).
@@ -147,22 +148,22 @@ def _positive(name: str, value: Any) -> bool:
 
 
 def galore_plus_adamw(
-    learning_rate: LearningRate,
+    learning_rate: optax.ScalarOrSchedule,
     rank: int = 128,
-    update_every: Any = 200,
-    scale: Any = 0.25,
     *,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
     num_heads: int | tuple[int, int] | None = None,
-    density: float = 0.012,
-    warmup: Any = None,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
-    residual_scale: Any = None,
+    density: Static[float] = 0.012,
+    warmup: ArrayLike | None = None,
+    residual_scale: ArrayLike | None = None,
+    update_every: ArrayLike = 200,
     subspace: Subspace = TopSingular("subspace_iteration"),
     transfer: Transfer = Keep(),
+    scale: ArrayLike = 0.25,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
     side: Side = "short",
     matrices: Matrices = None,
     key: int | jax.Array = 0,
@@ -173,10 +174,10 @@ def galore_plus_adamw(
       learning_rate: a float or a schedule.
       rank, update_every, scale: r, T and alpha, as in `galore_adamw`; the paper
         fine-tunes with a rate of 1e-6 and alpha from 16 to 128.
-      num_heads, density, warmup: see `galore_plus_project`.
       b1, b2, eps: of Adam, that of the residual included.
+      num_heads, density, warmup, residual_scale: see `galore_plus_project`.
+      subspace, transfer: see `galore_plus_project`.
       weight_decay, mask: decoupled, on the full weights, times the learning rate.
-      residual_scale, subspace, transfer: see `galore_plus_project`.
       side, matrices, key: see `project_gradients`.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro

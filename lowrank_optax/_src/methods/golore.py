@@ -1,13 +1,12 @@
 """GoLore (He et al. 2024): GaLore that ends in random subspaces."""
 
-from typing import Any
-
 import jax
 import optax
+from jax.typing import ArrayLike
 
 from lowrank_optax._src.engines.project import project_gradients
 from lowrank_optax._src.leaves.matrix import Matrices, Side
-from lowrank_optax._src.methods.optimizer import LearningRate, optimizer
+from lowrank_optax._src.methods.optimizer import Mask, optimizer
 from lowrank_optax._src.parts.laws import Subspace, Transfer
 from lowrank_optax._src.parts.refresh import Every
 from lowrank_optax._src.parts.subspace import RandomOrthonormal, Switch, TopSingular
@@ -18,11 +17,11 @@ def golore_project(
     inner: optax.GradientTransformation,
     *,
     rank: int,
-    switch_step: Any,
-    update_every: Any = 200,
+    switch_step: ArrayLike,
+    update_every: ArrayLike = 200,
     subspace: Subspace = TopSingular(),
     transfer: Transfer = Rotate(),
-    scale: Any = 1.0,
+    scale: ArrayLike = 1.0,
     side: Side = "short",
     matrices: Matrices = None,
     key: int | jax.Array = 0,
@@ -84,19 +83,19 @@ def golore_project(
 
 
 def golore_adamw(
-    learning_rate: LearningRate,
-    switch_step: Any,
+    learning_rate: optax.ScalarOrSchedule,
     rank: int = 128,
-    update_every: Any = 200,
-    scale: Any = 1.0,
     *,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    switch_step: ArrayLike,
+    update_every: ArrayLike = 200,
     subspace: Subspace = TopSingular(),
     transfer: Transfer = Rotate(),
+    scale: ArrayLike = 1.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
     side: Side = "short",
     matrices: Matrices = None,
     key: int | jax.Array = 0,
@@ -105,16 +104,16 @@ def golore_adamw(
 
     Args:
       learning_rate: a float or a schedule.
-      switch_step: from when on the subspaces are random; the paper's choice is 80% of
-        the training steps.
       rank, update_every, scale: r, T and alpha.
       b1, b2, eps: of Adam.
-      weight_decay, mask: decoupled, on the full weights, times the learning rate.
+      switch_step: the subspaces are random from this step on; the paper chooses 80% of
+        the training steps.
       subspace, transfer: see `golore_project`.
+      weight_decay, mask: decoupled, on the full weights, times the learning rate.
       side, matrices, key: see `project_gradients`.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro
-    >>> tx = lro.golore_adamw(1e-2, switch_step=800, rank=2)
+    >>> tx = lro.golore_adamw(1e-2, rank=2, switch_step=800)
     >>> params = {"w": jnp.ones((4, 6))}
     >>> updates, state = tx.update(params, tx.init(params), params)
     """

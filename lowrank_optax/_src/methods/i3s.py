@@ -1,13 +1,12 @@
 """I3S (Zhang et al. 2025): importance sampling of the subspace."""
 
-from typing import Any
-
 import jax
 import optax
+from jax.typing import ArrayLike
 
 from lowrank_optax._src.engines.project import project_gradients
 from lowrank_optax._src.leaves.matrix import Matrices, Side
-from lowrank_optax._src.methods.optimizer import LearningRate, optimizer
+from lowrank_optax._src.methods.optimizer import Mask, optimizer
 from lowrank_optax._src.parts.checks import check_rank
 from lowrank_optax._src.parts.laws import Recovery, Transfer
 from lowrank_optax._src.parts.recovery import Drop
@@ -20,10 +19,10 @@ def i3s_subspace(
     inner: optax.GradientTransformation,
     *,
     rank: int,
-    update_every: Any = 200,
+    update_every: ArrayLike = 200,
     transfer: Transfer = Keep(),
     recovery: Recovery = Drop(),
-    scale: Any = 1.0,
+    scale: ArrayLike = 1.0,
     side: Side = "short",
     matrices: Matrices = None,
     key: int | jax.Array = 0,
@@ -88,9 +87,9 @@ def hybrid_subspace(
     *,
     rank: int,
     leading: int,
-    update_every: Any = 200,
+    update_every: ArrayLike = 200,
     transfer: Transfer = Rotate(),
-    scale: Any = 1.0,
+    scale: ArrayLike = 1.0,
     side: Side = "short",
     matrices: Matrices = None,
     key: int | jax.Array = 0,
@@ -150,18 +149,18 @@ def hybrid_subspace(
 
 
 def i3s_adamw(
-    learning_rate: LearningRate,
+    learning_rate: optax.ScalarOrSchedule,
     rank: int = 128,
-    update_every: Any = 200,
-    scale: Any = 0.25,
     *,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    update_every: ArrayLike = 200,
     transfer: Transfer = Keep(),
     recovery: Recovery = Drop(),
+    scale: ArrayLike = 0.25,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
     side: Side = "short",
     matrices: Matrices = None,
     key: int | jax.Array = 0,

@@ -6,24 +6,25 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from lowrank_optax._src import linalg
 from lowrank_optax._src.engines.accept import accept_leaf
 from lowrank_optax._src.engines.rules import leafwise
 from lowrank_optax._src.leaves.matrix import Matrices
 from lowrank_optax._src.linalg import matmul
-from lowrank_optax._src.methods.optimizer import LearningRate, optimizer
+from lowrank_optax._src.methods.optimizer import Mask, optimizer
 from lowrank_optax._src.parts.checks import check_rank
 
 
 def scale_by_ldadam(
     rank: int = 16,
-    b1: Any = 0.908,
-    b2: Any = 0.99,
-    rho: Any = 0.908,
-    eps: Any = 1e-8,
-    error_feedback: bool = True,
     *,
+    b1: ArrayLike = 0.908,
+    b2: ArrayLike = 0.99,
+    eps: ArrayLike = 1e-8,
+    rho: ArrayLike = 0.908,
+    error_feedback: bool = True,
     matrices: Matrices = None,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -53,8 +54,8 @@ def scale_by_ldadam(
     Args:
       rank: r; the effective rank of a leaf is ``min(rank, m, n)``.
       b1, b2: decays of the moments; also of Adam on the other leaves.
-      rho: weight of the old momentum in the choice of the subspace.
       eps: added outside of the root, after the bias correction.
+      rho: weight of the old momentum in the choice of the subspace.
       error_feedback: keep what the subspace misses and add it to the next gradient. A
         clip of gradients chained before this does not see the error.
       matrices: see `project_gradients`.
@@ -194,16 +195,16 @@ class LDAdam:
 
 
 def ldadamw(
-    learning_rate: LearningRate,
+    learning_rate: optax.ScalarOrSchedule,
     rank: int = 16,
     *,
-    b1: Any = 0.908,
-    b2: Any = 0.99,
-    rho: Any = 0.908,
-    eps: Any = 1e-8,
+    b1: ArrayLike = 0.908,
+    b2: ArrayLike = 0.99,
+    eps: ArrayLike = 1e-8,
+    rho: ArrayLike = 0.908,
     error_feedback: bool = True,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
     matrices: Matrices = None,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -211,7 +212,7 @@ def ldadamw(
 
     Args:
       learning_rate: a float or a schedule.
-      rank, b1, b2, rho, eps, error_feedback: of the method.
+      rank, b1, b2, eps, rho, error_feedback: of the method.
       weight_decay, mask: decoupled, on the full weights, times the learning rate.
       matrices, key: see `scale_by_ldadam`.
 
@@ -221,6 +222,13 @@ def ldadamw(
     >>> updates, state = tx.update(params, tx.init(params), params)
     """
     method = scale_by_ldadam(
-        rank, b1, b2, rho, eps, error_feedback, matrices=matrices, key=key
+        rank,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        rho=rho,
+        error_feedback=error_feedback,
+        matrices=matrices,
+        key=key,
     )
     return optimizer(method, learning_rate, weight_decay, mask)

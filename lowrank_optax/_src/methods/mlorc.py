@@ -1,7 +1,7 @@
 """MLorc (Shen et al. 2025): optimizers whose momentum is stored at low rank."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from lowrank_optax._src.engines.compress import by_moment, compress_fields
 from lowrank_optax._src.engines.rules import leafwise
 from lowrank_optax._src.leaves.matrix import Matrices
 from lowrank_optax._src.linalg.thin import each
-from lowrank_optax._src.methods.optimizer import LearningRate, optimizer
+from lowrank_optax._src.methods.optimizer import Mask, optimizer
 from lowrank_optax._src.parts.low_rank import (
     Average,
     LowRank,
@@ -78,10 +78,10 @@ def mlorc_compress(
 
 def mlorc_scale_by_adam(
     rank: int = 4,
-    b1: Any = 0.8,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
     *,
+    b1: ArrayLike = 0.8,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
     oversample: int = 4,
     power_iters: int = 0,
     warm_start: bool = True,
@@ -158,9 +158,9 @@ def mlorc_scale_by_adam(
 
 def mlorc_scale_by_lion(
     rank: int = 4,
-    b1: Any = 0.9,
-    b2: Any = 0.99,
     *,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.99,
     oversample: int = 4,
     power_iters: int = 0,
     warm_start: bool = True,
@@ -312,18 +312,18 @@ class MLorcLion:
 
 
 def mlorc_adamw(
-    learning_rate: LearningRate,
+    learning_rate: optax.ScalarOrSchedule,
     rank: int = 4,
     *,
-    b1: Any = 0.8,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
+    b1: ArrayLike = 0.8,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
     oversample: int = 4,
     power_iters: int = 0,
     warm_start: bool = True,
     compress: tuple[str, ...] = ("mu", "nu"),
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
     matrices: Matrices = None,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -332,8 +332,8 @@ def mlorc_adamw(
     Args:
       learning_rate: a float or a schedule.
       rank, b1, b2, eps: of the method.
-      weight_decay, mask: decoupled, on the full weights, times the learning rate.
       oversample, power_iters, warm_start, compress: see `mlorc_scale_by_adam`.
+      weight_decay, mask: decoupled, on the full weights, times the learning rate.
       matrices, key: see `project_gradients`.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -343,9 +343,9 @@ def mlorc_adamw(
     """
     method = mlorc_scale_by_adam(
         rank,
-        b1,
-        b2,
-        eps,
+        b1=b1,
+        b2=b2,
+        eps=eps,
         oversample=oversample,
         power_iters=power_iters,
         warm_start=warm_start,
@@ -357,16 +357,16 @@ def mlorc_adamw(
 
 
 def mlorc_lion(
-    learning_rate: LearningRate,
+    learning_rate: optax.ScalarOrSchedule,
     rank: int = 4,
     *,
-    b1: Any = 0.9,
-    b2: Any = 0.99,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.99,
     oversample: int = 4,
     power_iters: int = 0,
     warm_start: bool = True,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
     matrices: Matrices = None,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -375,8 +375,8 @@ def mlorc_lion(
     Args:
       learning_rate: a float or a schedule.
       rank, b1, b2: of the method.
-      weight_decay, mask: decoupled, on the full weights, times the learning rate.
       oversample, power_iters, warm_start: see `mlorc_scale_by_lion`.
+      weight_decay, mask: decoupled, on the full weights, times the learning rate.
       matrices, key: see `project_gradients`.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -386,8 +386,8 @@ def mlorc_lion(
     """
     method = mlorc_scale_by_lion(
         rank,
-        b1,
-        b2,
+        b1=b1,
+        b2=b2,
         oversample=oversample,
         power_iters=power_iters,
         warm_start=warm_start,

@@ -1,19 +1,25 @@
 """Whole optimizers: a method, decoupled weight decay in full space, a learning rate."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, TypeVar
 
-import jax
 import optax
+from jaxtyping import PyTree
 
-LearningRate = float | jax.Array | Callable[[Any], Any]
+# Which leaves decay: a tree of bools, or a function from the parameters to it.
+Mask = PyTree[bool] | Callable[[optax.Params], PyTree[bool]] | None
+
+T = TypeVar("T")
+STATIC = "decides shapes"
+# A number that `inject_hyperparams` must keep out of the state.
+Static = Annotated[T, STATIC]
 
 
 def optimizer(
     method: optax.GradientTransformation,
-    learning_rate: LearningRate,
-    weight_decay: Any,
-    mask: Any,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: optax.ScalarOrSchedule,
+    mask: Mask,
 ) -> optax.GradientTransformationExtraArgs:
     """A method, decoupled weight decay (``mask`` as in optax), and a learning rate."""
     decay = optax.add_decayed_weights(weight_decay, mask)

@@ -1,14 +1,13 @@
 """Q-GaLore (Zhang et al. 2024): GaLore whose basis is coarse and seldom renewed."""
 
-from typing import Any
-
 import jax
 import optax
+from jax.typing import ArrayLike
 
 from lowrank_optax._src.engines.compress import compress_state
 from lowrank_optax._src.engines.project import project_gradients
 from lowrank_optax._src.leaves.matrix import Matrices, Side
-from lowrank_optax._src.methods.optimizer import LearningRate, optimizer
+from lowrank_optax._src.methods.optimizer import Mask, optimizer
 from lowrank_optax._src.methods.quantize import quantize_state
 from lowrank_optax._src.parts.codec import BlockInt8, PackedInt4
 from lowrank_optax._src.parts.laws import Subspace, Transfer
@@ -21,13 +20,13 @@ def q_galore_project(
     inner: optax.GradientTransformation,
     *,
     rank: int,
-    update_every: Any = 200,
     bits: int = 4,
-    threshold: Any = 0.4,
-    max_stretch: Any = 16,
+    update_every: ArrayLike = 200,
+    threshold: ArrayLike = 0.4,
+    max_stretch: ArrayLike = 16,
     subspace: Subspace = TopSingular(),
     transfer: Transfer = Keep(),
-    scale: Any = 1.0,
+    scale: ArrayLike = 1.0,
     side: Side = "short",
     matrices: Matrices = None,
     key: int | jax.Array = 0,
@@ -49,8 +48,8 @@ def q_galore_project(
     Args:
       inner: such as ``optax.scale_by_adam()``.
       rank: r.
-      update_every: T, the period at the start; the first update always refreshes.
       bits: of the basis, 4 (see `PackedInt4`) or 8 (see `BlockInt8`).
+      update_every: T, the period at the start; the first update always refreshes.
       threshold, max_stretch: of the lazy renewal, see `WhenDrifted`.
       subspace, transfer, scale, side: see `galore_project`.
       matrices, key: see `project_gradients`.
@@ -95,22 +94,22 @@ def q_galore_project(
 
 
 def q_galore_adamw_8bit(
-    learning_rate: LearningRate,
+    learning_rate: optax.ScalarOrSchedule,
     rank: int = 128,
-    update_every: Any = 200,
-    scale: Any = 0.25,
     *,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
     bits: int = 4,
-    threshold: Any = 0.4,
-    max_stretch: Any = 16,
+    block: int = 256,
+    update_every: ArrayLike = 200,
+    threshold: ArrayLike = 0.4,
+    max_stretch: ArrayLike = 16,
     subspace: Subspace = TopSingular(),
     transfer: Transfer = Keep(),
-    block: int = 256,
+    scale: ArrayLike = 0.25,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
     side: Side = "short",
     matrices: Matrices = None,
     key: int | jax.Array = 0,
@@ -121,9 +120,9 @@ def q_galore_adamw_8bit(
       learning_rate: a float or a schedule.
       rank, update_every, scale: r, T and alpha, as in `galore_adamw`.
       b1, b2, eps: of Adam; the paper's script has b2 = 0.95.
-      weight_decay, mask: decoupled, on the full weights, times the learning rate.
       bits, threshold, max_stretch, subspace, transfer: see `q_galore_project`.
       block: of the moments, see `quantize_state`.
+      weight_decay, mask: decoupled, on the full weights, times the learning rate.
       side, matrices, key: see `project_gradients`.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro

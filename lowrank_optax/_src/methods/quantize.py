@@ -1,15 +1,14 @@
 """8-bit optimizer states (Dettmers et al. 2022): any optimizer, moments in bytes."""
 
-from typing import Any
-
 import jax
 import optax
+from jax.typing import ArrayLike
 
 from lowrank_optax._src.engines.compress import by_moment, compress_fields
 from lowrank_optax._src.leaves.matrix import Matrices, Side
 from lowrank_optax._src.methods.adarankgrad import adaptive_rank
 from lowrank_optax._src.methods.galore import galore_project
-from lowrank_optax._src.methods.optimizer import LearningRate, optimizer
+from lowrank_optax._src.methods.optimizer import Mask, optimizer
 from lowrank_optax._src.parts.codec import BlockInt8
 from lowrank_optax._src.parts.laws import Recovery, Subspace, Transfer
 from lowrank_optax._src.parts.recovery import Drop
@@ -73,14 +72,14 @@ def quantize_state(
 
 
 def adamw_8bit(
-    learning_rate: LearningRate,
+    learning_rate: optax.ScalarOrSchedule,
     *,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
     block: int = 256,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW with both moments in bytes, see `quantize_state`.
@@ -104,19 +103,19 @@ def adamw_8bit(
 
 
 def galore_adamw_8bit(
-    learning_rate: LearningRate,
+    learning_rate: optax.ScalarOrSchedule,
     rank: int = 128,
-    update_every: Any = 200,
-    scale: Any = 0.25,
     *,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    block: int = 256,
+    update_every: ArrayLike = 200,
     subspace: Subspace = TopSingular(),
     transfer: Transfer = Keep(),
-    block: int = 256,
+    scale: ArrayLike = 0.25,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
     side: Side = "short",
     matrices: Matrices = None,
     key: int | jax.Array = 0,
@@ -153,22 +152,22 @@ def galore_adamw_8bit(
 
 
 def adarankgrad_adamw_8bit(
-    learning_rate: LearningRate,
+    learning_rate: optax.ScalarOrSchedule,
     max_rank: int = 128,
-    scale: Any = 0.25,
     *,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
     min_rank: int = 1,
-    max_residual_energy: Any = 0.48,
-    max_interval: Any = 200,
-    min_interval: Any = 20,
+    max_residual_energy: ArrayLike = 0.48,
+    block: int = 256,
+    max_interval: ArrayLike = 200,
+    min_interval: ArrayLike = 20,
     transfer: Transfer = Rotate(),
     recovery: Recovery = Drop(),
-    block: int = 256,
+    scale: ArrayLike = 0.25,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
     side: Side = "long",
     matrices: Matrices = None,
     key: int | jax.Array = 0,

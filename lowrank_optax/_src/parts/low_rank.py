@@ -218,7 +218,7 @@ class Average:
 
 
 def kept_sketches(
-    olds: Sequence[LowRankCode], omegas: Sequence[Array | None], count: Array
+    olds: Sequence[LowRankCode], omegas: Sequence[Array | None], count: Array | None
 ) -> list[Array | None]:
     """``L R Omega`` of each code, see `Average`."""
     kept: dict[int, Array | None] = dict.fromkeys(range(len(olds)))
@@ -236,7 +236,7 @@ def with_kept(
     found: Sequence[Sketch],
     olds: Sequence[LowRankCode],
     decay: ArrayLike,
-    count: Array,
+    count: Array | None,
 ) -> list[Sketch]:
     """Sketches whose second products are ``y^T A`` of an `Average` A, not ``y^T G``."""
 
