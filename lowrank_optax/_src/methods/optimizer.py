@@ -25,7 +25,8 @@ def optimizer(
     decay = optax.add_decayed_weights(weight_decay, mask)
     if isinstance(weight_decay, (int, float)) and weight_decay == 0:
         # Zero times the weights would be added: on GPU they are read once more for it.
-        decay = optax.GradientTransformation(decay.init, lambda u, s, _=None: (u, s))
+        nothing = optax.identity().update
+        decay = optax.GradientTransformation(decay.init, nothing)
     return optax.chain(
         method,
         decay,

@@ -178,7 +178,8 @@ class StagedRule(Protocol):
       leaf whose new state is not keeps the old one.
     """
 
-    stages: tuple[tuple[Callable[..., Any], Callable[..., Any]], ...]
+    @property
+    def stages(self) -> tuple[tuple[Callable[..., Any], Callable[..., Any]], ...]: ...
 
     def init(self, view: MatrixView) -> NamedTuple:
         """As of `Rule`."""

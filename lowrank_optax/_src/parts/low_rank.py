@@ -193,7 +193,7 @@ class Average:
       kept: ``L R Omega``; None to make it here.
     """
 
-    decay: ArrayLike
+    decay: Any
     old: LowRankCode
     grad: Lying
     kept: Array | None = None
@@ -280,15 +280,15 @@ def best_codes(
     units = [linalg.unit_scale(matmul(t, x)) for t, x in zip(turns, z, strict=True)]
     grams = [linalg.gram(b.mT) for b, _ in units]
     vectors = across(lambda s: linalg.eigh(s)[1], grams)
-    olds = list(zip(*old, strict=True))
+    pairs = list(zip(*old, strict=True))
     codes = [
         _code(y_, matmul(t, w), *unit, w, right)
         for y_, t, w, unit, (_, right) in zip(
-            y, white, vectors, units, olds, strict=True
+            y, white, vectors, units, pairs, strict=True
         )
     ]
     if leaf is not None:
-        codes = _accept(codes, olds, stacks.owners(leaf))
+        codes = _accept(codes, pairs, stacks.owners(leaf))
     left, right = (stacks.unstack(list(x)) for x in zip(*codes, strict=True))
     return [LowRankCode(*pair) for pair in zip(left, right, strict=True)]
 
