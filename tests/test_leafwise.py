@@ -11,6 +11,7 @@ import pytest
 from running import assert_close, random_grads, random_like, run
 
 import lowrank_optax as lro
+from lowrank_optax._src.parts.laws import StagedRule
 
 
 class State(NamedTuple):
@@ -162,3 +163,137 @@ def test_extra_arguments_reach_the_dense_optimizer():
 def test_an_unknown_side():
     with pytest.raises(ValueError, match="Unknown side 'up'"):
         tx(side="up").init({"w": jnp.ones((4, 6))})
+
+
+# In stages
+
+
+@dataclasses.dataclass(frozen=True)
+class RowMomentumInStages:
+    """`RowMomentum` with the sums of its rows made in thin stages, in two rounds.
+
+    Keeps in what order its stages run, and on how many matrices.
+    """
+
+    calls: list = dataclasses.field(default_factory=list, hash=False, compare=False)
+    seen: bool = False
+
+    def init(self, view):
+        return RowMomentum().init(view)
+
+    @property
+    def stages(self):
+        return (self.sums, self.add), (self.step, self.finish)
+
+    def start(self, keys, states, count):
+        self.calls.append(("start", len(keys), len(states)))
+        return [state.rows for state in states]
+
+    def sums(self, step, grad, state, given):
+        self.calls.append("sums")
+        ones = jnp.ones((*grad.matrix.shape[:-2], grad.matrix.shape[-1], 1))
+        return None, (given, grad.sketch(ones)[..., 0] / ones.shape[-2])
+
+    def add(self, found, states, count):
+        self.calls.append(("add", len(found), len(states)))
+        return [rows + mean for rows, mean in found]
+
+    def step(self, step, grad, state, given):
+        self.calls.append("step")
+        trace = 0.9 * state.trace + grad.matrix
+        out = trace - given[..., None] + step
+        lying = out.mT if grad.turned else out
+        return grad.of(lying), State(trace, given)
+
+    def finish(self, found, states, count):
+        self.calls.append(("finish", len(found), len(states)))
+        ok = [
+            jnp.all(jnp.isfinite(x.rows)) & jnp.all(jnp.isfinite(x.trace))
+            for x in found
+        ]
+        return [
+            jax.tree.map(lambda x, y, ok=ok: jnp.where(ok, x, y), new, old)
+            for ok, new, old in zip(ok, found, states, strict=True)
+        ]
+
+
+STAGED_SHAPES = {"wide": (4, 6), "tall": (6, 4), "more": (4, 6), "b": (6,)}
+
+
+@pytest.mark.parametrize("side", ["short", "long", "left", "right"])
+def test_a_rule_in_stages_is_the_rule_in_one(side):
+    params = random_like(STAGED_SHAPES | {"stack": (2, 5, 3)}, 0)
+    grads = random_grads(params, 4)
+    changes = dict(dense=optax.trace(0.5), side=side, matrices=lro.MatrixAxes())
+    updates, state = run(lro.leafwise(RowMomentumInStages(), **changes), params, grads)
+    expected, want = run(lro.leafwise(RowMomentum(), **changes), params, grads)
+    assert_close(updates, expected, atol=1e-5)
+    assert_close(state, want, atol=1e-5)
+
+
+def test_thin_stages_see_all_matrices_and_wide_ones_one_after_the_other():
+    rule = RowMomentumInStages(seen=True)  # unlike those that are compiled already
+    params = random_like(STAGED_SHAPES, 0)
+    staged = lro.leafwise(rule, dense=optax.trace(0.5))
+    jax.eval_shape(staged.update, params, staged.init(params))
+    thin = [x for x in rule.calls if isinstance(x, tuple)]
+    assert thin == [("start", 3, 3), ("add", 3, 3), ("finish", 3, 3)]
+    assert isinstance(rule, StagedRule) and not isinstance(RowMomentum(), StagedRule)
+    # Leaves of equal shapes share what is compiled of a wide stage.
+    start, add, finish = (rule.calls.index(x) for x in thin)
+    assert set(rule.calls[start + 1 : add]) == {"sums"}
+    assert set(rule.calls[add + 1 : finish]) == {"step"}
+    assert rule.calls.count("sums") == rule.calls.count("step") == 2
+
+
+def test_a_rule_in_stages_without_matrices():
+    params = random_like({"b": (6,)}, 0)
+    grads = random_grads(params, 2)
+    tx = lro.leafwise(RowMomentumInStages(), dense=optax.trace(0.5))
+    updates, _ = run(tx, params, grads)
+    assert_close(updates, run(optax.trace(0.5), params, grads)[0])
+
+
+def test_a_rule_in_stages_keeps_what_is_not_finite_out_of_its_leaf_alone():
+    params = random_like({"w": (4, 6), "other": (4, 6)}, 0)
+    grads = random_grads(params, 2)
+    staged = lro.leafwise(RowMomentumInStages(), dense=optax.trace(0.5))
+    _, old = run(staged, params, grads[:1])
+    bad = grads[1] | {"w": grads[1]["w"].at[0, 0].set(jnp.inf)}
+    _, new = run(staged, params, [bad], old)
+    _, fine = run(staged, params, grads[1:], old)
+    for field in ("trace", "rows"):
+        was, now, good = (optax.tree.get(s, field) for s in (old, new, fine))
+        assert_close(now["w"], was["w"], rtol=0, atol=0)
+        assert_close(now["other"], good["other"], rtol=0, atol=0)
+
+
+# A beginning
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstMean(RowMomentum):
+    """`RowMomentum` whose rows begin at the mean of the first usable gradient."""
+
+    def unset(self, state):
+        return jnp.all(state.rows == 0)
+
+    def begin(self, grad, state):
+        return state._replace(rows=grad.mean(-1))
+
+
+def test_a_rule_may_begin_with_its_first_usable_gradient():
+    params = random_like({"w": (4, 6), "late": (4, 6)}, 0)
+    grads = random_grads(params, 4)
+    grads[0]["late"] = jnp.zeros((4, 6))
+    grads[1]["late"] = jnp.full((4, 6), jnp.nan)
+    state = (tx := lro.leafwise(FirstMean(), dense=optax.trace(0.5))).init(params)
+    update, rows = jax.jit(tx.update), []
+    for g in grads:
+        _, state = update(g, state)
+        rows.append(state.own["rows"])
+    means = [jax.tree.map(lambda x: x.mean(-1), g) for g in grads]
+    assert_close(rows[0]["w"], 2 * means[0]["w"])
+    assert_close(rows[1]["w"], 2 * means[0]["w"] + means[1]["w"])
+    np.testing.assert_array_equal(rows[1]["late"], 0)
+    assert_close(rows[2]["late"], 2 * means[2]["late"])

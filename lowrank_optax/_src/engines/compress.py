@@ -11,6 +11,7 @@ import optax
 from lowrank_optax._src.engines.accept import (
     accept_elements,
     accept_finite,
+    all_finite,
     increment,
     tree_where,
 )
@@ -30,6 +31,7 @@ from lowrank_optax._src.leaves.context import accumulating, layer_depth
 from lowrank_optax._src.leaves.fields import (
     StateFields,
     Where,
+    by_field,
     by_leaf,
     field_name,
     fit_boxes,
@@ -304,41 +306,54 @@ class _Compression:
             weights = {i: full_precision(weights[i]) for i in leaves}
         shapes = layout.set(state.inner_state, masks | later)
         inner = ByLeaves(self.inner, layout, treedef, shapes, leaves, weights, extra)
-        order = Order()
+
+        def decoded(codes):
+            return {
+                i: {n: decode(coded, (n, i), x) for n, x in own.items()}
+                for i, own in codes.items()
+            }
+
+        order = Order(dense=bool(coded))
         for group in inner.groups:
             codes = order.start({i: old[i] for i in group})
-            moments = {
-                i: {n: decode(coded, (n, i), x) for n, x in codes[i].items()}
-                for i in group
-            }
-            directions, found = inner.step(
-                {i: leaves[i] for i in group},
-                moments,
-                {} if weights is None else {i: weights[i] for i in group},
-            )
+            moments = decoded(codes)
+            seen = {i: leaves[i] for i in group}
+            seen_weights = {} if weights is None else {i: weights[i] for i in group}
+            directions, found = inner.step(seen, moments, seen_weights)
+            measured = _measured(coded, found)
             for i in group:
                 out[i] = directions[i].astype(given[i].dtype)
-                new[i] = self._code(i, coded, found[i], moments[i], old[i], state.step)
+                new[i] = self._code(
+                    i, coded, found[i], moments[i], old[i], state.step, measured
+                )
             order.end([(out[i], new[i]) for i in group])
         new_state = CompressState(
             step=increment(state.step), inner_state=inner.state(new), own=state.own
         )
         return treedef.unflatten(out[i] for i in range(len(out))), new_state
 
-    def _code(self, i, coded, found, before, old, step) -> dict[str, Any]:
+    def _code(self, i, coded, found, before, old, step, measured) -> dict[str, Any]:
         """The moments of a leaf as they are kept."""
         new = dict(found)
+        scales = [x for (_, j), x in measured.items() if j == i]
         for name, x in found.items():
             if (name, i) not in coded:
                 continue
-            view = coded[name, i][1]
-            new[name] = self._encode((name, i), coded, view.matrix(x), old[name], step)
+            codec, view = coded[name, i]
+            if (name, i) in measured:
+                parts, scale = codec, measured[name, i]
+                new[name] = _encode_by(parts, scale, view.matrix(x))
+            else:
+                given = view.matrix(x), old[name], step
+                new[name] = self._encode((name, i), coded, *given)
             if accumulating() == "add":  # most often, only the sum has changed
                 changed = jnp.any(x != before[name])
                 new[name] = tree_where(changed, new[name], old[name])
         if any((name, i) in coded for name in found):
-            # They belong together: of a leaf with codes as a whole or not at all.
-            return accept_finite(new, old)
+            # They belong together: of a leaf with codes as a whole or not at all. What
+            # was measured is known before the codes are written, and tells enough.
+            rest = [x for name, x in new.items() if (name, i) not in measured]
+            return tree_where(all_finite((scales, rest)), new, old)
         return accept_elements(new, old)
 
 
@@ -372,6 +387,25 @@ def _passes(adam: Adam, coded: Any) -> dict[int, Callable[..., Any]]:
 @compiled
 def _decode(codec, code):
     return codec.decode(code)
+
+
+def _measured(coded: Coded, found: Mapping[int, Any]) -> dict[Where, Any]:
+    """What codecs measure of the moments before they encode them."""
+    return {
+        w: _measure(coded[w][0], coded[w][1].matrix(x))
+        for w, x in by_field(found).items()
+        if w in coded and hasattr(coded[w][0], "measure")
+    }
+
+
+@compiled
+def _measure(codec, x):
+    return codec.measure(x)
+
+
+@compiled
+def _encode_by(codec, measured, x):
+    return codec.encode_by(measured, x)
 
 
 @compiled

@@ -105,8 +105,15 @@ class BlockInt8:
         return BlockInt8Code(index, view.zeros(*blocks, dtype=jnp.float32))
 
     def encode(self, key, x, old):
-        index, largest = int8_map.encode(self._cut(x), self.signed)
-        largest = largest[..., 0].astype(jnp.float32)
+        return self.encode_by(self.measure(x), x)
+
+    def measure(self, x: Array) -> Array:
+        """The scales of a matrix, without which it cannot be encoded."""
+        return int8_map.largest_of(self._cut(x))[..., 0].astype(jnp.float32)
+
+    def encode_by(self, largest: Array, x: Array) -> BlockInt8Code:
+        """`encode` with the scales known."""
+        index = int8_map.nearest(self._cut(x), largest[..., None], self.signed)
         return BlockInt8Code(self._join(index, x.shape), largest)
 
     def decode(self, code):

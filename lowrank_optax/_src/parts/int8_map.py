@@ -70,13 +70,22 @@ def decode(index: Array, signed: bool) -> Array:
     return jnp.where(offset < 0, -value, value) if signed else value
 
 
-def encode(x: Array, signed: bool) -> tuple[Array, Array]:
-    """Index of the nearest number of the map, and the largest magnitude of each row."""
+def largest_of(x: Array) -> Array:
+    """The largest magnitude of each row, (..., 1)."""
     size = jnp.abs(x)
     # What is not a number must be seen in the scale, whatever a maximum makes of it.
-    size = jnp.where(size == size, size, jnp.inf)
-    largest = jnp.max(size, axis=-1, keepdims=True)
-    unit = size / jnp.where(largest > 0, largest, 1.0)
+    return jnp.max(jnp.where(size == size, size, jnp.inf), axis=-1, keepdims=True)
+
+
+def encode(x: Array, signed: bool) -> tuple[Array, Array]:
+    """Index of the nearest number of the map, and the largest magnitude of each row."""
+    largest = largest_of(x)
+    return nearest(x, largest, signed), largest
+
+
+def nearest(x: Array, largest: Array, signed: bool) -> Array:
+    """Index of the number of the map that is nearest to ``x / largest``."""
+    unit = jnp.abs(x) / jnp.where(largest > 0, largest, 1.0)
     place = jnp.zeros_like(unit)
     for start, last, first, step, border in _grids(signed):
         # Halves go down, as where the middle itself is not passed.
@@ -86,5 +95,4 @@ def encode(x: Array, signed: bool) -> tuple[Array, Array]:
     if signed:
         # The map has 1 but not -1.
         place = jnp.where(x < 0, -jnp.minimum(place, float(zero(True))), place)
-    index = (zero(signed) + place).astype(jnp.int32).astype(jnp.uint8)
-    return index, largest
+    return (zero(signed) + place).astype(jnp.int32).astype(jnp.uint8)

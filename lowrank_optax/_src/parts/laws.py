@@ -122,7 +122,12 @@ class Recovery(Protocol):
 
 @runtime_checkable
 class Codec(Protocol):
-    """How a state matrix is stored between steps."""
+    """How a state matrix is stored between steps.
+
+    A codec whose code needs numbers of the whole matrix first, such as scales, may have
+    ``measure(x)`` for these and ``encode_by(measured, x)``. Whether to accept a code is
+    then known before it is written.
+    """
 
     def init(self, view: MatrixView) -> NamedTuple:
         """The code of zero. Law: ``decode(init)`` is zero, as moments start."""
