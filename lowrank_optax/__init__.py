@@ -11,6 +11,7 @@ from lowrank_optax import kernels as kernels
 from lowrank_optax import layerwise as layerwise
 from lowrank_optax import linalg as linalg
 from lowrank_optax import rank as rank
+from lowrank_optax._src.engines.accumulation import AccumulateState as AccumulateState
 from lowrank_optax._src.engines.compress import CompressState as CompressState
 from lowrank_optax._src.engines.compress import compress_state as compress_state
 from lowrank_optax._src.engines.project import ProjectState as ProjectState
@@ -103,7 +104,6 @@ from lowrank_optax._src.report.memory import describe as describe
 from lowrank_optax._src.report.memory import memory_report as memory_report
 from lowrank_optax._src.report.memory import state_bytes as state_bytes
 from lowrank_optax._src.report.sharding import state_shardings as state_shardings
-from lowrank_optax._src.training.accumulate import AccumulateState as AccumulateState
 from lowrank_optax._src.training.accumulate import (
     accumulate_gradients as accumulate_gradients,
 )

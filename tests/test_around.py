@@ -216,8 +216,9 @@ def test_without_leaves_the_numbers_of_all_go_on():
 def test_moments_may_come_late():
     """To find the groups takes shapes alone."""
     inner = optax.scale_by_adam()
-    shapes = jax.eval_shape(inner.init, PARAMS)
-    by_leaves, _, _ = around(inner, jax.eval_shape(lambda: PARAMS), shapes, None, {})
+    state, shapes = inner.init(PARAMS), jax.eval_shape(inner.init, PARAMS)
+    state = state._replace(mu=shapes.mu, nu=shapes.nu)
+    by_leaves, _, _ = around(inner, jax.eval_shape(lambda: PARAMS), state, None, {})
     assert by_leaves.groups == [[0], [1], [2], [3], [4]]
 
 

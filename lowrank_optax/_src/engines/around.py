@@ -1,31 +1,34 @@
-"""An optimizer called on some of its leaves at a time."""
+"""An optimizer's update, one group of leaves at a time."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import optax
 from jax.extend import core
 
-from lowrank_optax._src.leaves.fields import Layout, Where, by_field, by_leaf
+from lowrank_optax._src.leaves.fields import Layout, by_field, by_leaf
 
 Leaves = Mapping[int, Any]  # by the number of the parameter's leaf
 Moments = Mapping[int, Mapping[str, Any]]  # by leaf, and by field
 
 
 class ByLeaves:
-    """An optimizer's update, one group of leaves at a time, all others masked.
+    """An optimizer's update, whose leaves come and go one group after the other.
 
-    Leaves that meet in an equation, as in a norm of all, are one group. So the moments
-    of a group can come as late, and its results be used as early, as the caller likes.
+    The optimizer is traced once, on the whole tree, as it may ask how many leaves there
+    are. Leaves that meet in an equation of its program, as in a norm of all, are one
+    group. What needs no leaf, such as a count, is computed at once; the equations of a
+    group only when its turn comes, so that its moments can come as late, and its
+    results be used as early, as the caller likes.
 
     Args:
       inner: the optimizer.
       layout: of its state.
       treedef: of the updates.
       state: the old state; moments may stand there by their shapes.
-      updates: all leaves, or their shapes.
-      params: all leaves, or their shapes; None if the optimizer is given none.
+      updates: all leaves that it sees, or their shapes.
+      params: the same of the parameters; None if the optimizer is given none.
       extra: further arguments of the update.
 
     Attributes:
@@ -42,15 +45,60 @@ class ByLeaves:
         params: Leaves | None,
         extra: Mapping[str, Any],
     ):
-        self._inner, self._layout, self._treedef = inner, layout, treedef
-        self._extra, self._has_params = extra, params is not None
-        self._old = layout.structure.flatten_up_to(state)
-        self._new = list(self._old)
-        self.groups, self._owners = _meeting(
-            self._run, layout.where, updates, self._old, params or {}
+        def update(updates, entries, params):
+            def tree(leaves):
+                masked = optax.MaskedNode()
+                number = range(treedef.num_leaves)
+                return treedef.unflatten([leaves.get(i, masked) for i in number])
+
+            state = layout.structure.unflatten(entries)
+            params = None if params is None else tree(params)
+            updates, state = inner.update(tree(updates), state, params, **extra)
+            state = layout.structure.flatten_up_to(state)
+            return treedef.flatten_up_to(updates), state
+
+        self._layout = layout
+        given = updates, layout.structure.flatten_up_to(state), params
+        args, structure = jax.tree.flatten(given)
+        closed, shapes = jax.make_jaxpr(
+            lambda *args: update(*structure.unflatten(args)), return_shape=True
+        )(*args)
+        self._jaxpr = closed.jaxpr
+        self._inputs = structure.unflatten(closed.jaxpr.invars)
+        made = jax.tree.unflatten(jax.tree.structure(shapes), closed.jaxpr.outvars)
+        self._directions, self._entries = made
+        self._group = self._meet()
+        first = sorted(set(self._group.values()))
+        self.groups = [[i for i, g in self._group.items() if g == f] for f in first]
+        self._known: dict[core.Var, Any] = dict(
+            zip(closed.jaxpr.constvars, closed.consts, strict=True)
         )
-        if not self.groups:
-            self.step({}, {}, {})
+        for w, x, var in zip(layout.where, given[1], self._inputs[1], strict=True):
+            if not w:
+                self._know(var, x)
+        self._compute(None)
+
+    def _meet(self) -> dict[int, int]:
+        """The first leaf of each leaf's group; and the equations of each group."""
+        updates, entries, params = self._inputs
+        owned = [*updates.items(), *(params or {}).items()]
+        owned += [
+            (w[1], x) for w, x in zip(self._layout.where, entries, strict=True) if w
+        ]
+        owner = {var: i for i, x in owned for var in jax.tree.leaves(x)}
+        group = {i: i for i in sorted(set(owner.values()))}
+        owners: list[int | None] = []
+        for equation in self._jaxpr.eqns:
+            read = [owner[x] for x in _variables(equation.invars) if x in owner]
+            met = {group[i] for i in read}
+            owners.append(min(met, default=None))
+            group |= {i: min(met) for i, g in group.items() if g in met}
+            owner |= dict.fromkeys(equation.outvars, min(met)) if met else {}
+        self._equations: dict[int | None, list[Any]] = {}
+        for i, equation in zip(owners, self._jaxpr.eqns, strict=True):
+            key = None if i is None else group[i]
+            self._equations.setdefault(key, []).append(equation)
+        return group
 
     def step(
         self, updates: Leaves, moments: Moments, params: Leaves
@@ -62,84 +110,52 @@ class ByLeaves:
           moments: those of the group.
           params: those of the group; empty if the optimizer is given none.
         """
-        where = self._layout.where
         own = by_field(moments)
-        entries = [
-            own.get(w, optax.MaskedNode()) if w else x
-            for w, x in zip(where, self._old, strict=True)
-        ]
-        directions, new = self._run(updates, entries, params)
-        # What no parameter owns, such as a norm of all, is made by the group that it
-        # depends on; a count depends on none, and is the same from each.
-        for k, (w, owner) in enumerate(zip(where, self._owners, strict=True)):
-            if not w and (owner is None or owner in updates):
-                self._new[k] = new[k]
-        found = {w: x for w, x in zip(where, new, strict=True) if w in own}
-        return {i: directions[i] for i in updates}, by_leaf(found, updates)
+        for given, variables in ((updates, 0), (params, 2)):
+            for i, x in given.items():
+                self._know(self._inputs[variables][i], x)
+        where = self._layout.where
+        for w, var in zip(where, self._inputs[1], strict=True):
+            if w in own:
+                self._know(var, own[w])
+        self._compute(self._group[min(updates)])
+        entries = zip(where, self._entries, strict=True)
+        found = {w: self._value(x) for w, x in entries if w in own}
+        directions = {i: self._value(self._directions[i]) for i in updates}
+        return directions, by_leaf(found, updates)
 
     def state(self, moments: Moments) -> optax.OptState:
         """The whole new state, with these moments in it."""
-        state = self._layout.structure.unflatten(self._new)
+        entries = [
+            None if w else self._value(x)
+            for w, x in zip(self._layout.where, self._entries, strict=True)
+        ]
+        state = self._layout.structure.unflatten(entries)
         return self._layout.set(state, by_field(moments))
 
-    def _run(self, updates: Leaves, entries: Sequence[Any], params: Leaves) -> Any:
-        """The update of the leaves that are given: all directions, all entries."""
+    def _know(self, variables: Any, values: Any) -> None:
+        pairs = zip(jax.tree.leaves(variables), jax.tree.leaves(values), strict=True)
+        self._known |= pairs
 
-        def tree(leaves):
-            number = range(self._treedef.num_leaves)
-            masked = optax.MaskedNode()
-            return self._treedef.unflatten([leaves.get(i, masked) for i in number])
-
-        state = self._layout.structure.unflatten(entries)
-        new_updates, new_state = self._inner.update(
-            tree(updates),
-            self._layout.hide(state, updates),
-            tree(params) if self._has_params else None,
-            **self._extra,
-        )
-        return (
-            self._treedef.flatten_up_to(new_updates),
-            self._layout.structure.flatten_up_to(
-                self._layout.unhide(new_state, updates)
-            ),
+    def _value(self, made: Any) -> Any:
+        """The values of some of the program's results."""
+        return jax.tree.map(
+            lambda x: self._known[x] if isinstance(x, core.Var) else x.val, made
         )
 
-
-def _meeting(
-    run: Callable[..., Any],
-    where: Sequence[Where | None],
-    updates: Leaves,
-    entries: Sequence[Any],
-    params: Leaves,
-) -> tuple[list[list[int]], list[int | None]]:
-    """Which leaves meet in some equation, and on which leaf each entry depends.
-
-    Read from the program of one update, which is traced for its shapes alone.
-    """
-    args, structure = jax.tree.flatten((updates, entries, params))
-    numbers = structure.unflatten(range(len(args)))
-    owned = [*numbers[0].items(), *numbers[2].items()]
-    owned += [(w[1], x) for w, x in zip(where, numbers[1], strict=True) if w]
-    owners: dict[int, int] = {k: i for i, x in owned for k in jax.tree.leaves(x)}
-    closed, shapes = jax.make_jaxpr(
-        lambda *args: run(*structure.unflatten(args)), return_shape=True
-    )(*args)
-    group = {i: i for i in sorted(set(owners.values()))}
-    owner = {x: owners[k] for k, x in enumerate(closed.jaxpr.invars) if k in owners}
-    for equation in closed.jaxpr.eqns:
-        read = [owner[x] for x in _variables(equation.invars) if x in owner]
-        met = {group[i] for i in read}
-        group |= {i: min(met) for i, g in group.items() if g in met}
-        owner |= dict.fromkeys(equation.outvars, min(met)) if met else {}
-    made = jax.tree.unflatten(jax.tree.structure(shapes), closed.jaxpr.outvars)[1]
-    depends = []
-    for entry in made:
-        leaves = [owner[x] for x in _variables(jax.tree.leaves(entry)) if x in owner]
-        depends.append(min(leaves, default=None))
-    together = [
-        [i for i in group if group[i] == g] for g in sorted(set(group.values()))
-    ]
-    return together, depends
+    def _compute(self, group: int | None) -> None:
+        """The equations of one group, or those that need no leaf."""
+        equations = self._equations.get(group, [])
+        made = [x for equation in equations for x in equation.outvars]
+        read = (x for equation in equations for x in _variables(equation.invars))
+        given = [x for x in dict.fromkeys(read) if x in self._known]
+        names = self._jaxpr.debug_info._replace(arg_names=None, result_paths=None)
+        part = self._jaxpr.replace(
+            constvars=[], invars=given, outvars=made, eqns=equations, debug_info=names
+        )
+        run = core.jaxpr_as_fun(core.ClosedJaxpr(part, []))
+        results = run(*(self._known[x] for x in given))
+        self._known |= zip(made, results, strict=True)
 
 
 def _variables(atoms: Iterable[Any]) -> Iterator[core.Var]:

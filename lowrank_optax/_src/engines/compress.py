@@ -278,7 +278,7 @@ class _Compression:
         given = treedef.flatten_up_to(updates)
         whole = [full_precision(g) for g in given]
         layout = self.fields.layout(treedef.unflatten(whole))
-        views, coded = self._see(updates, layout.names, layout.abstract)
+        _, coded = self._see(updates, layout.names, layout.abstract)
         old = by_leaf(layout.get(state.inner_state), range(len(given)))
         out, new = dict(enumerate(given)), dict(old)
 
@@ -350,8 +350,9 @@ class _Compression:
                 changed = jnp.any(x != before[name])
                 new[name] = tree_where(changed, new[name], old[name])
         if any((name, i) in coded for name in found):
-            # They belong together: of a leaf with codes as a whole or not at all. What
-            # was measured is known before the codes are written, and tells enough.
+            # The moments of a leaf with codes are accepted together. The scales are
+            # measured before the codes are written; if they are finite, so are the
+            # codes.
             rest = [x for name, x in new.items() if (name, i) not in measured]
             return tree_where(all_finite((scales, rest)), new, old)
         return accept_elements(new, old)

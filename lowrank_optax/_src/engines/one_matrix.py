@@ -115,7 +115,7 @@ class Matrix(NamedTuple):
         return self._replace(own=own, due=due, share=now.share, size=now.size)
 
     def after(self, order: Order) -> "Matrix":
-        """The same, not before the matrix that had its turn last."""
+        """The same, not before the matrix stepped last has ended."""
         basis = order.start(self.own.basis)
         return self._replace(own=self.own._replace(basis=basis))
 
@@ -226,12 +226,13 @@ def _select(parts: Parts, key, grad, old, step, usable):
     An unusable gradient keeps the old basis, and so does a search that fails.
     """
     kept = old.shape[-1]
-    # A shrunk basis is renewed as a whole one is, and cut off again: its columns stay
-    # those that it would have without.
+    # The subspace is asked for all columns and the first ones are used, so that a
+    # shrunk basis has the same columns as a whole one.
     pad = [(0, 0)] * (old.ndim - 1) + [(0, parts.rank - kept)]
     whole = jnp.pad(old, pad)
     new = parts.subspace.select(key, grad, whole, step)
-    # Which signs a search ends with is a matter of rounding; at the start too.
+    # The signs of singular vectors are arbitrary. Those of the old basis are taken, or
+    # at the start those of a fixed matrix.
     known = jnp.any(whole != 0, axis=-2, keepdims=True)
     signs = jnp.where(known, whole, filler(*whole.shape[-2:]).astype(old.dtype))
     flipped = jnp.sum(new * signs, axis=-2, keepdims=True) < 0

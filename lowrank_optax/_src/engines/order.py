@@ -1,5 +1,6 @@
 """One leaf's large temporaries at a time, where a backend needs to be told so."""
 
+import functools
 from typing import Any
 
 import jax
@@ -26,13 +27,13 @@ class Order:
         self._dense = dense
 
     def start(self, tree: Any) -> Any:
-        """The arrays and keys of a leaf, on CPU not before the last one has ended."""
+        """The leaf's arrays and keys; they wait for the last `end`."""
         if not self._last:
             return tree
         return jax.tree.map(lambda x: wait(x, self._last, self._dense), tree)
 
     def end(self, tree: Any) -> None:
-        """The leaf has ended once these arrays of floats are known."""
+        """The leaf has ended once these arrays are known."""
         last = [x for x in jax.tree.leaves(tree) if x.size]
         self._last = last or self._last
 
@@ -44,12 +45,7 @@ def wait(x: jax.Array, arrays: list[jax.Array], dense: bool = False) -> jax.Arra
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
 
     def added(x, *arrays):
-        # Adds a zero made of them: the one thing that XLA neither merges nor reorders
-        # on CPU, where an optimization barrier orders nothing.
-        for other in arrays:
-            zero = other[(0,) * other.ndim] * 0.0
-            x = x + jnp.where(zero == 0, zero, 0.0).astype(x.dtype)
-        return x
+        return functools.reduce(after, arrays, x)
 
     def behind(x, *arrays):
         return jax.lax.optimization_barrier((x, *arrays))[0] if dense else x
@@ -60,3 +56,20 @@ def wait(x: jax.Array, arrays: list[jax.Array], dense: bool = False) -> jax.Arra
     return jax.lax.platform_dependent(
         x, *arrays, cpu=added, cuda=behind, default=at_once
     )
+
+
+def after(x: jax.Array, dependency: jax.Array) -> jax.Array:
+    """``x``, an array or keys, only once ``dependency`` is known, on any backend.
+
+    Adds a zero made of it. A data dependence is the one thing that XLA neither merges
+    nor reorders: what is computed from the result is not kept alive from before. On CPU
+    an optimization barrier does not do this.
+    """
+    if not dependency.size:
+        return x
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = after(jax.random.key_data(x), dependency)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    # Of a float: the product of an integer and zero is folded, and with it the wait.
+    zero = dependency[(0,) * dependency.ndim] * 0.0
+    return x + jnp.where(zero == 0, zero, 0.0).astype(x.dtype)

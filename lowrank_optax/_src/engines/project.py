@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from lowrank_optax._src.engines import accumulation
 from lowrank_optax._src.engines.accept import (
     accept_elements,
     accept_finite,
@@ -45,7 +46,6 @@ from lowrank_optax._src.parts.recovery import Drop
 from lowrank_optax._src.parts.refresh import Every, spread
 from lowrank_optax._src.parts.subspace import TopSingular
 from lowrank_optax._src.parts.transfer import Keep
-from lowrank_optax._src.training import accumulate
 
 
 class ProjectState(NamedTuple):
@@ -147,7 +147,7 @@ def project_gradients(
     )  # fmt: skip
     if not any(map(callable, (subspace, recovery, side))):
         engine.check(subspace, recovery, side)
-    return transformation(engine.init, accumulate.stepwise(engine))
+    return transformation(engine.init, accumulation.stepwise(engine))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +171,7 @@ class _Projection:
         compatible.check_rank(subspace, self.rank)
         for part in (self.refresh, recovery):
             compatible.check(part, subspace)
-        accumulate.check(recovery)
+        accumulation.check(recovery)
         need = compatible.NAMED_SIDE
         if need in getattr(subspace, "requires", ()) and side not in ("left", "right"):
             user, other = compatible.name(subspace), f"side={side!r}"
@@ -209,7 +209,7 @@ class _Projection:
             recovery=tree(lambda v: _at(v, self.recovery).init(v)),
             inner_state=fit_boxes(layout, inner_state, proxies),
         )
-        return accumulate.start(state, proxies)
+        return accumulation.start(state, proxies)
 
     def _check_leaves(self, views: Sequence[Any], layout: Layout) -> None:
         """Refuse parts that do not go together at some leaf, with its moments."""
@@ -377,12 +377,6 @@ class _Leaves:
     low: list[Any]
     matrices: dict[int, Matrix]
     moments: dict[int, Moments]
-
-    def weight(self, i: int, weight: jax.Array) -> jax.Array:
-        """A weight as the inner optimizer sees it, ``P^T W`` at a matrix."""
-        if i in self.matrices:
-            return self.matrices[i].down_weight(weight)
-        return full_precision(weight)
 
     def store(
         self, state: ProjectState, own: Mapping[int, Own], inner_state: Any

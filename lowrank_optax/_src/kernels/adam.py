@@ -1,7 +1,6 @@
 """Adam, known by its numbers: what kernels of an optimizer need to see of it."""
 
 import dataclasses
-import inspect
 from typing import Any
 
 import jax
@@ -36,25 +35,3 @@ def adam_step(g, mu, nu, *numbers) -> tuple[Array, Array, Array]:
     mu = b1 * mu + a1 * g
     nu = b2 * nu + a2 * g * g
     return (mu / c1) / (jnp.sqrt(nu / c2 + eps_root) + eps), mu, nu
-
-
-def recognize(inner: optax.GradientTransformation) -> Adam | None:
-    """The numbers of ``optax.scale_by_adam(...)``; None for anything else.
-
-    An Optax transformation is a pair of functions that says nothing of itself. This
-    reads the variables that the update function closes over, if it is Adam's function;
-    should Optax name them otherwise one day, nothing is recognized and XLA is used.
-    """
-    update = inner.update
-    if getattr(update, "__code__", None) is not _ADAM:
-        return None
-    names = inspect.getclosurevars(update).nonlocals
-    fields = [field.name for field in dataclasses.fields(Adam)]
-    if not {*fields, "nesterov", "mu_dtype"} <= set(names):
-        return None
-    if names["nesterov"] or names["mu_dtype"] is not None:
-        return None
-    return Adam(*(names[name] for name in fields))
-
-
-_ADAM = getattr(optax.scale_by_adam().update, "__code__", object())

@@ -29,7 +29,7 @@ def passes(adam: Adam, coded: Any) -> dict[int, Callable[..., Any]]:
     """`adam_in_blocks` for each leaf at which it stands for Adam between codecs.
 
     Args:
-      adam: from `recognize`.
+      adam: the inner optimizer's numbers.
       coded: ``{(field, leaf): (codec, view)}``.
     """
     found: dict[int, Callable[..., Any]] = {}

@@ -111,7 +111,7 @@ def view_leaves(
 
 
 def view_dense(tree: Any, creating: bool = False) -> list[DenseLeaf]:
-    """`views` for what treats every leaf element by element and asks for no matrix."""
+    """`view_leaves` for what treats every number alike and asks for no matrix."""
     paths, leaves, _ = flatten(tree)
     result = []
     for parts, leaf in zip(paths, leaves, strict=True):
@@ -128,10 +128,11 @@ def view_blocks(
     """Every leaf as a matrix whose columns are blocks of numbers that share something.
 
     Args:
-      tree, creating: as in `views`.
-      matrices: as in `views`, with columns for blocks; each number of a leaf that it
-        does not name is a block. With None, of every leaf of two axes or more, a block
-        is an index of the longer of its last two axes (of the last if they are equal).
+      tree, creating: as in `view_leaves`.
+      matrices: as in `view_leaves`, with columns for blocks; each number of a leaf that
+        it does not name is a block. With None, of every leaf of two axes or more, a
+        block is an index of the longer of its last two axes (of the last if they are
+        equal).
     """
     if matrices is not None:
         seen = view_leaves(tree, matrices, "left", creating)

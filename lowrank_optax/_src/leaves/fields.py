@@ -1,7 +1,7 @@
 """Where a parameter's entries stand in an optimizer's state."""
 
 import dataclasses
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -62,26 +62,17 @@ class StateFields:
                 state, is_leaf=is_box
             )
             leaves = {tuple(path): i for i, (path, _) in enumerate(flat)}
-            fields = [_field(k, x, leaves) for k, x in found]
-            below = {
-                field[1]: field[0][1]
-                for field, (key_path, _) in zip(fields, found, strict=True)
-                if field and len(field[1]) < len(key_path)
-            }
             self._layouts[seen] = Layout(
                 structure,
-                [field and field[0] for field in fields],
+                [_field(k, x, leaves) for k, x in found],
                 {i: x for i, (_, x) in enumerate(found)},
                 _masked_fields(state, set(leaves)),
-                below,
             )
         return self._layouts[seen]
 
 
-def _field(
-    key_path: Any, entry: Any, leaves: Mapping[Any, int]
-) -> tuple[Where, Any] | None:
-    """Which field of which parameter an entry is, and where the parameter's place ends.
+def _field(key_path: Any, entry: Any, leaves: Mapping[Any, int]) -> Where | None:
+    """Which field of which parameter an entry is, by the place at which it stands.
 
     A number that is kept for a parameter, such as an age, is in no box; it stands below
     the parameter's path all the same.
@@ -94,8 +85,7 @@ def _field(
             if start == end and not is_box(entry):  # the tree is a single leaf
                 continue
             field = "/".join(path_parts(key_path[:start]))
-            where = ".".join((field, *path_parts(key_path[end:]))), leaf
-            return where, tuple(key_path[:end])
+            return ".".join((field, *path_parts(key_path[end:]))), leaf
     return None
 
 
@@ -126,34 +116,6 @@ class Layout:
     where: list[Where | None]
     found: dict[int, Any]
     masked: list[str]
-    below: dict[Any, int]  # places of parameters at which more than an array stands
-
-    def hide(self, state: Any, leaves: Container[int]) -> Any:
-        """The state with a mask at the whole place of each parameter but these."""
-        return self._at_places(state, leaves, lambda place: optax.MaskedNode())
-
-    def unhide(self, state: Any, leaves: Container[int]) -> Any:
-        """The inverse of `hide`, with a mask for each array."""
-        masks = [optax.MaskedNode()] * len(self.where)
-        bare = self.structure.unflatten(masks)
-        found = jax.tree_util.tree_leaves_with_path(
-            bare,
-            is_leaf=lambda path, _: tuple(path) in self.below,
-            is_leaf_takes_path=True,
-        )
-        hidden = {tuple(path): x for path, x in found}
-        return self._at_places(state, leaves, hidden.__getitem__)
-
-    def _at_places(self, state, leaves, make):
-        places = {p for p, i in self.below.items() if i not in leaves}
-        if not places:
-            return state
-        return jax.tree_util.tree_map_with_path(
-            lambda path, x: make(tuple(path)) if tuple(path) in places else x,
-            state,
-            is_leaf=lambda path, _: tuple(path) in places,
-            is_leaf_takes_path=True,
-        )
 
     @property
     def names(self) -> list[str]:

@@ -18,7 +18,7 @@ class Seed(NamedTuple):
     Attributes:
       key: of the whole transformation.
       name: a hash of the leaf's path.
-      place: where its first matrix stands in the whole stack, see `stack`.
+      place: where its first matrix stands in the whole stack, see `context.one_layer`.
     """
 
     key: jax.Array

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from lowrank_optax._src.engines.compress import by_moment, compress_fields
 from lowrank_optax._src.engines.rules import leafwise
+from lowrank_optax._src.kernels.dispatch import active
 from lowrank_optax._src.leaves.matrix import Matrices
 from lowrank_optax._src.linalg.thin import each
 from lowrank_optax._src.methods.optimizer import Mask, optimizer
@@ -264,9 +265,24 @@ class MLorcAdam:
         v_old = low_rank_product(state.nu, grad.turned)
         v = b2 * clamp_negative(v_old, given.zeta) + (1 - b2) * g**2
         m_hat, v_hat = m * (1 / (1 - b1**t)), v * (1 / (1 - b2**t))
-        moments = Average(b1, state.mu, grad, given.kept), grad.of(v)
-        found = sketches((self.mu, self.nu), given.omegas, moments, state)
+        found = self._kernels(grad, state, given)
+        if found is None:
+            moments = Average(b1, state.mu, grad, given.kept), grad.of(v)
+            found = sketches((self.mu, self.nu), given.omegas, moments, state)
         return grad.of(m_hat / (jnp.sqrt(v_hat) + self.eps)), found
+
+    def _kernels(self, grad, state, given):
+        """The sketches by kernels, which never store V; None for XLA."""
+        if not active():
+            return None
+        from lowrank_optax._src.kernels import mlorc
+
+        if not mlorc.suits(grad, (self.mu, self.nu), given.omegas):
+            return None
+        decays = self.b1, self.b2
+        return mlorc.adam_sketches(
+            *decays, grad, state.nu, given.zeta, given.omegas, given.kept
+        )
 
     def finish(self, found, states, count):
         mus, nus = ([s[k] for s in states] for k in (0, 1))

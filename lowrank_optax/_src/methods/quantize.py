@@ -5,6 +5,7 @@ import optax
 from jax.typing import ArrayLike
 
 from lowrank_optax._src.engines.compress import by_moment, compress_fields
+from lowrank_optax._src.kernels.adam import Adam
 from lowrank_optax._src.leaves.matrix import Matrices, Side
 from lowrank_optax._src.methods.adarankgrad import adaptive_rank
 from lowrank_optax._src.methods.galore import galore_project
@@ -65,10 +66,22 @@ def quantize_state(
     >>> code.index.dtype, code.largest.shape
     (dtype('uint8'), (64, 1))
     """
+    return _in_bytes(inner, bits, block, fields, key)
+
+
+def _in_bytes(
+    inner: optax.GradientTransformation,
+    bits: int,
+    block: int,
+    fields: tuple[str, ...] | None,
+    key: int | jax.Array,
+    fused: Adam | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """`quantize_state`; ``fused`` as of `compress_fields`."""
     if bits != 8:
         raise ValueError(f"`bits` must be 8, the only width there is; got {bits!r}.")
     choose = by_moment(BlockInt8(True, block), BlockInt8(False, block), fields)
-    return compress_fields(inner, choose, matrices=None, key=key)
+    return compress_fields(inner, choose, matrices=None, key=key, fused=fused)
 
 
 def adamw_8bit(
@@ -96,9 +109,8 @@ def adamw_8bit(
     >>> lro.state_bytes(tx, params)  # 2 (N + N / 64) and two counters
     8328
     """
-    method = quantize_state(
-        optax.scale_by_adam(b1=b1, b2=b2, eps=eps), block=block, key=key
-    )
+    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+    method = _in_bytes(adam, 8, block, None, key, fused=Adam(b1, b2, eps, 0.0))
     return optimizer(method, learning_rate, weight_decay, mask)
 
 

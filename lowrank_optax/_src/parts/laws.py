@@ -1,6 +1,7 @@
 """The protocols of the parts, and their laws. A method is a choice of parts.
 
-Every part is a frozen dataclass without arrays. An engine owns ranks, sides, scales,
+Every part is a frozen dataclass; its numbers may be arrays, which become arguments
+of what is compiled. An engine owns ranks, sides, scales,
 signs, keys and the safety of the state; a part owns only what is its own. Matrices
 arrive as ``(*batch, m, n)`` in float32 at least, basis side on the left; write
 ``*b m n`` code with ``@``, ``.mT`` and ``...``, never ``vmap``. What a part requires of

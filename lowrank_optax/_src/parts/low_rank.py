@@ -133,9 +133,9 @@ def sketches(
 ) -> list[Sketch]:
     """Both products of each matrix of a leaf, with what was drawn for it.
 
-    A is multiplied by the sketch as it is, not by its basis: no factorization comes
-    between the two products with A, which need not be kept in the meantime. Those of an
-    `Average` lack what `with_kept` adds.
+    ``y`` is the sketch, not its basis: no factorization stands between the two products
+    with A, so A need not be stored. The second ones of an `Average` lack what
+    `with_kept` adds.
     """
     ys = [_range(*x) for x in zip(codecs, omegas, matrices, olds, strict=True)]
     if len({y.shape for y in ys}) == 1:  # scaled in one pass over all

@@ -1,38 +1,17 @@
 """Gradient accumulation in the subspace: sums of (r, n) instead of (m, n)."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax._src.engines.accumulation import AccumulateState, refused
 from lowrank_optax._src.leaves.box import is_box, transformation
 from lowrank_optax._src.leaves.choose import quietly
-from lowrank_optax._src.leaves.context import accumulating, accumulation
+from lowrank_optax._src.leaves.context import accumulation
 from lowrank_optax._src.leaves.fields import boxed_state
 from lowrank_optax._src.leaves.paths import flatten
-from lowrank_optax._src.parts import compatible
-
-_REMEDY = (
-    "Use optax.MultiSteps, which sums whole gradients, or average the gradients of "
-    "the micro-batches before one update."
-)
-
-
-class AccumulateState(NamedTuple):
-    """In the state of `accumulate_gradients`, each projecting engine's.
-
-    Attributes:
-      count: gradients in the sum, int32.
-      total: their sum, (*batch, r, n) at matrices and of the parameter's own shape
-        elsewhere.
-      inner_state: the engine's own, a `ProjectState`.
-    """
-
-    count: jax.Array
-    total: Any
-    inner_state: Any
 
 
 def accumulate_gradients(
@@ -113,48 +92,6 @@ def accumulate_gradients(
     return transformation(init, update)
 
 
-def start(state: Any, proxies: Any) -> Any:
-    """An engine's first state, with a sum beside it if gradients are accumulated."""
-    if accumulating() is None:
-        return state
-    total = jax.tree.map(jnp.zeros_like, proxies)
-    return AccumulateState(jnp.zeros([], jnp.int32), total, state)
-
-
-def stepwise(engine: Any) -> Callable[..., Any]:
-    """An engine's update, or the part of it that accumulation asks for.
-
-    Args:
-      engine: with ``update(updates, state, params, summed, **extra)``, and
-        ``add(updates, state, first)`` for what the inner optimizer sees of a gradient.
-    """
-
-    def update(updates, state, params=None, **extra):
-        phase = accumulating()
-        if phase is None:
-            return engine.update(updates, state, params, **extra)
-        count, total, state = state
-        if phase == "add":
-            low, state = engine.add(updates, state, count == 0)
-            total = jax.tree.map(
-                lambda t, x: jnp.where(count == 0, x, t + x), total, low
-            )
-            return updates, AccumulateState(count + 1, total, state)
-        mean = jax.tree.map(lambda t: t / jnp.maximum(count, 1), total)
-        out, state = engine.update(updates, state, params, mean, **extra)
-        zeros = jax.tree.map(jnp.zeros_like, total)
-        return out, AccumulateState(jnp.zeros_like(count), zeros, state)
-
-    return update
-
-
-def check(recovery: Any) -> None:
-    """Refuse a recovery that needs whole gradients, if gradients are accumulated."""
-    need = compatible.COEFFICIENTS
-    if accumulating() and need not in getattr(recovery, "provides", ()):
-        raise _refused(compatible.name(recovery), need)
-
-
 def _check_state(state: Any, params: Any) -> None:
     """Refuse a transformation by its state, each entry in a box of its parameter."""
     sums = _sums(state)
@@ -163,12 +100,12 @@ def _check_state(state: Any, params: Any) -> None:
         other = (
             f"an optimizer of the state {', '.join(classes) or type(state).__name__}"
         )
-        raise _refused(other, "gradients in a subspace, as project_gradients has them")
+        raise refused(other, "gradients in a subspace, as project_gradients has them")
     entries = jax.tree.leaves(state, is_leaf=lambda x: _is_sum(x) or is_box(x))
     for x in entries[: next(i for i, x in enumerate(entries) if _is_sum(x))]:
         if is_box(x):
             other = f"moments of '{x.path}' that come before the projection"
-            raise _refused(other, "that only the projection depends on the gradients")
+            raise refused(other, "that only the projection depends on the gradients")
     summed = {
         box.path
         for x in sums
@@ -180,13 +117,7 @@ def _check_state(state: Any, params: Any) -> None:
         if path not in summed:
             need = "every parameter inside of project_gradients"
             remedy = "Accumulate the parts of a mask or a partition each by itself."
-            raise _refused(f"the parameter '{path}' outside of it", need, remedy)
-
-
-def _refused(other: str, need: str, remedy: str = _REMEDY) -> ValueError:
-    name = "accumulate_gradients"
-    lacking = other if other.isidentifier() else "that"
-    return compatible.cannot_use(name, other, name, need, lacking, remedy)
+            raise refused(f"the parameter '{path}' outside of it", need, remedy)
 
 
 def _is_sum(x: Any) -> bool:

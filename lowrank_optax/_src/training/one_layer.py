@@ -1,6 +1,7 @@
 """Updates of some parameters at a time, in place, by an optimizer of all of them."""
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import types
@@ -13,6 +14,7 @@ import numpy as np
 import optax
 from jax.interpreters import partial_eval
 
+from lowrank_optax._src.engines.order import after
 from lowrank_optax._src.leaves.choose import quietly
 from lowrank_optax._src.leaves.context import one_layer
 from lowrank_optax._src.parts import compatible
@@ -186,6 +188,10 @@ def _makers(x: Any, seen: set[int]) -> Iterator[str]:
     if isinstance(x, types.FunctionType):
         yield x.__qualname__.partition(".")[0]
         parts = inspect.getclosurevars(x).nonlocals.values()
+    elif isinstance(x, types.MethodType):  # of an engine with its optimizer
+        parts = (x.__func__, x.__self__)
+    elif dataclasses.is_dataclass(x) and not isinstance(x, type):
+        parts = [getattr(x, field.name) for field in dataclasses.fields(x)]
     elif isinstance(x, Mapping):
         parts = x.values()
     else:
@@ -219,19 +225,3 @@ def after_turn(tree: Any, turn: jax.Array) -> Any:
 def end_turn(tree: Any, turn: jax.Array) -> jax.Array:
     """A zero that is known once every array of the tree is."""
     return functools.reduce(after, jax.tree.leaves(tree), turn)
-
-
-def after(x: jax.Array, dependency: jax.Array) -> jax.Array:
-    """``x``, an array or keys, to be computed only once ``dependency`` is known.
-
-    Adds a zero made of it. A data dependence is the one thing that XLA neither merges
-    nor reorders on any backend: what is computed from the result is not kept alive from
-    before (an optimization barrier does not do this on CPU).
-    """
-    if not dependency.size:
-        return x
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        data = after(jax.random.key_data(x), dependency)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
-    zero = dependency[(0,) * dependency.ndim] * 0
-    return x + jnp.where(zero == 0, zero, 0).astype(x.dtype)

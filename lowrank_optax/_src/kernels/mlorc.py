@@ -1,0 +1,90 @@
+"""MLorc's sketches of both moments in two passes over the gradient.
+
+The first pass makes ``G Omega`` and ``V Omega``, the second ``Y^T G`` and ``Y^T V``
+from the sketches Y; both make the second moment V from its factors and G, tile by tile,
+so that it is never stored. The update is left to XLA, which adds it to the weights in
+the pass that makes it.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from lowrank_optax._src.kernels.tiles import Pass, dot, product
+from lowrank_optax._src.linalg import Lying, near_one
+from lowrank_optax._src.parts.low_rank import (
+    LowRank,
+    LowRankCode,
+    Sketch,
+    clamp_negative,
+)
+
+Array = jax.Array
+
+
+def suits(
+    grad: Lying, codecs: Sequence[LowRank], omegas: Sequence[Array | None]
+) -> bool:
+    """Whether the passes apply: one product with each moment, then one with its sketch.
+
+    Args:
+      grad: (*batch, m, n).
+      codecs, omegas: of each moment, and what they drew.
+    """
+    m, n = grad.matrix.shape[-2:]
+    return grad.array.dtype == jnp.float32 and all(
+        codec.power_iters == 0 and omega is not None and omega.shape[-1] < min(m, n)
+        for codec, omega in zip(codecs, omegas, strict=True)
+    )
+
+
+def adam_sketches(
+    b1: ArrayLike,
+    b2: ArrayLike,
+    grad: Lying,
+    nu: LowRankCode,
+    zeta: Array,
+    omegas: Sequence[Array],
+    kept: Array,
+) -> list[Sketch]:
+    """`sketches` of ``b1 L R + (1 - b1) G`` and of V, the former before `with_kept`.
+
+    Args:
+      b1, b2: decays.
+      grad: G.
+      nu, zeta: the code of the old second moment, and its `negative_mean`.
+      omegas: of the first and the second moment.
+      kept: ``L R Omega`` of the first moment.
+    """
+    source = grad.matrix, *nu, zeta, b2
+    wide = [omega.mT for omega in omegas]  # whose rows are short on TPU otherwise
+    g_omega, v_omega = SKETCHES(*source, *wide, turned=grad.turned)
+    mu_y = jnp.asarray(b1) * kept + (1 - jnp.asarray(b1)) * g_omega
+    ys = near_one(jnp.stack([mu_y, v_omega]))
+    zs = PROJECTIONS(*source, *ys, turned=grad.turned)
+    return list(zip(ys, zs, strict=True))
+
+
+def mlorc_sketches(g, left, right, zeta, b2, mu_omega, nu_omega):
+    """A tile's part of ``G Omega`` and ``V Omega``."""
+    v = _second_moment(g, left, right, zeta, b2)
+    return dot(g, mu_omega, (1, 1)), dot(v, nu_omega, (1, 1))
+
+
+def mlorc_projections(g, left, right, zeta, b2, mu_y, nu_y):
+    """A tile's part of ``Y^T G`` and ``Y^T V``."""
+    v = _second_moment(g, left, right, zeta, b2)
+    return dot(mu_y, g, (0, 0)), dot(nu_y, v, (0, 0))
+
+
+def _second_moment(g, left, right, zeta, b2):
+    return b2 * clamp_negative(product(left, right), zeta) + (1 - b2) * g * g
+
+
+_V = ("mn", "mr", "rn", "11", "11")
+SKETCHES = Pass(mlorc_sketches, ins=(*_V, "ln", "ln"), outs=("ml", "ml"), over="n")
+PROJECTIONS = Pass(
+    mlorc_projections, ins=(*_V, "ml", "ml"), outs=("ln", "ln"), over="m"
+)
