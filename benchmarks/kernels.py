@@ -3,10 +3,10 @@
     python -m benchmarks.kernels
 
 Each kernel is cut into tiles and each method's update lowered for CUDA and TPU, which
-needs no device. Bytes are counted from the tiles: what an update and its application
-move for each weight, beside the seven words of AdamW (gradient; weight and both moments
-read and written). On a GPU or TPU the steps are timed too, in turns, beside
-`optax.adamw`.
+needs no device. Bytes are counted from the tiles: what the kernels, and what XLA makes
+of the rest of a step, move for each weight, beside the seven words of AdamW (gradient;
+weight and both moments read and written). On a GPU or TPU the steps are timed too, in
+turns, beside `optax.adamw`.
 """
 
 import math
@@ -26,16 +26,19 @@ from tqdm import tqdm
 
 import lowrank_optax as lro
 from benchmarks.record import write_record
-from lowrank_optax._src.kernels import int8, plan
+from lowrank_optax._src.kernels import int8, mlorc, plan
+from lowrank_optax._src.parts.low_rank import OUTER_MAX_RANK
 
 LAYERS = {"attention": (4096, 4096), "up": (4096, 11008), "down": (11008, 4096)}
 PLATFORMS = ("cuda", "tpu")
 CALLS = {"cuda": "@__gpu$xla.gpu.triton", "tpu": "@tpu_custom_call"}
 WORD = 4
 ADAMW = 7 * WORD
-# Whatever made an update: it is read again and the weight read and written, as the
-# application is not the optimizer's in Optax.
+# Behind the kernels, XLA reads the gradient (MLorc), or the update that a kernel made
+# (8 bits), and reads and writes the weight.
 APPLY = 3 * WORD
+# Products of factors of a larger rank, of both moments, are written and read there.
+PRODUCTS = 4 * WORD
 BLOCK = 256
 
 
@@ -44,7 +47,7 @@ class Settings:
     """What the kernels are and cost, in float32."""
 
     ranks: tuple[int, ...] = (4, 128)
-    """Ranks of MLorc and GaLore."""
+    """Ranks of MLorc."""
     rounds: int = 20
     """Steps that are timed, on a device."""
     out: Path | None = None
@@ -52,7 +55,8 @@ class Settings:
 
 
 METHODS: dict[str, Callable[[int], optax.GradientTransformation]] = {
-    "8-bit Adam": lambda r: lro.quantize_state(optax.scale_by_adam()),
+    "MLorc-AdamW": lambda r: lro.mlorc_adamw(1e-3, r),
+    "8-bit AdamW": lambda r: lro.adamw_8bit(1e-3),
 }
 
 
@@ -71,13 +75,32 @@ def moved(cut: plan.Plan, ins: Sequence[str], outs: Sequence[str], dtype: Any) -
 
 
 def cuts(name: str, rank: int, shape: tuple[int, int], platform: str) -> list[Any]:
-    """The tiles of each pass of a method: ``(rows, columns, KiB, bytes moved)``."""
+    """The tiles of each pass of a method: ``(rows, columns, fast bytes, bytes moved)``.
+
+    Of fast memory none are counted where all is in registers.
+    """
     m, n = sorted(shape)
-    rows = int8.rows_at_once(platform, n, BLOCK, jnp.float32)
+    if name == "MLorc-AdamW":
+        sizes = {"m": m, "n": n, "r": rank, "l": rank + 4, "1": 1}
+        found = []
+        for one in (mlorc.SKETCHES, mlorc.PROJECTIONS):
+            one = one if shape[0] <= shape[1] else one.turned
+            cut = one.plan(platform, sizes, jnp.float32)
+            if cut is not None:
+                size = moved(cut, one.ins, one.outs, jnp.float32)
+                found.append((cut.block["m"], cut.block["n"], cut.bytes, size))
+        return found
+    rows = int8.rows_at_once(platform, shape[1], BLOCK, jnp.float32)
     size = m * n * (2 * WORD + 4) + m * n // BLOCK * 4 * WORD
     if platform == "cuda":
         return [(rows, BLOCK, 0, size)]
-    return [(rows, n, int8.tpu_bytes(rows, n, BLOCK, jnp.float32), size)]
+    return [(rows, shape[1], int8.tpu_bytes(rows, shape[1], BLOCK, jnp.float32), size)]
+
+
+def rest(name: str, rank: int) -> int:
+    """Bytes that XLA moves for each weight in what is left of a step."""
+    stored = name == "MLorc-AdamW" and rank > OUTER_MAX_RANK
+    return APPLY + (PRODUCTS if stored else 0)
 
 
 def lowered_calls(name: str, rank: int, shape: tuple[int, int], platform: str) -> int:
@@ -89,8 +112,13 @@ def lowered_calls(name: str, rank: int, shape: tuple[int, int], platform: str) -
         export = jax.export.export(
             jax.jit(tx.update), platforms=[platform], disabled_checks=[unchecked]
         )
-        text = export(params, jax.eval_shape(tx.init, params)).mlir_module()
+        text = export(params, jax.eval_shape(tx.init, params), params).mlir_module()
     return text.count(CALLS[platform])
+
+
+def ranks(name: str, settings: Settings) -> tuple[int, ...]:
+    """Those of a method; 0 of one that has none."""
+    return settings.ranks if name == "MLorc-AdamW" else (0,)
 
 
 def count(settings: Settings) -> list[dict[str, Any]]:
@@ -98,7 +126,7 @@ def count(settings: Settings) -> list[dict[str, Any]]:
     cases = [
         (name, rank, layer, platform)
         for name in METHODS
-        for rank in (settings.ranks if name != "8-bit Adam" else (0,))
+        for rank in ranks(name, settings)
         for layer in LAYERS
         for platform in PLATFORMS
     ]
@@ -117,8 +145,9 @@ def count(settings: Settings) -> list[dict[str, Any]]:
                 "kernels": lowered_calls(name, rank, shape, platform),
                 "tiles": [x[:2] for x in tiles],
                 "fast_memory_bytes": max(x[2] for x in tiles),
-                "update_bytes_per_weight": per_weight,
-                "of_adamw": (per_weight + APPLY) / ADAMW,
+                "kernel_bytes_per_weight": per_weight,
+                "step_bytes_per_weight": per_weight + rest(name, rank),
+                "of_adamw": (per_weight + rest(name, rank)) / ADAMW,
             }
         )
     return found
@@ -142,10 +171,9 @@ def time_steps(settings: Settings) -> list[dict[str, Any]]:
 
     runs = {("optax.adamw", 0, "xla"): entry(optax.adamw(1e-3), "xla")}
     for name, make in METHODS.items():
-        for rank in settings.ranks if name != "8-bit Adam" else (0,):
+        for rank in ranks(name, settings):
             for tier in ("xla", "pallas"):
-                tx = optax.chain(make(rank), optax.scale(-1e-3))
-                runs[name, rank, tier] = entry(tx, tier)
+                runs[name, rank, tier] = entry(make(rank), tier)
     times: dict[Any, list[float]] = {k: [] for k in runs}
     for _ in tqdm(range(settings.rounds + 2), desc="rounds"):
         for k, run in runs.items():
@@ -186,14 +214,14 @@ def text_of(counted: list[dict[str, Any]], timed: list[dict[str, Any]]) -> str:
         f"{plan.BUDGET['tpu'] // 1024} KiB). Words are of 4 bytes for each weight, "
         "what is read again for each row or column of tiles included (on GPU most of "
         "that comes from the cache); the small factorizations between the passes, and "
-        "zeta, which is made from the factors alone, are not. The ratio is that of the "
-        "update and its "
-        "application to the 7 words of AdamW; the application takes 3, as Optax has "
-        "it.",
+        "zeta, which is made from the factors alone, are not. Of a step, XLA's part is "
+        "counted too: 3 words, and for MLorc 4 more at a rank above "
+        f"{OUTER_MAX_RANK}, where it stores the products of both moments' factors. The "
+        "ratio is that of the step to the 7 words of AdamW.",
         "",
         "| method | layer | for | kernels | tiles | fast memory, KiB "
-        "| words of the update | / AdamW |",
-        "|---|---|---|---|---|---|---|---|",
+        "| words of the kernels | of a step | / AdamW |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for x in counted:
         name = f"{x['method']} r={x['rank']}" if x["rank"] else x["method"]
@@ -203,7 +231,8 @@ def text_of(counted: list[dict[str, Any]], timed: list[dict[str, Any]]) -> str:
             f"| {name} | {x['layer']} {'x'.join(map(str, LAYERS[x['layer']]))} "
             f"| {x['platform']} | {x['kernels']} | {tiles} "
             f"| {f'{fast:.0f}' if fast else 'registers'} "
-            f"| {x['update_bytes_per_weight'] / WORD:.2f} | {x['of_adamw']:.2f} |"
+            f"| {x['kernel_bytes_per_weight'] / WORD:.2f} "
+            f"| {x['step_bytes_per_weight'] / WORD:.2f} | {x['of_adamw']:.2f} |"
         ]
     return "\n".join(lines)
 

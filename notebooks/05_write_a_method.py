@@ -57,9 +57,10 @@ print(f"{optax.__version__}; {jax.device_count()} x {jax.devices()[0].device_kin
 # ## The part
 #
 # A part is a frozen dataclass; a subspace has one method, `select`. Its law: columns
-# that are orthonormal, or zero. The gradient comes as `(*batch, m, n)` in float32, the
-# basis side on the left and the largest entry scaled to 1; the old basis says which
-# rank is wanted. With `...` and axes counted from the end, stacks of matrices work too.
+# that are orthonormal, or zero. The gradient comes as `(*batch, m, n)` in float32, on
+# its own scale and with the basis side on the left; the old basis says which rank is
+# wanted. With `...` and axes counted from the end, stacks of matrices work too. The
+# norms are sums of magnitudes, as squares of a small gradient would be zero.
 
 # %%
 import dataclasses
@@ -72,9 +73,9 @@ class SampledColumns:
     """The basis is spanned by r columns of the gradient, drawn by their norms."""
 
     def select(self, key, grad, old, step):
-        norms = jnp.linalg.norm(grad, axis=-2)
+        norms = jnp.linalg.norm(grad, ord=1, axis=-2)
         noise = lro.linalg.draw(jax.random.gumbel, key, norms.shape, norms.dtype)
-        _, chosen = jax.lax.top_k(jnp.log(norms + 1e-30) + noise, old.shape[-1])
+        _, chosen = jax.lax.top_k(jnp.log(norms) + noise, old.shape[-1])
         columns = jnp.take_along_axis(grad, chosen[..., None, :], axis=-1)
         return lro.linalg.orthonormalize(columns)
 

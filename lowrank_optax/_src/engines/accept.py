@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax._src.engines.order import wait
+
 
 def increment(step: jax.Array) -> jax.Array:
     """The next step; stays at the largest int32 instead of wrapping around."""
@@ -35,13 +37,17 @@ def accept_finite(new: Any, old: Any) -> Any:
     return tree_where(all_finite(new), new, old)
 
 
-def accept_leaf(new: Any, old: Any, size: int) -> Any:
-    """The state of one leaf of so many numbers, which belongs together.
+def accept_leaf(new: Any, old: Any, direction: jax.Array) -> Any:
+    """The state of one leaf, which belongs together.
 
-    Its small arrays tell whether to accept it. Those that are as large as the leaf are
-    looked at number by number, in the pass in which they are written.
+    Its small arrays tell whether to accept it. Those that are as large as the direction
+    are looked at number by number, in the pass in which they are written. The direction
+    is made of the old state too: on CPU it comes first, or the new state could not take
+    the old one's place in memory.
     """
+    size = direction.size
     ok = all_finite([x for x in jax.tree.leaves(new) if x.size < size])
+    ok = wait(ok, [direction])
 
     def pick(x, y):
         return jnp.where(ok if x.size < size else ok & jnp.isfinite(x), x, y)

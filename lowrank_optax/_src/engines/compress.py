@@ -16,7 +16,7 @@ from lowrank_optax._src.engines.accept import (
     tree_where,
 )
 from lowrank_optax._src.engines.around import ByLeaves
-from lowrank_optax._src.engines.order import Order
+from lowrank_optax._src.engines.order import Order, wait
 from lowrank_optax._src.kernels.adam import Adam
 from lowrank_optax._src.kernels.dispatch import active
 from lowrank_optax._src.leaves import matrix
@@ -324,7 +324,14 @@ class _Compression:
             for i in group:
                 out[i] = directions[i].astype(given[i].dtype)
                 new[i] = self._code(
-                    i, coded, found[i], moments[i], old[i], state.step, measured
+                    i,
+                    coded,
+                    found[i],
+                    moments[i],
+                    old[i],
+                    state.step,
+                    measured,
+                    out[i],
                 )
             order.end([(out[i], new[i]) for i in group])
         new_state = CompressState(
@@ -332,7 +339,9 @@ class _Compression:
         )
         return treedef.unflatten(out[i] for i in range(len(out))), new_state
 
-    def _code(self, i, coded, found, before, old, step, measured) -> dict[str, Any]:
+    def _code(
+        self, i, coded, found, before, old, step, measured, direction
+    ) -> dict[str, Any]:
         """The moments of a leaf as they are kept."""
         new = dict(found)
         scales = [x for (_, j), x in measured.items() if j == i]
@@ -354,7 +363,8 @@ class _Compression:
             # measured before the codes are written; if they are finite, so are the
             # codes.
             rest = [x for name, x in new.items() if (name, i) not in measured]
-            return tree_where(all_finite((scales, rest)), new, old)
+            ok = wait(all_finite((scales, rest)), [direction])
+            return tree_where(ok, new, old)
         return accept_elements(new, old)
 
 

@@ -45,7 +45,8 @@ def wait(x: jax.Array, arrays: list[jax.Array], dense: bool = False) -> jax.Arra
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
 
     def added(x, *arrays):
-        return functools.reduce(after, arrays, x)
+        # The sum of all numbers: a single one would be made apart from the others.
+        return functools.reduce(after, [jnp.sum(y, dtype="float32") for y in arrays], x)
 
     def behind(x, *arrays):
         return jax.lax.optimization_barrier((x, *arrays))[0] if dense else x

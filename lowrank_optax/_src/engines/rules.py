@@ -199,7 +199,7 @@ class _Leafwise:
                 with jax.named_scope(v.path):
                     parts, state = (rule, k, nameless(v)), order.start(old[i])
                     out[i], found[i] = _wide(parts, step, grads[i], state, own)
-                order.end(found[i])
+                order.end((out[i], found[i]))
             given = finish(list(found.values()), states, step) if found else []
         return out, dict(zip(views, given, strict=True))
 
@@ -245,7 +245,8 @@ def _wide(parts, step, grad, state, given):
 def _whole(parts, key, step, grad, state):
     rule, view = parts
     direction, new = rule.update(key, step, view.matrix(grad), state)
-    return view.leaf(direction), accept_leaf(new, state, grad.size)
+    direction = view.leaf(direction)
+    return direction, accept_leaf(new, state, direction)
 
 
 def _masked(leaves: Sequence[Any], at_matrix: Mapping[int, Any]) -> list[Any]:

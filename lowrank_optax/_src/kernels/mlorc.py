@@ -7,14 +7,15 @@ the pass that makes it.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from lowrank_optax._src.kernels.tiles import Pass, dot, product
-from lowrank_optax._src.linalg import Lying, near_one
+from lowrank_optax._src.linalg import Lying, near_one, range_basis
 from lowrank_optax._src.parts.low_rank import (
+    OUTER_MAX_RANK,
     LowRank,
     LowRankCode,
     Sketch,
@@ -34,15 +35,20 @@ def suits(
       codecs, omegas: of each moment, and what they drew.
     """
     m, n = grad.matrix.shape[-2:]
-    return grad.array.dtype == jnp.float32 and all(
-        codec.power_iters == 0 and omega is not None and omega.shape[-1] < min(m, n)
-        for codec, omega in zip(codecs, omegas, strict=True)
+    thin = max(codec.rank for codec in codecs) <= OUTER_MAX_RANK
+    return (
+        grad.array.dtype == jnp.float32
+        and thin
+        and all(
+            codec.power_iters == 0 and omega is not None and omega.shape[-1] < min(m, n)
+            for codec, omega in zip(codecs, omegas, strict=True)
+        )
     )
 
 
 def adam_sketches(
-    b1: ArrayLike,
-    b2: ArrayLike,
+    b1: Any,
+    b2: Any,
     grad: Lying,
     nu: LowRankCode,
     zeta: Array,
@@ -58,32 +64,34 @@ def adam_sketches(
       omegas: of the first and the second moment.
       kept: ``L R Omega`` of the first moment.
     """
-    source = grad.matrix, *nu, zeta, b2
+    # 1 - 0.999 has four digits in float32, if 0.999 is rounded to it before.
+    source = grad.matrix, *nu, zeta, b2, 1 - b2
     wide = [omega.mT for omega in omegas]  # whose rows are short on TPU otherwise
     g_omega, v_omega = SKETCHES(*source, *wide, turned=grad.turned)
-    mu_y = jnp.asarray(b1) * kept + (1 - jnp.asarray(b1)) * g_omega
-    ys = near_one(jnp.stack([mu_y, v_omega]))
+    ys = near_one(jnp.stack([b1 * kept + (1 - b1) * g_omega, v_omega]))
+    if ys.shape[-1] == nu.right.shape[-2]:
+        ys = range_basis(ys)  # the faint directions count too
     zs = PROJECTIONS(*source, *ys, turned=grad.turned)
     return list(zip(ys, zs, strict=True))
 
 
-def mlorc_sketches(g, left, right, zeta, b2, mu_omega, nu_omega):
+def mlorc_sketches(g, left, right, zeta, b2, fresh, mu_omega, nu_omega):
     """A tile's part of ``G Omega`` and ``V Omega``."""
-    v = _second_moment(g, left, right, zeta, b2)
+    v = _second_moment(g, left, right, zeta, b2, fresh)
     return dot(g, mu_omega, (1, 1)), dot(v, nu_omega, (1, 1))
 
 
-def mlorc_projections(g, left, right, zeta, b2, mu_y, nu_y):
+def mlorc_projections(g, left, right, zeta, b2, fresh, mu_y, nu_y):
     """A tile's part of ``Y^T G`` and ``Y^T V``."""
-    v = _second_moment(g, left, right, zeta, b2)
+    v = _second_moment(g, left, right, zeta, b2, fresh)
     return dot(mu_y, g, (0, 0)), dot(nu_y, v, (0, 0))
 
 
-def _second_moment(g, left, right, zeta, b2):
-    return b2 * clamp_negative(product(left, right), zeta) + (1 - b2) * g * g
+def _second_moment(g, left, right, zeta, b2, fresh):
+    return b2 * clamp_negative(product(left, right), zeta) + fresh * g * g
 
 
-_V = ("mn", "mr", "rn", "11", "11")
+_V = ("mn", "mr", "rn", "11", "11", "11")
 SKETCHES = Pass(mlorc_sketches, ins=(*_V, "ln", "ln"), outs=("ml", "ml"), over="n")
 PROJECTIONS = Pass(
     mlorc_projections, ins=(*_V, "ml", "ml"), outs=("ln", "ln"), over="m"

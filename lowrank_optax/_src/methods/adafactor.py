@@ -132,7 +132,7 @@ def scale_by_adafactor(
             if clipping_threshold is not None:
                 u = _clip(u, clipping_threshold)
             out.append(view.leaf(u))
-            kept = accept_leaf(new, old, g.size)
+            kept = accept_leaf(new, old, out[i])
             for field, x in zip(moments, kept, strict=True):
                 field[i] = x
             order.end((out[i], kept))

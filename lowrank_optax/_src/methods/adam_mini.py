@@ -108,7 +108,7 @@ def scale_by_adam_mini(
             size = jnp.sqrt(nu / (1 - b2**t)) + eps
             out.append(view.leaf(mu / (1 - b1**t) / size))
             new, old = (view.leaf(mu, mus[i].dtype), nu), (mus[i], nus[i])
-            mus[i], nus[i] = accept_leaf(new, old, g.size)
+            mus[i], nus[i] = accept_leaf(new, old, out[i])
             order.end((out[i], mus[i], nus[i]))
         state = AdamMiniState(t, treedef.unflatten(mus), treedef.unflatten(nus))
         return treedef.unflatten(out), state

@@ -169,7 +169,7 @@ class LDAdam:
         direction = mu / (1 - b1**t) / (jnp.sqrt(nu / (1 - b2**t)) + self.eps)
         new = LDAdamState(basis, error, mu, nu)
         update = grad.of(grad.order(matmul(basis, direction)))
-        return update, accept_leaf(new, state, grad.array.size)
+        return update, accept_leaf(new, state, update.array)
 
     def finish(self, found, states, count):
         return found

@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -354,10 +356,25 @@ def negative_mean(left: Array, right: Array) -> Float[Array, "*b 1 1"]:
 
     The product is formed entry by entry inside of the sums, and never stored.
     """
-    x = low_rank_product(LowRankCode(left, right))
-    below = jnp.sum(jnp.minimum(x, 0.0), axis=(-2, -1), keepdims=True)
-    count = jnp.sum(x < 0, axis=(-2, -1), keepdims=True)
-    return -below / jnp.maximum(count, 1).astype(x.dtype)
+
+    def sums(left, right):
+        x = low_rank_product(LowRankCode(left, right))
+        below = jnp.sum(jnp.minimum(x, 0.0), axis=(-2, -1), keepdims=True)
+        return below, jnp.sum((x < 0).astype(x.dtype), axis=(-2, -1), keepdims=True)
+
+    def by_blocks(left, right):
+        # XLA's CPU backend would store the product: there, of some rows at a time.
+        blocks = math.gcd(left.shape[-2], 16)
+        rows = jnp.stack(jnp.split(left, blocks, axis=-2))
+
+        def add(total, block):
+            return jax.tree.map(jnp.add, total, sums(block, right)), None
+
+        start = jnp.zeros((*left.shape[:-2], 1, 1), left.dtype)
+        return jax.lax.scan(add, (start, start), rows)[0]
+
+    below, count = jax.lax.platform_dependent(left, right, cpu=by_blocks, default=sums)
+    return -below / jnp.maximum(count, 1.0)
 
 
 def clamp_negative(
