@@ -41,16 +41,21 @@ def accept_leaf(new: Any, old: Any, direction: jax.Array) -> Any:
     """The state of one leaf, which belongs together.
 
     Its small arrays tell whether to accept it. Those that are as large as the direction
-    are looked at number by number, in the pass in which they are written. The direction
-    is made of the old state too: on CPU it comes first, or the new state could not take
-    the old one's place in memory.
+    are looked at number by number, in the pass in which they are written; the numbers
+    of one place in all of them belong together. The direction is made of the old state
+    too: on CPU it comes first, or the new state could not take the old one's place in
+    memory.
     """
-    size = direction.size
-    ok = all_finite([x for x in jax.tree.leaves(new) if x.size < size])
-    ok = wait(ok, [direction])
+    leaves = jax.tree.leaves(new)
+    large = [x for x in leaves if x.size == direction.size]
+    if len({x.shape for x in large}) > 1:  # in which places do not correspond
+        return tree_where(wait(all_finite(new), [direction]), new, old)
+    small = [x for x in leaves if x.size != direction.size]
+    ok = wait(all_finite(small), [direction])
+    each = functools.reduce(jnp.logical_and, map(jnp.isfinite, large), ok)
 
     def pick(x, y):
-        return jnp.where(ok if x.size < size else ok & jnp.isfinite(x), x, y)
+        return jnp.where(each if x.size == direction.size else ok, x, y)
 
     return jax.tree.map(pick, new, old)
 

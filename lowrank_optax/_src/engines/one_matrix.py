@@ -106,7 +106,7 @@ class Matrix(NamedTuple):
         """Whether to renew, if this is the ``first`` gradient of a window."""
         due = first & refresh.due(self.own.refresh, step)
         if not is_stored(self.parts.subspace):
-            return due | (step == 0)
+            return due | (first & (step == 0))
         # A basis that has not seen a usable gradient yet is zero: it is always due.
         return due | jnp.all(self.own.basis[..., 0] == 0)
 

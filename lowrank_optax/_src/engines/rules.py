@@ -12,11 +12,12 @@ import optax
 from lowrank_optax._src.engines.accept import (
     accept_elements,
     accept_finite,
-    accept_leaf,
+    all_finite,
     increment,
+    tree_where,
 )
 from lowrank_optax._src.engines.compress import CompressState
-from lowrank_optax._src.engines.order import Order
+from lowrank_optax._src.engines.order import Order, wait
 from lowrank_optax._src.leaves import matrix
 from lowrank_optax._src.leaves.box import transformation
 from lowrank_optax._src.leaves.choose import view_leaves
@@ -246,7 +247,8 @@ def _whole(parts, key, step, grad, state):
     rule, view = parts
     direction, new = rule.update(key, step, view.matrix(grad), state)
     direction = view.leaf(direction)
-    return direction, accept_leaf(new, state, direction)
+    ok = wait(all_finite(new), [direction])
+    return direction, tree_where(ok, new, state)
 
 
 def _masked(leaves: Sequence[Any], at_matrix: Mapping[int, Any]) -> list[Any]:

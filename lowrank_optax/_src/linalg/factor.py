@@ -88,7 +88,7 @@ def _filled(a: Array) -> Array:
     largest = jnp.max(jnp.abs(y), axis=-2, keepdims=True)
     y = unit_columns(y / jnp.where(largest > 0, largest, 1.0))
     m, r = y.shape[-2:]
-    return y + 1e-6 * m**-0.5 * random.filler(m, r).astype(y.dtype)
+    return y + 2e-6 * m**-0.5 * random.spread(m, r).astype(y.dtype)
 
 
 def _passes(r: int) -> int:
@@ -96,7 +96,7 @@ def _passes(r: int) -> int:
 
     Each lifts a small one by the root of the shift, a hundredfold or more.
     """
-    return 4 if r <= small.WIDEST else 5 if r <= 256 else 6
+    return 4 if r <= 64 else 5 if r <= 256 else 6
 
 
 def _whiten(y: Array) -> tuple[Array, Array]:

@@ -105,6 +105,16 @@ def filler(rows: int, cols: int) -> jax.Array:
     return signs(jnp.uint32(125), rows, cols, jnp.float32)
 
 
+def spread(rows: int, cols: int) -> jax.Array:
+    """A fixed (rows, cols) matrix of numbers in (-1, 1), far from any that is given.
+
+    No sum of a few of its entries is zero, as it often is with signs: what is added of
+    it to dependent columns makes them independent.
+    """
+    h = _hash(jnp.uint32(125), (rows, cols))
+    return ((h >> 9).astype(jnp.float32) + 0.5) * 2.0**-22 - 1.0
+
+
 def over_keys(key: jax.Array, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """``function`` of each key of a stack; of the words of a key that is not typed."""
     if not _is_typed(key):  # as jax.random.PRNGKey makes them

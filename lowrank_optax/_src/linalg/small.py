@@ -48,13 +48,15 @@ def pivoted_inverse(
     It is not triangular then.
     """
     k = gram.shape[-1]
-    # Of equal ones the first.
-    favour = 1 - 1e-6 * jnp.arange(k, dtype=gram.dtype)
 
     def choose(j, left):
-        left = jnp.where(left > 0, left * favour, left / favour)
         largest = functools.reduce(jnp.maximum, [left[:, i] for i in range(k)])
-        return left == largest[:, None]
+        # One row only: the first of equal ones.
+        found, chosen = jnp.zeros(left.shape[:1], bool), []
+        for i in range(k):
+            chosen.append((left[:, i] == largest) & ~found)
+            found = found | chosen[-1]
+        return jnp.stack(chosen, axis=-1)
 
     return _eliminate(gram, choose, least, unroll)
 

@@ -81,9 +81,9 @@ def across(
       stacks: arrays of matrices.
     """
     columns = list(stacks)
-    groups: dict[tuple[int, ...], list[int]] = {}
+    groups: dict[object, list[int]] = {}
     for i, x in enumerate(columns):
-        groups.setdefault(x.shape[1:], []).append(i)
+        groups.setdefault((x.shape[1:], x.dtype), []).append(i)
     found: dict[int, jax.Array] = {}
     for members in groups.values():
         result = function(_concatenate([columns[i] for i in members]))
@@ -93,10 +93,8 @@ def across(
 
 
 def _concatenate(arrays: list[jax.Array]) -> jax.Array:
-    # By rows: an axis of one before them would make each array anew for this.
-    rows, cols = arrays[0].shape[-2:]
-    flat = jnp.concatenate([x.reshape(-1, cols) for x in arrays])
-    return flat.reshape(-1, rows, cols)
+    # By matrices: rows and columns may be sharded, and would be moved.
+    return jnp.concatenate([x.reshape(-1, *x.shape[-2:]) for x in arrays])
 
 
 def _split(x: jax.Array, sizes: list[int], count: jax.Array | None) -> list[jax.Array]:

@@ -107,8 +107,9 @@ def scale_by_adam_mini(
             nu = b2 * nus[i] + (1 - b2) * jnp.mean(g**2, axis=-2, keepdims=True)
             size = jnp.sqrt(nu / (1 - b2**t)) + eps
             out.append(view.leaf(mu / (1 - b1**t) / size))
-            new, old = (view.leaf(mu, mus[i].dtype), nu), (mus[i], nus[i])
-            mus[i], nus[i] = accept_leaf(new, old, out[i])
+            old = view.matrix(mus[i]), nus[i]
+            mu, nus[i] = accept_leaf((mu, nu), old, out[i])
+            mus[i] = view.leaf(mu, mus[i].dtype)
             order.end((out[i], mus[i], nus[i]))
         state = AdamMiniState(t, treedef.unflatten(mus), treedef.unflatten(nus))
         return treedef.unflatten(out), state

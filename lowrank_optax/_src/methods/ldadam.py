@@ -9,7 +9,8 @@ import optax
 from jax.typing import ArrayLike
 
 from lowrank_optax._src import linalg
-from lowrank_optax._src.engines.accept import accept_leaf
+from lowrank_optax._src.engines.accept import all_finite, tree_where
+from lowrank_optax._src.engines.order import wait
 from lowrank_optax._src.engines.rules import leafwise
 from lowrank_optax._src.leaves.matrix import Matrices
 from lowrank_optax._src.linalg import matmul
@@ -167,9 +168,14 @@ class LDAdam:
         mu = b1 * carried + (1 - b1) * r
         nu = b2 * nu + (1 - b2) * r**2
         direction = mu / (1 - b1**t) / (jnp.sqrt(nu / (1 - b2**t)) + self.eps)
-        new = LDAdamState(basis, error, mu, nu)
         update = grad.of(grad.order(matmul(basis, direction)))
-        return update, accept_leaf(new, state, update.array)
+        # Moments and basis belong together; the error is looked at where it is written.
+        ok = wait(all_finite((basis, mu, nu)), [update.array])
+        new = tree_where(ok, LDAdamState(basis, error, mu, nu), state)
+        if self.error_feedback:
+            error = jnp.where(jnp.isfinite(new.error), new.error, state.error)
+            new = new._replace(error=error)
+        return update, new
 
     def finish(self, found, states, count):
         return found

@@ -302,8 +302,8 @@ def _accept(codes, olds, owners) -> list[tuple[Array, Array]]:
         for left, right in codes
     ]
     owner = np.concatenate(owners)
-    same = owner[:, None] == owner
-    ok = jnp.all(jnp.concatenate(each) | ~same, axis=-1)
+    leaves = jnp.ones(int(owner.max(initial=-1)) + 1, jnp.int32)
+    ok = leaves.at[owner].min(jnp.concatenate(each).astype(jnp.int32))[owner] > 0
     kept, start = [], 0
     for code, old in zip(codes, olds, strict=True):
         here = ok[start : start + len(code[0])][:, None, None]
@@ -364,8 +364,9 @@ def negative_mean(left: Array, right: Array) -> Float[Array, "*b 1 1"]:
 
     def by_blocks(left, right):
         # XLA's CPU backend would store the product: there, of some rows at a time.
-        blocks = math.gcd(left.shape[-2], 16)
-        rows = jnp.stack(jnp.split(left, blocks, axis=-2))
+        *batch, m, r = left.shape
+        blocks = math.gcd(m, 16)
+        rows = jnp.moveaxis(left.reshape(*batch, m // blocks, blocks, r), -2, 0)
 
         def add(total, block):
             return jax.tree.map(jnp.add, total, sums(block, right)), None

@@ -105,7 +105,8 @@ class FiraResidual:
         if self.reference is not None:
             b1, b2 = self.reference
             age = age + 1
-            size = size * (1 - b1**age) / jnp.sqrt(1 - b2**age)
+            t = age.astype(size.dtype)  # of wide integers, powers would be wider
+            size = size * (1 - b1**t) / jnp.sqrt(1 - b2**t)
         factor, norm = _limit_growth(self.limiter, size, state.norm)
         return factor, FiraState(norm, age)
 
@@ -353,7 +354,8 @@ def _largest_entries(basis, moment, count):
     def merge(best, block):
         start = block * rows
         part = jax.lax.dynamic_slice_in_dim(padded, start, rows, axis=-2)
-        place = jnp.broadcast_to(start * n + jnp.arange(rows * n), (*batch, rows * n))
+        places = jnp.arange(rows * n, dtype=jnp.int32)
+        place = jnp.broadcast_to(start * n + places, (*batch, rows * n))
         size = jnp.abs(matmul(part, moment)).reshape(place.shape)
         size = jnp.where(place < m * n, size, -1.0)
         place = jnp.concatenate([best[1], place], axis=-1)
@@ -362,4 +364,4 @@ def _largest_entries(basis, moment, count):
 
     nothing = jnp.full((*batch, count), -1.0, moment.dtype)
     start = (nothing, jnp.zeros(nothing.shape, jnp.int32))
-    return jax.lax.scan(merge, start, jnp.arange(blocks))[0][1]
+    return jax.lax.scan(merge, start, jnp.arange(blocks, dtype=jnp.int32))[0][1]
