@@ -44,7 +44,9 @@ def unit_scale(a: Array) -> tuple[Array, Array]:
     of a matrix whose largest entry is about 1 do not. Nothing is rounded.
     """
     a = at_least_float32(a)
-    inverse, scale = power_of_two(jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True))
+    largest = jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True)
+    # A zero matrix is not scaled: its derivative would be the inverse of nothing.
+    inverse, scale = power_of_two(jnp.where(largest == 0, 1.0, largest))
     return a * inverse, scale
 
 
