@@ -44,7 +44,7 @@ def ci() -> list[Key]:
     LDAdam, which decomposes in every step.
     """
     late = {("v5e", "ldadamw")}
-    kernels = {"adamw_8bit", "galore_adamw", "mlorc_adamw", "mlorc_lion"}
+    kernels = {"adamw_8bit", "mlorc_adamw"}
     return [
         key
         for target, shapes in (("h100", "leaf"), ("v5e", "leaf-ordinary"))

@@ -127,7 +127,8 @@ class Codec(Protocol):
 
     A codec whose code needs numbers of the whole matrix first, such as scales, may have
     ``measure(x)`` for these and ``encode_by(measured, x)``. Whether to accept a code is
-    then known before it is written.
+    then known before it is written. ``elementwise = True`` says that a codec needs no
+    rows and columns.
     """
 
     def init(self, view: MatrixView) -> NamedTuple:
@@ -149,7 +150,12 @@ class Codec(Protocol):
 
 @runtime_checkable
 class Rule(Protocol):
-    """A whole update rule on one matrix, for `leafwise`."""
+    """A whole update rule on one matrix, for `leafwise`.
+
+    A rule whose state needs a first gradient may have ``unset(state)``, a scalar
+    predicate, and ``begin(grad, state)``, the state that this gradient gives; one
+    conditional a step asks all matrices.
+    """
 
     def init(self, view: MatrixView) -> NamedTuple:
         """State by field; a field that the dense optimizer has too is kept there."""
