@@ -38,19 +38,18 @@ def whole() -> list[Key]:
 
 
 def ci() -> list[Key]:
-    """Every method on one matrix, and a few kernels: some minutes.
+    """Every method on one matrix, and a few on a TPU: some minutes.
 
-    On the TPU without refreshes, of which each takes minutes to compile, and without
-    LDAdam, which decomposes in every step.
+    On the TPU without refreshes, of which each takes minutes to compile.
     """
-    late = {("v5e", "ldadamw")}
     kernels = {"adamw_8bit", "mlorc_adamw"}
+    on_tpu = {"adam_mini", "adamw_8bit", "apollo_adamw", "galore_adamw", "mlorc_lion"}
     return [
         key
         for target, shapes in (("h100", "leaf"), ("v5e", "leaf-ordinary"))
         for key in keys((target,), (shapes,), ("float32",), ("xla", "pallas"))
-        if CASES[key.case].own and (key.target, key.case) not in late
-        if key.tier == "xla" or key.case in kernels
+        if CASES[key.case].own and (target == "h100" or key.case in on_tpu)
+        if key.tier == "xla" or (target == "h100" and key.case in kernels)
     ]
 
 
