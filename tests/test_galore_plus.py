@@ -340,8 +340,10 @@ def test_the_residual_needs_no_large_temporary():
         update = jax.jit(tx.update, donate_argnums=(0, 1)).lower(params, state)
         return update.compile().memory_analysis().temp_size_in_bytes
 
-    # What is kept takes 1% of m n, rows and columns of factors for it 77%.
-    assert temporary(0.012) - temporary(0) < 0.3 * 4 * m * n
+    # Beside the refresh and the update of m n numbers. What is kept takes 1% of m n,
+    # rows and columns of factors for it would take 77%.
+    assert temporary(0) < 1.4 * 4 * m * n
+    assert temporary(0.012) < 1.8 * 4 * m * n
 
 
 @pytest.mark.parametrize(
