@@ -356,7 +356,8 @@ def test_methods_lower_on_shapes_of_llama_7b(name, rank, platform):
             jax.jit(tx.update), platforms=[platform], disabled_checks=unchecked
         )
         text = export(params, jax.eval_shape(tx.init, params), params).mlir_module()
-    calls = len(LLAMA_7B) * CALLS_A_LEAF[name]
+    # Wide factors are left to XLA: their product would be stored beside a kernel.
+    calls = 0 if rank > 16 else len(LLAMA_7B) * CALLS_A_LEAF[name]
     assert text.count(f"@{CALLS[platform]}") == calls
 
 
