@@ -484,7 +484,7 @@ class Feedback:
         return grad + state.value
 
     def recover(self, grad, coeff, direction, basis, scale, state):
-        rest = grad - basis @ coeff
+        rest = grad.matrix - basis @ coeff
         return scale * (basis @ direction) + 0.1 * rest, Error(rest)
 
 

@@ -1,6 +1,6 @@
 """An optimizer's update, one group of leaves at a time."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from lowrank_optax._src.leaves.fields import Layout, by_field, by_leaf
 
 Leaves = Mapping[int, Any]  # by the number of the parameter's leaf
 Moments = Mapping[int, Mapping[str, Any]]  # by leaf, and by field
+Numbers = frozenset[int]
 
 
 class ByLeaves:
@@ -63,6 +64,8 @@ class ByLeaves:
         closed, shapes = jax.make_jaxpr(
             lambda *args: update(*structure.unflatten(args)), return_shape=True
         )(*args)
+        owners = self._owners(structure.unflatten(range(len(args))))
+        closed = _open(closed, [owners.get(k, frozenset()) for k in range(len(args))])
         self._jaxpr = closed.jaxpr
         self._inputs = structure.unflatten(closed.jaxpr.invars)
         made = jax.tree.unflatten(jax.tree.structure(shapes), closed.jaxpr.outvars)
@@ -78,14 +81,18 @@ class ByLeaves:
                 self._know(var, x)
         self._compute(None)
 
-    def _meet(self) -> dict[int, int]:
-        """The first leaf of each leaf's group; and the equations of each group."""
-        updates, entries, params = self._inputs
+    def _owners(self, inputs: Any) -> dict[Any, frozenset[int]]:
+        """To which leaf each of the inputs belongs, if to any."""
+        updates, entries, params = inputs
         owned = [*updates.items(), *(params or {}).items()]
         owned += [
             (w[1], x) for w, x in zip(self._layout.where, entries, strict=True) if w
         ]
-        owner = {var: i for i, x in owned for var in jax.tree.leaves(x)}
+        return {k: frozenset([i]) for i, x in owned for k in jax.tree.leaves(x)}
+
+    def _meet(self) -> dict[int, int]:
+        """The first leaf of each leaf's group; and the equations of each group."""
+        owner = {x: min(i) for x, i in self._owners(self._inputs).items()}
         group = {i: i for i in sorted(set(owner.values()))}
         owners: list[int | None] = []
         for equation in self._jaxpr.eqns:
@@ -149,13 +156,76 @@ class ByLeaves:
         made = [x for equation in equations for x in equation.outvars]
         read = (x for equation in equations for x in _variables(equation.invars))
         given = [x for x in dict.fromkeys(read) if x in self._known]
-        names = self._jaxpr.debug_info._replace(arg_names=None, result_paths=None)
-        part = self._jaxpr.replace(
-            constvars=[], invars=given, outvars=made, eqns=equations, debug_info=names
-        )
-        run = core.jaxpr_as_fun(core.ClosedJaxpr(part, []))
-        results = run(*(self._known[x] for x in given))
+        part = _part(self._jaxpr, given, made, equations)
+        results = part(*(self._known[x] for x in given))
         self._known |= zip(made, results, strict=True)
+
+
+def _part(jaxpr, given, made, equations) -> Callable[..., list[Any]]:
+    """Some equations of a program as a function."""
+    names = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
+    part = jaxpr.replace(
+        constvars=[], invars=given, outvars=made, eqns=equations, debug_info=names
+    )
+    return core.jaxpr_as_fun(core.ClosedJaxpr(part, []))
+
+
+def _open(closed: core.ClosedJaxpr, owners: list[Numbers]) -> core.ClosedJaxpr:
+    """The program with the compiled functions in it written out that join leaves.
+
+    Optax compiles some functions of whole trees, which newer releases of JAX keep apart
+    in a program. Their leaves do not meet for that.
+    """
+
+    whose = dict(zip(closed.jaxpr.invars, owners, strict=True))
+    joining = False
+    for equation in closed.jaxpr.eqns:
+        sets = [whose.get(x, frozenset()) for x in _variables(equation.invars)]
+        joined = frozenset().union(*sets)
+        joining |= len(joined) > 1 and _function(equation) is not None
+        whose |= dict.fromkeys(equation.outvars, joined)
+    if not joining:
+        return closed
+
+    def run(*args):
+        return _evaluate(closed.jaxpr, closed.consts, args, owners)[0]
+
+    return jax.make_jaxpr(run)(*closed.in_avals)
+
+
+def _function(equation: core.JaxprEqn) -> core.ClosedJaxpr | None:
+    """The program of a compiled function that is called."""
+    called = equation.primitive.name in ("jit", "pjit")
+    return equation.params["jaxpr"] if called else None
+
+
+def _evaluate(jaxpr, consts, args, owners) -> tuple[list[Any], list[Numbers]]:
+    """The results of a program, and the leaves that each depends on."""
+    known = dict(zip(jaxpr.constvars, consts, strict=True))
+    known |= zip(jaxpr.invars, args, strict=True)
+    whose = dict(zip(jaxpr.invars, owners, strict=True))
+
+    def read(x):
+        if isinstance(x, core.Var):
+            return known[x], whose.get(x, frozenset())
+        return x.val, frozenset()
+
+    for equation in jaxpr.eqns:
+        pairs = [read(x) for x in equation.invars]
+        values, sets = [v for v, _ in pairs], [i for _, i in pairs]
+        joined = frozenset().union(*sets)
+        inner = _function(equation)
+        if inner is not None and len(joined) > 1:
+            results, of = _evaluate(inner.jaxpr, inner.consts, values, sets)
+        else:
+            given = dict.fromkeys(_variables(equation.invars))
+            part = _part(jaxpr, list(given), equation.outvars, [equation])
+            results = part(*(known[x] for x in given))
+            of = [joined] * len(results)
+        known |= zip(equation.outvars, results, strict=True)
+        whose |= zip(equation.outvars, of, strict=True)
+    pairs = [read(x) for x in jaxpr.outvars]
+    return [v for v, _ in pairs], [i for _, i in pairs]
 
 
 def _variables(atoms: Iterable[Any]) -> Iterator[core.Var]:
