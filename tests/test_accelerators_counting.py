@@ -339,7 +339,7 @@ def test_a_kernel_with_a_loop_of_unknown_length_is_refused():
 
 
 def test_the_kernels_of_a_platform_count_for_it():
-    tx = lro.galore_adamw(1e-3, rank=16, side="long")
+    tx = lro.mlorc_adamw(1e-3)
     params = {"w": jax.ShapeDtypeStruct((128, 512), jnp.float32)}
     state = jax.eval_shape(tx.init, params)
     with lro.kernels.dispatch("pallas"):
@@ -347,10 +347,11 @@ def test_the_kernels_of_a_platform_count_for_it():
             params, state, params
         )
     for platform in ("cuda", "tpu"):
-        (moved,) = pallas.traffic(traced.jaxpr.jaxpr, platform).values()
-        # The gradient is read once, whatever the tiles, and the update written once.
-        full = [x for x in moved if x >= 4 * 128 * 512]
-        assert full[0] == full[-1] == 4 * 128 * 512
+        passes = pallas.traffic(traced.jaxpr.jaxpr, platform).values()
+        assert len(passes) == 2
+        for moved in passes:
+            # Each reads the gradient once, whatever the tiles; the update is XLA's.
+            assert [x for x in moved if x >= 4 * 128 * 512] == [4 * 128 * 512]
         assert not pallas.imprecise(traced.jaxpr.jaxpr, platform)
 
 
