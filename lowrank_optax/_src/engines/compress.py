@@ -333,7 +333,7 @@ class _Compression:
                     measured,
                     out[i],
                 )
-            order.end([(out[i], new[i]) for i in group])
+            order.end([new[i] for i in group])
         new_state = CompressState(
             step=increment(state.step), inner_state=inner.state(new), own=state.own
         )

@@ -200,7 +200,7 @@ class _Leafwise:
                 with jax.named_scope(v.path):
                     parts, state = (rule, k, nameless(v)), order.start(old[i])
                     out[i], found[i] = _wide(parts, step, grads[i], state, own)
-                order.end((out[i], found[i]))
+                order.end(found[i])
             given = finish(list(found.values()), states, step) if found else []
         return out, dict(zip(views, given, strict=True))
 

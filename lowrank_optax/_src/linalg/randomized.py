@@ -47,9 +47,7 @@ def range_finder(
     y = linalg.sketch(a, omega * unit)
     for _ in range(power_iters):
         y = linalg.cholesky_pass(linalg.near_one(y))
-        z = linalg.sketch(a.mT, y * unit)
-        if power_iters > 1:  # of one iteration, the squares do not lose more than it
-            z = linalg.cholesky_pass(linalg.near_one(z))
+        z = linalg.cholesky_pass(linalg.near_one(linalg.sketch(a.mT, y * unit)))
         y = linalg.sketch(a, z * unit)
     return linalg.orthonormalize(y)
 

@@ -196,7 +196,7 @@ class LDAdam:
         return state._replace(basis=linalg.gram_eigh(grad, state.basis.shape[-1])[0])
 
     def unset(self, state):
-        """Whether there is none yet: an unusable gradient leaves it at zero."""
+        """Whether there is none yet; a gradient that is not finite leaves none."""
         return jnp.all(state.basis == 0)
 
 

@@ -22,13 +22,8 @@ def optimizer(
     mask: Mask,
 ) -> optax.GradientTransformationExtraArgs:
     """A method, decoupled weight decay (``mask`` as in optax), and a learning rate."""
-    decay = optax.add_decayed_weights(weight_decay, mask)
-    if isinstance(weight_decay, (int, float)) and weight_decay == 0:
-        # Zero times the weights would be added: on GPU they are read once more for it.
-        nothing = optax.identity().update
-        decay = optax.GradientTransformation(decay.init, nothing)
     return optax.chain(
         method,
-        decay,
+        optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )

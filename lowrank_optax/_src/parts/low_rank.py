@@ -192,7 +192,7 @@ class Average:
     it is sketched, and by `with_kept` after the last product with G.
 
     Attributes:
-      kept: ``L R Omega``; None to make it here.
+      kept: ``L R Omega``; None where there is no Omega, and A is its own sketch.
     """
 
     decay: Any
@@ -202,8 +202,6 @@ class Average:
 
     def first(self, omega: Array) -> Array:
         """``A Omega``."""
-        if self.kept is None:
-            return self.sketch(omega)
         return self.decay * self.kept + (1 - self.decay) * self.grad.sketch(omega)
 
     def last(self, q: Array) -> Array:

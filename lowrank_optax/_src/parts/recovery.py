@@ -92,9 +92,7 @@ class FiraResidual:
             size = jnp.sqrt(jnp.sum(phi**2 * jnp.maximum(outside, 0.0), (-2, -1)))
             factor, state = self._limit(size, state)
             phi = phi * factor[..., None, None]
-        # With phi as the last factor, and known before: XLA then makes all of it where
-        # it makes the product, and adds it to the weights there.
-        phi = jax.lax.optimization_barrier(phi)
+        # With phi as the last factor, XLA adds the gradient where it makes the product.
         unit = jnp.where(phi > 0, direction / jnp.where(phi > 0, phi, 1.0), 0.0)
         within = matmul(basis, scale * unit - share * coeff)
         return grad.of((grad.array + grad.order(within)) * grad.order(phi)), state
