@@ -9,7 +9,7 @@ import reference
 from running import norm, random_grads, random_like, relative_error, run
 
 import lowrank_optax as lro
-from lowrank_optax._src.engines import compress
+from lowrank_optax._src.engines import coded
 
 ADAM, MOMENTUM = optax.scale_by_adam(), optax.trace(0.9)
 GAUSSIAN, ORTHONORMAL = lro.RandomGaussian(), lro.RandomOrthonormal()
@@ -400,7 +400,7 @@ def test_the_state_is_the_sum_of_its_parts(name):
 @pytest.mark.parametrize("name", [*FOLLOWED, *STORED])
 def test_compositions_learn_and_outlast_bad_gradients(name, monkeypatch):
     # So that small matrices are stored in bytes as large ones are.
-    monkeypatch.setattr(compress, "ELEMENTWISE_MIN_SIZE", 8)
+    monkeypatch.setattr(coded, "ELEMENTWISE_MIN_SIZE", 8)
     tx = STORED[name][0](3) if name in STORED else FOLLOWED[name][0]
     start = params = random_like({"query": (6, 8), "bias": (3,)}, 0)
     state, update = tx.init(params), jax.jit(tx.update)

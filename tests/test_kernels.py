@@ -59,7 +59,7 @@ def test_the_tier_is_part_of_the_key_of_each_compilation():
 
     @jax.jit
     def step(grads):
-        traced.append(kernels_in(tx.update, grads, state))
+        traced.append(kernels_in(tx.update, grads, state, params))
         return grads
 
     for _ in range(2):  # the second time from the cache
@@ -75,7 +75,7 @@ def test_the_tier_is_part_of_the_key_of_each_compilation():
 def test_the_tier_holds_within_its_block_alone():
     tx = METHODS["mlorc"](2)
     params = {"w": jnp.ones((24, 40))}
-    count = functools.partial(kernels_in, tx.update, params, tx.init(params))
+    count = functools.partial(kernels_in, tx.update, params, tx.init(params), params)
     with interpreted("tpu"):
         with lro.kernels.dispatch("xla"):
             assert count() == 0
@@ -101,7 +101,7 @@ def test_kernels_are_refused_where_they_cannot_run():
     params = {"w": jnp.ones((24, 40))}
     with lro.kernels.dispatch("pallas"):
         with pytest.raises(ValueError, match="Only interpret mode .* on CPU"):
-            jax.jit(tx.update)(params, tx.init(params))
+            jax.jit(tx.update)(params, tx.init(params), params)
 
 
 @pytest.mark.parametrize(
@@ -330,7 +330,7 @@ def test_a_leaf_that_lies_transposed_is_not_moved():
     tx = METHODS["mlorc"](2)
     params = {"w": jnp.ones((96, 64))}
     with interpreted("tpu"):
-        compiled = jax.jit(tx.update).lower(params, tx.init(params)).compile()
+        compiled = jax.jit(tx.update).lower(params, tx.init(params), params).compile()
     lines = compiled.as_text().splitlines()
     # Tiles are turned within the interpreter's loop, which is in registers on a device.
     turned = re.compile(r"= f32\[(1,)?64,96\]\S* (transpose|copy)\(")

@@ -49,3 +49,14 @@ def test_empty_leaves_take_no_turn(name):
     updates, _ = tx.update(params, tx.init(params), params)
     assert updates["b"].shape == (0,)
     assert jnp.isfinite(updates["c"]).all() and updates["c"].any()
+
+
+def test_on_gpu_no_order_waits_for_an_update():
+    # A barrier on an update would have it stored before it is added to the weights.
+    tx = METHODS["mlorc_adamw"]()
+    params = {f"w{i}": jax.ShapeDtypeStruct(SHAPE, jnp.float32) for i in range(3)}
+    state = jax.eval_shape(tx.init, params)
+    export = jax.export.export(jax.jit(tx.update), platforms=["cuda"])
+    lines = export(params, state, params).mlir_module().splitlines()
+    barriers = [x for x in lines if "optimization_barrier" in x]
+    assert barriers and not [x for x in barriers if "256x384xf32" in x]

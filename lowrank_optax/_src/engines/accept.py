@@ -1,7 +1,6 @@
 """What is not finite never becomes state."""
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -58,15 +57,3 @@ def accept_leaf(new: Any, old: Any, direction: jax.Array) -> Any:
         return jnp.where(each if x.size == direction.size else ok, x, y)
 
     return jax.tree.map(pick, new, old)
-
-
-def accept_elements(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
-    """The new moments of a leaf, number by number where they all are finite.
-
-    The numbers of one place in all fields belong together. Fields of several shapes,
-    as factored moments have, are accepted as a whole or not at all.
-    """
-    if len({x.shape for x in new.values()}) != 1:
-        return accept_finite(dict(new), dict(old))
-    each = [jnp.isfinite(x) for x in new.values()]
-    return tree_where(functools.reduce(jnp.logical_and, each), dict(new), dict(old))

@@ -9,13 +9,22 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax._src.engines.accept import (
-    accept_elements,
     accept_finite,
+    accept_leaf,
     all_finite,
     increment,
     tree_where,
 )
 from lowrank_optax._src.engines.around import ByLeaves
+from lowrank_optax._src.engines.coded import (
+    Coded,
+    code_view,
+    decode,
+    encode,
+    encode_by,
+    is_elementwise,
+    measured_by,
+)
 from lowrank_optax._src.engines.order import Order, wait
 from lowrank_optax._src.kernels.adam import Adam
 from lowrank_optax._src.kernels.dispatch import active
@@ -27,27 +36,21 @@ from lowrank_optax._src.leaves.box import (
     value_of,
 )
 from lowrank_optax._src.leaves.choose import view_dense, view_leaves
-from lowrank_optax._src.leaves.context import accumulating, layer_depth
+from lowrank_optax._src.leaves.context import accumulating
 from lowrank_optax._src.leaves.fields import (
     StateFields,
     Where,
-    by_field,
     by_leaf,
     field_name,
     fit_boxes,
     is_part_of_code,
 )
-from lowrank_optax._src.leaves.keys import leaf_seed, matrix_keys
+from lowrank_optax._src.leaves.keys import leaf_seed
 from lowrank_optax._src.leaves.matrix import MatrixView
 from lowrank_optax._src.leaves.paths import flatten, full_precision
 from lowrank_optax._src.parts import compatible
 from lowrank_optax._src.parts.laws import Codec
-from lowrank_optax._src.parts.part import compiled
 from lowrank_optax._src.parts.transfer import FIRST_MOMENTS, SECOND_MOMENTS
-
-# Smaller leaves stay as they are under an element-wise codec (int8, cast).
-ELEMENTWISE_MIN_SIZE = 4096
-
 
 # What a field requires of its codec.
 _REQUIRED = {
@@ -186,9 +189,6 @@ def compress_fields(
     return transformation(engine.init, engine.update)
 
 
-Coded = dict[Where, tuple[Codec, MatrixView]]
-
-
 @dataclasses.dataclass(frozen=True)
 class _Compression:
     """The arguments of `compress_fields`, and what is done with them."""
@@ -205,7 +205,7 @@ class _Compression:
     ) -> tuple[list[Any], Coded]:
         """How each leaf is seen, and the codec of each coded moment with its view."""
         codec_of = self.choose(names) if flatten(tree)[1] else {}
-        if all(map(_elementwise, codec_of.values())):
+        if all(map(is_elementwise, codec_of.values())):
             views = view_dense(tree, creating)
         else:
             views = view_leaves(tree, self.matrices, creating=creating)
@@ -213,7 +213,7 @@ class _Compression:
             (name, i): (codec_of[name], view)
             for (name, i), x in moments.items()
             if name in codec_of
-            and (view := _code_view(codec_of[name], views[i], x)) is not None
+            and (view := code_view(codec_of[name], views[i], x)) is not None
         }
         wanted = {i for name, i in moments if name in codec_of}
         if not coded and any(isinstance(views[i], MatrixView) for i in wanted):
@@ -257,7 +257,7 @@ class _Compression:
         for w, x in start.items():
             plain = jax.tree.map(value_of, codes[w], is_leaf=is_variable)
             view = coded[w][1]
-            code = self._encode(w, coded, view.matrix(x), plain, step)
+            code = self._encode_at(w, coded, view.matrix(x), plain, step)
             codes[w] = jax.tree.map(
                 lambda old, new: old.replace(new) if is_variable(old) else new,
                 codes[w],
@@ -266,12 +266,12 @@ class _Compression:
             )
         return CompressState(step, layout.set(state, codes), {})
 
-    def _encode(self, w: Where, coded: Coded, x: jax.Array, old: Any, step) -> Any:
+    def _encode_at(self, w: Where, coded: Coded, x: jax.Array, old: Any, step) -> Any:
         codec, view = coded[w]
         seed = leaf_seed(self.key, view.path)
         field = "" if getattr(codec, "one_key", False) else w[0]
         parts = codec, field, view.batch_shape
-        return _encode(parts, seed, step, x, old)
+        return encode(parts, seed, step, x, old)
 
     def update(self, updates, state, params=None, **extra):
         treedef = jax.tree.structure(updates)
@@ -320,7 +320,7 @@ class _Compression:
             seen = {i: leaves[i] for i in group}
             seen_weights = {} if weights is None else {i: weights[i] for i in group}
             directions, found = inner.step(seen, moments, seen_weights)
-            measured = _measured(coded, found)
+            measured = measured_by(coded, found)
             for i in group:
                 out[i] = directions[i].astype(given[i].dtype)
                 new[i] = self._code(
@@ -351,10 +351,10 @@ class _Compression:
             codec, view = coded[name, i]
             if (name, i) in measured:
                 parts, scale = codec, measured[name, i]
-                new[name] = _encode_by(parts, scale, view.matrix(x))
+                new[name] = encode_by(parts, scale, view.matrix(x))
             else:
                 given = view.matrix(x), old[name], step
-                new[name] = self._encode((name, i), coded, *given)
+                new[name] = self._encode_at((name, i), coded, *given)
             if accumulating() == "add":  # most often, only the sum has changed
                 changed = jnp.any(x != before[name])
                 new[name] = tree_where(changed, new[name], old[name])
@@ -365,15 +365,7 @@ class _Compression:
             rest = [x for name, x in new.items() if (name, i) not in measured]
             ok = wait(all_finite((scales, rest)), [direction])
             return tree_where(ok, new, old)
-        return accept_elements(new, old)
-
-
-def decode(coded: Coded, w: Where, code: Any) -> Any:
-    """A moment at full size, as the inner optimizer knows it."""
-    if w not in coded:
-        return code
-    codec, view = coded[w]
-    return view.leaf(_decode(codec, code))
+        return accept_leaf(new, old, direction)
 
 
 def _check_start(largest: Mapping[Where, jax.Array], views: list[Any]) -> None:
@@ -393,56 +385,3 @@ def _passes(adam: Adam, coded: Any) -> dict[int, Callable[..., Any]]:
     from lowrank_optax._src.kernels import int8
 
     return int8.passes(adam, coded)
-
-
-@compiled
-def _decode(codec, code):
-    return codec.decode(code)
-
-
-def _measured(coded: Coded, found: Mapping[int, Any]) -> dict[Where, Any]:
-    """What codecs measure of the moments before they encode them."""
-    return {
-        w: _measure(coded[w][0], coded[w][1].matrix(x))
-        for w, x in by_field(found).items()
-        if w in coded and hasattr(coded[w][0], "measure")
-    }
-
-
-@compiled
-def _measure(codec, x):
-    return codec.measure(x)
-
-
-@compiled
-def _encode_by(codec, measured, x):
-    return codec.encode_by(measured, x)
-
-
-@compiled
-def _encode(parts, seed, step, x, old):
-    codec, field, batch = parts
-    return codec.encode(matrix_keys(seed, step, batch, field), x, old)
-
-
-def _elementwise(codec: Codec) -> bool:
-    return getattr(codec, "elementwise", False)
-
-
-def _code_view(codec: Codec, view: Any, leaf: Any) -> MatrixView | None:
-    """How a codec sees a moment, or None where it stays as it is."""
-    moment = value_of(leaf)
-    if not jnp.issubdtype(moment.dtype, jnp.floating):
-        return None
-    if _elementwise(codec):
-        if moment.size * layer_depth() < ELEMENTWISE_MIN_SIZE:
-            return None
-    elif not isinstance(view, MatrixView) or moment.ndim < 2:
-        return None
-    if moment.shape != view.shape:
-        return matrix.last_axes_view(view.path, leaf)
-    if isinstance(view, MatrixView):
-        return dataclasses.replace(view, dtype=moment.dtype)
-    source = moment if view.source is None else view.source
-    seen = matrix.last_axes_view(view.path, source)
-    return dataclasses.replace(seen, dtype=moment.dtype)

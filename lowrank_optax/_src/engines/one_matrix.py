@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._src.engines.accept import all_finite, tree_where
+from lowrank_optax._src.engines.accept import accept_finite, all_finite, tree_where
 from lowrank_optax._src.engines.order import Order
 from lowrank_optax._src.leaves.keys import Seed, matrix_keys
 from lowrank_optax._src.leaves.matrix import MatrixView
@@ -113,6 +113,14 @@ class Matrix(NamedTuple):
     def renewed(self, now: Renewal, due: jax.Array) -> "Matrix":
         own = self.own._replace(basis=now.basis)
         return self._replace(own=own, due=due, share=now.share, size=now.size)
+
+    def counted(self, refresh: Refresh, size: jax.Array, first: Any = True) -> Any:
+        """The rule's state after a step whose projected gradient had this norm."""
+        due, share = jnp.asarray(self.due), jnp.asarray(self.share)
+        size = jnp.where(due, self.size, size)
+        after = refresh.after(self.own.refresh, due, size, share)
+        after = tree_where(due | first, after, self.own.refresh)
+        return accept_finite(after, self.own.refresh)
 
     def after(self, order: Order) -> "Matrix":
         """The same, not before the matrix stepped last has ended."""

@@ -12,11 +12,12 @@ class Order:
 
     XLA's CPU backend orders by depth: it would first make the large temporaries of all
     leaves, and then use them. Measured there on the 56 matrices of LLaMA-60M, 96 MiB:
-    GaLore has 7.6 MiB of temporaries with an order and 153 without, MLorc 15 and 104.
+    GaLore has 6 MiB of temporaries with an order and 146 without, MLorc 13 and 105.
     GPU and TPU order by memory themselves, and a dependence would cost a fusion there,
     on a mesh a collective. But where a leaf has a dense temporary that is read twice,
     as the second moment of MLorc is, XLA's GPU backend makes those of several leaves in
-    one launch: 521 MiB instead of 190 for a layer of LLaMA-7B.
+    one launch: 521 MiB instead of 192 for a layer of LLaMA-7B. An order must not wait
+    for an update either: it would be stored (364 MiB, and a word more).
 
     Args:
       dense: whether leaves have such a temporary.

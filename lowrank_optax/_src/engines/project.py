@@ -11,10 +11,8 @@ from jax.typing import ArrayLike
 
 from lowrank_optax._src.engines import accumulation
 from lowrank_optax._src.engines.accept import (
-    accept_elements,
-    accept_finite,
+    accept_leaf,
     increment,
-    tree_where,
 )
 from lowrank_optax._src.engines.around import ByLeaves
 from lowrank_optax._src.engines.one_matrix import (
@@ -195,7 +193,8 @@ class _Projection:
         layout = self.fields.layout(proxies)
         self._check_leaves(views, layout)
         stored = is_stored(self.subspace)
-        phases = dict(zip(map(id, views), spread(_sizes(views)), strict=True))
+        sizes = [float(getattr(view, "size", 0)) for view in views]
+        phases = dict(zip(map(id, views), spread(sizes), strict=True))
         state = ProjectState(
             step=jnp.zeros([], jnp.int32),
             basis=tree(
@@ -270,14 +269,6 @@ class _Projection:
             leaves.matrices[i] = leaves.matrices[i].renewed(now, due[i])
             leaves.moments[i] = now.moments
 
-    def _count(self, x: Matrix, size: jax.Array, first: Any = True) -> Any:
-        """The rule's state after a step whose projected gradient had this norm."""
-        due, share = jnp.asarray(x.due), jnp.asarray(x.share)
-        size = jnp.where(due, x.size, size)
-        after = self.refresh.after(x.own.refresh, due, size, share)
-        after = tree_where(x.due | first, after, x.own.refresh)
-        return accept_finite(after, x.own.refresh)
-
     def add(
         self, updates: Any, state: ProjectState, first: jax.Array
     ) -> tuple[Any, ProjectState]:
@@ -287,8 +278,8 @@ class _Projection:
         low, own = list(leaves.low), {}
         for i, x in leaves.matrices.items():
             low[i] = x.down()
-            refresh = self._count(x, jnp.linalg.norm(low[i]), first)
-            own[i] = x.own._replace(refresh=refresh)
+            size = jnp.linalg.norm(low[i])
+            own[i] = x.own._replace(refresh=x.counted(self.refresh, size, first))
         inner_state = leaves.layout.set(state.inner_state, by_field(leaves.moments))
         return leaves.treedef.unflatten(low), leaves.store(state, own, inner_state)
 
@@ -328,6 +319,7 @@ class _Projection:
         )
         order, out, own, new = Order(), {}, {}, {}
         for group in inner.groups:
+            # These wait for the group before; what is kept is that of `leaves`.
             at = {i: leaves.matrices[i] for i in group if i in leaves.matrices}
             at = {i: x.after(order) for i, x in at.items()}
             seen = {i: leaves.low[i] if summed is None else summed[i] for i in group}
@@ -339,19 +331,17 @@ class _Projection:
                 given |= {i: x.down_weight(weights[i]) for i, x in at.items()}
             moments = {i: leaves.moments[i] for i in group}
             directions, found = inner.step(seen, moments, given)
-            for i in group:
-                if i not in at:
-                    out[i] = directions[i].astype(leaves.grads[i].dtype)
-                    new[i] = accept_elements(found[i], moments[i])
-                    continue
-                size = jnp.linalg.norm(seen[i])
-                out[i], recovery, new[i] = at[i].up(
-                    self.scale, seen[i], directions[i], found[i], moments[i]
-                )
-                kept = leaves.matrices[i].own._replace(recovery=recovery)
+            for i in set(group) - set(at):
+                out[i] = directions[i].astype(leaves.grads[i].dtype)
+                new[i] = accept_leaf(found[i], moments[i], out[i])
+            for i, x in at.items():
+                step = seen[i], directions[i], found[i], moments[i]
+                out[i], recovery, new[i] = x.up(self.scale, *step)
+                size, x = jnp.linalg.norm(seen[i]), leaves.matrices[i]
+                own[i] = x.own._replace(recovery=recovery)
                 if summed is None:
-                    kept = kept._replace(refresh=self._count(leaves.matrices[i], size))
-                own[i] = kept
+                    after = x.counted(self.refresh, size)
+                    own[i] = own[i]._replace(refresh=after)
                 order.end(size)
         state = leaves.store(state, own, inner.state(new))
         state = state._replace(step=increment(state.step))
@@ -388,10 +378,6 @@ class _Leaves:
                 column[i] = x
         basis, refresh, recovery = map(self.treedef.unflatten, columns)
         return ProjectState(state.step, basis, refresh, recovery, inner_state)
-
-
-def _sizes(views: Sequence[Any]) -> list[float]:
-    return [float(getattr(view, "size", 0)) for view in views]
 
 
 def _check_moments(transfer, recovery, view, rank, moments) -> None:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax._src.engines.accept import (
-    accept_elements,
     accept_finite,
+    accept_leaf,
     all_finite,
     increment,
     tree_where,
@@ -162,7 +162,7 @@ class _Leafwise:
         found = by_leaf(layout.get(inner_state), range(len(grads)))
         given = by_leaf(moments, range(len(grads)))
         kept = {
-            i: accept_elements(x, given[i])
+            i: accept_leaf(x, given[i], out[i])
             for i, x in found.items()
             if i not in views and x
         }

@@ -20,7 +20,6 @@ from lowrank_optax._src.parts.low_rank import (
     LowRankCode,
     best_codes,
     clamp_negative,
-    kept_sketches,
     low_rank_product,
     negative_mean,
     sketches,
@@ -219,21 +218,6 @@ class MLorcLionState(NamedTuple):
     mu: LowRankCode
 
 
-class Given(NamedTuple):
-    """What the wide stage of one matrix is given, made of thin factors.
-
-    Attributes:
-      omegas: of each compressed moment what its sketch multiplies; None for its whole
-        space.
-      kept: of the first moment, see `kept_sketches`.
-      zeta: of the second moment, see `negative_mean`; None where there is none.
-    """
-
-    omegas: tuple[jax.Array | None, ...]
-    kept: jax.Array | None
-    zeta: jax.Array | None
-
-
 @dataclasses.dataclass(frozen=True)
 class MLorcAdam:
     """Algorithm 1 on one matrix."""
@@ -253,36 +237,34 @@ class MLorcAdam:
 
     def start(self, keys, states, count):
         mus, nus = ([s[k] for s in states] for k in (0, 1))
-        omegas = self.mu.draw(keys, mus, count), self.nu.draw(keys, nus, count)
-        kept = kept_sketches(mus, omegas[0], count)
+        omegas, kept = self.mu.prepare(keys, mus, count)
+        pairs = zip(omegas, self.nu.draw(keys, nus, count), strict=True)
         zeta = each(negative_mean, nus, count)
-        pairs = zip(*omegas, strict=True)
-        return list(map(Given, pairs, kept, zeta))
+        return list(zip(pairs, kept, zeta, strict=True))
 
     def update(self, step, grad, state, given):
+        omegas, kept, zeta = given
         g, t, b1, b2 = grad.array, step + 1, self.b1, self.b2
         m = b1 * low_rank_product(state.mu, grad.turned) + (1 - b1) * g
         v_old = low_rank_product(state.nu, grad.turned)
-        v = b2 * clamp_negative(v_old, given.zeta) + (1 - b2) * g**2
+        v = b2 * clamp_negative(v_old, zeta) + (1 - b2) * g**2
         m_hat, v_hat = m * (1 / (1 - b1**t)), v * (1 / (1 - b2**t))
-        found = self._kernels(grad, state, given)
+        found = self._kernels(grad, state, *given)
         if found is None:
-            moments = Average(b1, state.mu, grad, given.kept), grad.of(v)
-            found = sketches((self.mu, self.nu), given.omegas, moments, state)
+            moments = Average(b1, state.mu, grad, kept), grad.of(v)
+            found = sketches((self.mu, self.nu), omegas, moments, state)
         return grad.of(m_hat / (jnp.sqrt(v_hat) + self.eps)), found
 
-    def _kernels(self, grad, state, given):
+    def _kernels(self, grad, state, omegas, kept, zeta):
         """The sketches by kernels, which never store V; None for XLA."""
         if not active():
             return None
         from lowrank_optax._src.kernels import mlorc
 
-        if not mlorc.suits(grad, (self.mu, self.nu), given.omegas):
+        if not mlorc.suits(grad, (self.mu, self.nu), omegas):
             return None
         decays = self.b1, self.b2
-        return mlorc.adam_sketches(
-            *decays, grad, state.nu, given.zeta, given.omegas, given.kept
-        )
+        return mlorc.adam_sketches(*decays, grad, state.nu, zeta, omegas, kept)
 
     def finish(self, found, states, count):
         mus, nus = ([s[k] for s in states] for k in (0, 1))
@@ -309,16 +291,15 @@ class MLorcLion:
         return MLorcLionState(self.mu.init(view))
 
     def start(self, keys, states, count):
-        mus = [s.mu for s in states]
-        omegas = self.mu.draw(keys, mus, count)
-        kept = kept_sketches(mus, omegas, count)
-        return [Given((x,), k, None) for x, k in zip(omegas, kept, strict=True)]
+        prepared = self.mu.prepare(keys, [s.mu for s in states], count)
+        return list(zip(*prepared, strict=True))
 
     def update(self, step, grad, state, given):
         kept = low_rank_product(state.mu, grad.turned)
         c = self.b1 * kept + (1 - self.b1) * grad.array
-        average = Average(self.b2, state.mu, grad, given.kept)
-        found = sketches([self.mu], given.omegas, [average], state)
+        omega, sketched = given
+        average = Average(self.b2, state.mu, grad, sketched)
+        found = sketches([self.mu], [omega], [average], state)
         return grad.of(jnp.sign(c)), found
 
     def finish(self, found, states, count):

@@ -119,6 +119,13 @@ class LowRank:
             drawn |= zip(same, stacks.unstack(omegas), strict=True)
         return list(drawn.values())
 
+    def prepare(
+        self, keys: list[Array], olds: list[LowRankCode], count: Array | None
+    ) -> tuple[list[Array | None], list[Array | None]]:
+        """`draw`, and the products of the codes with it, see `Average`."""
+        omegas = self.draw(keys, olds, count)
+        return omegas, kept_sketches(olds, omegas, count)
+
     def _size(self, old: LowRankCode) -> int:
         r, n = old.right.shape[-2:]
         return min(r + self.oversample, old.left.shape[-2], n)
