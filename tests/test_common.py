@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 from absl.testing import parameterized
 from flax import nnx
+from jax._src import core
 from registry import METHODS, PERIOD, example_params
 from running import assert_close, norm, random_grads, random_like, run, run_eagerly
 
@@ -106,6 +107,27 @@ def test_one_trace_and_donation_over_refreshes(method_or_alias):
         assert_close(updates, want)
         # A placeholder of one number passes through as it is.
         assert all(x.is_deleted() for x in old if x.size > 1)
+
+
+def conditionals(jaxpr):
+    """How many a GPU's host waits for: those that stand in no other's branch."""
+    by_platform = {
+        x for e in jaxpr.eqns if e.primitive.name == "platform_index" for x in e.outvars
+    }
+    count = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "cond":
+            count += eqn.invars[0] not in by_platform
+        else:
+            count += sum(map(conditionals, core.jaxprs_in_params(eqn.params)))
+    return count
+
+
+def test_the_host_waits_for_one_conditional_a_step(method_or_alias):
+    tx, params = method_or_alias.tx, example_params()
+    step = jax.make_jaxpr(tx.update)(params, tx.init(params), params)
+    of_window = method_or_alias.factory is lro.accumulate_gradients
+    assert conditionals(step.jaxpr) <= 1 + of_window
 
 
 def test_a_scan_of_1000_steps_learns(method_or_alias):

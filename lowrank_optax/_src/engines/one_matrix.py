@@ -66,12 +66,14 @@ class Renewal(NamedTuple):
       moments: of the inner optimizer, in this basis.
       share: ``||new^T old||_F^2 / r``, see `Refresh.after`.
       size: the norm of the gradient for which the basis was chosen, 0 if not due.
+      recovery: the recovery's state, once it has observed.
     """
 
     basis: jax.Array
     moments: Moments
     share: jax.Array
     size: jax.Array
+    recovery: Any
 
 
 class Matrix(NamedTuple):
@@ -110,8 +112,14 @@ class Matrix(NamedTuple):
         # A basis that has not seen a usable gradient yet is zero: it is always due.
         return due | jnp.all(self.own.basis[..., 0] == 0)
 
+    def observes(self, first: Any) -> jax.Array | bool:
+        """Whether the recovery is to look at the moments, see `Recovery`."""
+        rule = self.parts.recovery
+        ready = hasattr(rule, "ready") and rule.ready(self.own.recovery)
+        return first & jnp.asarray(ready)
+
     def renewed(self, now: Renewal, due: jax.Array) -> "Matrix":
-        own = self.own._replace(basis=now.basis)
+        own = self.own._replace(basis=now.basis, recovery=now.recovery)
         return self._replace(own=own, due=due, share=now.share, size=now.size)
 
     def counted(self, refresh: Refresh, size: jax.Array, first: Any = True) -> Any:
@@ -162,8 +170,6 @@ def _up(parts, grad, own, seed, coeff, direction, new, old):
     update, recovery = rule.recover(lying, coeff, direction, basis, scale, own.recovery)
     if isinstance(update, Lying):
         update = update.matrix
-    if hasattr(rule, "observe"):
-        recovery = rule.observe(basis, new, recovery)
     # What is not finite must not stay in the state, and the moments of a leaf belong
     # together. The update itself is not looked at: nothing waits for it, so that it is
     # added to the weights where it is made.
@@ -177,14 +183,20 @@ def renew_due(
     due: Mapping[int, jax.Array],
     step: jax.Array,
     moments: Mapping[int, Moments],
+    first: Any = True,
 ) -> dict[int, Renewal]:
-    """Renew each basis that is due, and carry its moments to the new one."""
+    """Renew each basis that is due, and carry its moments to the new one.
+
+    Before that, recoveries look at the moments where they are to.
+    """
+    looks = {i: x.observes(first) for i, x in matrices.items()}
 
     def renew_each():
         order, renewals = Order(), {}
         for i, x in matrices.items():
             grad = order.start(x.grad)
-            renewals[i] = _renew(x.parts, due[i], step, grad, x.own, x.seed, moments[i])
+            own = _observe(x.parts, looks[i], x.own, x.seed, moments[i])
+            renewals[i] = _renew(x.parts, due[i], step, grad, own, x.seed, moments[i])
             order.end(renewals[i].share)
         return renewals
 
@@ -195,12 +207,24 @@ def renew_due(
         return {}
     # One conditional a step: on GPU, the host waits for the predicate of each.
     with jax.named_scope("refresh"):
-        any_due = functools.reduce(jnp.logical_or, due.values())
+        any_due = functools.reduce(jnp.logical_or, [*due.values(), *looks.values()])
         return jax.lax.cond(any_due, renew_each, keep_all)
 
 
 def _kept(own: Own, moments: Moments) -> Renewal:
-    return Renewal(own.basis, moments, jnp.float32(1), jnp.float32(0))
+    return Renewal(own.basis, moments, jnp.float32(1), jnp.float32(0), own.recovery)
+
+
+@compiled
+def _observe(parts, looks, own, seed, moments):
+    rule = parts.recovery
+    if not hasattr(rule, "observe"):
+        return own
+
+    def look():
+        return rule.observe(parts.basis(own, seed), moments, own.recovery)
+
+    return own._replace(recovery=jax.lax.cond(looks, look, lambda: own.recovery))
 
 
 @compiled
@@ -223,7 +247,8 @@ def _renew(parts, due, step, grad, own, seed, moments):
         # Where no gradient was usable nothing was chosen, and there is no overlap.
         share = jnp.where(jnp.any(usable), jnp.sum(overlap**2) / used, 0.0)
         carried = parts.transfer.carry(moments, overlap)
-        return Renewal(kept, carried, jnp.float32(share), jnp.float32(size))
+        share, size = jnp.float32(share), jnp.float32(size)
+        return Renewal(kept, carried, share, size, own.recovery)
 
     return jax.lax.cond(due, new, lambda: _kept(own, moments))
 

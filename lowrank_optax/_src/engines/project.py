@@ -264,7 +264,7 @@ class _Projection:
         due = {
             i: x.is_due(self.refresh, step, first) for i, x in leaves.matrices.items()
         }
-        renewed = renew_due(leaves.matrices, due, step, leaves.moments)
+        renewed = renew_due(leaves.matrices, due, step, leaves.moments, first)
         for i, now in renewed.items():
             leaves.matrices[i] = leaves.matrices[i].renewed(now, due[i])
             leaves.moments[i] = now.moments

@@ -91,8 +91,10 @@ class Transfer(Protocol):
 class Recovery(Protocol):
     """What is done with what the projection leaves out.
 
-    A method ``observe(basis, moments, state) -> state``, where there is one, is called
-    after each update with the inner optimizer's new moments, as in `Transfer.carry`.
+    It may have ``observe(basis, moments, state) -> state``, which is given the inner
+    optimizer's moments as in `Transfer.carry`, and with it ``ready(state)``, a scalar
+    predicate: whether to do so, before this update. As renewals are, that is meant to
+    be rare, and it shares their conditional.
     """
 
     def init(self, view: MatrixView) -> Any:

@@ -299,6 +299,10 @@ class SparseResidual:
         update = update.reshape(-1, m, n).at[place].add(scale * delta)
         return update.reshape(grad.shape), SparseState(state.index, mean, square, age)
 
+    def ready(self, state):
+        """Whether the warm-up has just ended."""
+        return jnp.all(state.age == self.warmup)
+
     def observe(self, basis, moments, state):
         first = [
             x
@@ -312,12 +316,7 @@ class SparseResidual:
                 f"{', '.join(moments) or 'none'}. Use optax.scale_by_adam()."
             )
         kept = state.index.shape[-1]
-        index = jax.lax.cond(
-            jnp.all(state.age == self.warmup),
-            lambda: _largest_entries(basis, first[0], kept),
-            lambda: state.index,
-        )
-        return state._replace(index=index)
+        return state._replace(index=_largest_entries(basis, first[0], kept))
 
 
 def _entries_of_product(left, right, row, col):
