@@ -363,9 +363,12 @@ def negative_mean(left: Array, right: Array) -> Float[Array, "*b 1 1"]:
     """
 
     def sums(left, right):
-        x = low_rank_product(LowRankCode(left, right))
-        below = jnp.sum(jnp.minimum(x, 0.0), axis=(-2, -1), keepdims=True)
-        return below, jnp.sum((x < 0).astype(x.dtype), axis=(-2, -1), keepdims=True)
+        # Each sum forms its own product: one for both, XLA's GPU backend would store if
+        # the stack is large.
+        again = jax.lax.optimization_barrier(left)
+        x, y = (low_rank_product(LowRankCode(a, right)) for a in (left, again))
+        terms = jnp.minimum(x, 0.0), (y < 0).astype(y.dtype)
+        return tuple(jnp.sum(term, axis=(-2, -1), keepdims=True) for term in terms)
 
     def by_blocks(left, right):
         # XLA's CPU backend would store the product: there, of some rows at a time.
