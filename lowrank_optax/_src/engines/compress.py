@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax._src.engines.accept import (
-    accept_finite,
     accept_leaf,
     all_finite,
     increment,
@@ -290,7 +289,7 @@ class _Compression:
             grad = view.matrix(given[i], given[i].dtype)
             direction, mu, nu = adam_in_blocks(grad, own["mu"], own["nu"], count)
             out[i] = view.leaf(direction, given[i].dtype)
-            new[i] = accept_finite({"mu": mu, "nu": nu}, own)
+            new[i] = {"mu": mu, "nu": nu}
 
         later = {
             (name, i): jax.eval_shape(lambda x, w=(name, i): decode(coded, w, x), x)

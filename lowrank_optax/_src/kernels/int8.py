@@ -22,6 +22,7 @@ Array = jax.Array
 _GPU_PARAMS = triton.CompilerParams(num_warps=4, num_stages=1)
 _TPU_PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel",))
 _GPU_ROWS = 8  # blocks that a program takes
+_IN_PLACE = {k: k for k in range(1, 5)}  # codes and scales
 _VALUES = 24  # arrays of 32 bits, of one block of each row, that the arithmetic keeps
 
 
@@ -139,18 +140,23 @@ def tpu_bytes(rows: int, cols: int, block: int, dtype: Any) -> int:
 def adam_on_blocks(g, mu_index, nu_index, mu_largest, nu_largest, *numbers):
     """Adam on some blocks ``(rows, block)`` with their scales ``(rows, 1)``.
 
+    A block whose new moments are not finite keeps the old ones.
+
     Returns:
       ``(update, mu_index, nu_index, mu_largest, nu_largest)``.
     """
+    old = mu_index, nu_index, mu_largest, nu_largest
     update, mu, nu = adam_step(
         g.astype(jnp.float32),
         int8_map.decode(mu_index, True) * mu_largest,
         int8_map.decode(nu_index, False) * nu_largest,
         *numbers,
     )
-    mu_index, mu_largest = int8_map.encode(mu, True)
-    nu_index, nu_largest = int8_map.encode(nu, False)
-    return update.astype(g.dtype), mu_index, nu_index, mu_largest, nu_largest
+    coded = int8_map.encode(mu, True), int8_map.encode(nu, False)
+    codes, scales = zip(*coded, strict=True)
+    ok = (scales[0] < jnp.inf) & (scales[1] < jnp.inf)
+    new = (jnp.where(ok, x, y) for x, y in zip((*codes, *scales), old, strict=True))
+    return update.astype(g.dtype), *new
 
 
 def _specs(taken: int, wide: int, scales: int, numbers: int) -> tuple[list, list]:
@@ -209,6 +215,7 @@ def _on_tpu(taken: int, interpret: bool, block: int, *arrays: Array) -> list[Arr
         in_specs=ins,
         out_specs=outs,
         out_shape=_shapes(arrays[0], arrays[3]),
+        input_output_aliases=_IN_PLACE,
         compiler_params=_TPU_PARAMS,
         interpret=interpret,
         name="adam_int8",
@@ -237,6 +244,7 @@ def _on_gpu(taken: int, interpret: bool, *arrays: Array) -> list[Array]:
         in_specs=ins,
         out_specs=outs,
         out_shape=_shapes(arrays[0], arrays[3]),
+        input_output_aliases=_IN_PLACE,
         compiler_params=_GPU_PARAMS,
         interpret=interpret,
         name="adam_int8",
