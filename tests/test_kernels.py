@@ -112,16 +112,71 @@ def test_kernels_are_refused_where_they_cannot_run():
         lro.mlorc_adamw(1.0, 24),  # the whole space is its own range
         lro.mlorc_lion(1.0, 2),
         lro.galore_adamw(1.0, rank=2),
-        lro.adamw_8bit(1.0, block=100),
         lro.quantize_state(optax.scale_by_adam()),  # which no one can look into
         lro.galore_adamw_8bit(1.0, rank=24),
     ],
-    ids=["power", "nu", "full", "lion", "galore", "100", "any", "galore 8 bit"],
+    ids=["power", "nu", "full", "lion", "galore", "any", "galore 8 bit"],
 )
 def test_what_has_no_kernel_is_left_to_xla(tx):
     params = {"w": jnp.ones((24, 256))}
     with interpreted("tpu"):
         assert kernels_in(tx.update, params, tx.init(params), params) == 0
+
+
+def test_a_shape_without_tiles_is_left_to_xla_and_named():
+    tx, params = lro.adamw_8bit(1.0, block=100), {"w": jnp.ones((24, 256))}
+    with interpreted("tpu"):
+        with pytest.warns(UserWarning, match=r"blocks of 100 .* shape \(62, 100\)"):
+            assert kernels_in(tx.update, params, tx.init(params), params) == 0
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """Lets "auto" choose as where there is a GPU; what runs is compiled for a CPU."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    jax.clear_caches()  # which know of one backend a process
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_auto_takes_kernels_on_one_accelerator(name, on_a_gpu, monkeypatch):
+    tx, (grads, state, *_) = METHODS[name](3), steps(name)[1][0]
+    update = functools.partial(tx.update, params=grads)
+    assert jax.device_count() > 1 and kernels_in(update, grads, state) == 0
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    jax.clear_caches()
+    assert kernels_in(update, grads, state) > 0
+    with lro.kernels.dispatch("xla"):
+        assert kernels_in(update, grads, state) == 0
+    # Where there is no kernel in the end, as here, it is the plain update.
+    found, _ = jax.jit(lambda g, s: tx.update(g, s, grads))(grads, state)
+    for x, y in zip(*map(jax.tree.leaves, (found, steps(name)[1][0][2])), strict=True):
+        assert relative(x, y) < 1e-5
+
+
+def test_auto_takes_kernels_on_a_mesh_within_shard_map_alone(on_a_gpu):
+    tx, params = METHODS["mlorc"](2), {"w": jnp.ones((24, 40))}
+    state = tx.init(params)
+    kinds = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 1), ("a", "b"), axis_types=kinds)
+
+    def within(names):
+        replicated = jax.sharding.PartitionSpec()
+        mapped = jax.shard_map(
+            tx.update,
+            mesh=mesh,
+            in_specs=replicated,
+            out_specs=replicated,
+            axis_names=names,
+            check_vma=False,
+        )
+        return kernels_in(jax.jit(mapped), params, state, params)
+
+    assert within({"a", "b"}) > 0
+    assert within({"a"}) == 0  # "b" may still split
+    with jax.set_mesh(mesh):
+        assert kernels_in(jax.jit(tx.update), params, state, params) == 0
 
 
 def test_wider_and_small_leaves_are_left_to_xla():
@@ -241,7 +296,7 @@ def test_passes_at_a_rank_that_takes_matrix_products(name, platform):
         * (rng.choice([-1.0, 1.0]) if axes != "11" else 0.5)
         for axes in one.ins
     ]
-    whole = jax.vmap(one.whole)(*arrays)
+    whole = one.at_once(*arrays)
     tiled = one.on(platform, True, *arrays)
     for x, y in zip(tiled, whole, strict=True):
         assert x.shape == y.shape and relative(x, y) < 1e-5

@@ -24,9 +24,9 @@ from lowrank_optax._src.engines.coded import (
     is_elementwise,
     measured_by,
 )
+from lowrank_optax._src.engines.in_bytes import adam_in_bytes, leaves_in_bytes
 from lowrank_optax._src.engines.order import Order, wait
 from lowrank_optax._src.kernels.adam import Adam
-from lowrank_optax._src.kernels.dispatch import active
 from lowrank_optax._src.leaves import matrix
 from lowrank_optax._src.leaves.box import (
     is_variable,
@@ -174,17 +174,17 @@ def compress_fields(
     *,
     matrices: matrix.Matrices,
     key: int | jax.Array,
-    fused: Adam | None = None,
+    adam: Adam | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`compress_state`, with the codecs chosen once the state's fields are known.
 
     Args:
       inner, matrices, key: as of `compress_state`.
       choose: from names of fields to their codecs.
-      fused: the numbers of ``inner``, if it is Adam: kernels may stand for it then.
+      adam: the numbers of ``inner``, if it is Adam: it stores no moments then.
     """
     inner = optax.with_extra_args_support(inner)
-    engine = _Compression(inner, StateFields(inner), choose, matrices, key, fused)
+    engine = _Compression(inner, StateFields(inner), choose, matrices, key, adam)
     return transformation(engine.init, engine.update)
 
 
@@ -197,7 +197,7 @@ class _Compression:
     choose: Callable[[list[str]], Mapping[str, Codec]]
     matrices: matrix.Matrices
     key: int | jax.Array
-    fused: Adam | None
+    adam: Adam | None
 
     def _see(
         self, tree: Any, names: list[str], moments: Any, creating: bool = False
@@ -281,24 +281,25 @@ class _Compression:
         old = by_leaf(layout.get(state.inner_state), range(len(given)))
         out, new = dict(enumerate(given)), dict(old)
 
-        # At these, one pass stands for the inner optimizer and both codecs.
-        in_one = {} if self.fused is None else _passes(self.fused, coded)
-        for i, adam_in_blocks in in_one.items():
-            view, own = coded["mu", i][1], old[i]
-            count = state.inner_state.count
-            grad = view.matrix(given[i], given[i].dtype)
-            direction, mu, nu = adam_in_blocks(grad, own["mu"], own["nu"], count)
+        in_bytes = {} if self.adam is None else leaves_in_bytes(coded)
+        order = Order()
+        for i, block in in_bytes.items():
+            view, own = coded["mu", i][1], order.start(old[i])
+            grad, count = view.matrix(given[i], given[i].dtype), state.inner_state.count
+            parts = self.adam, block
+            direction, mu, nu = adam_in_bytes(parts, grad, own["mu"], own["nu"], count)
             out[i] = view.leaf(direction, given[i].dtype)
             new[i] = {"mu": mu, "nu": nu}
+            order.end(new[i])
 
         later = {
             (name, i): jax.eval_shape(lambda x, w=(name, i): decode(coded, w, x), x)
             for i, own in old.items()
             for name, x in own.items()
-            if (name, i) in coded and i not in in_one
+            if (name, i) in coded and i not in in_bytes
         }
-        masks = {w: optax.MaskedNode() for w in coded if w[1] in in_one}
-        leaves = {i: g for i, g in enumerate(whole) if i not in in_one}
+        masks = {w: optax.MaskedNode() for w in coded if w[1] in in_bytes}
+        leaves = {i: g for i, g in enumerate(whole) if i not in in_bytes}
         weights = None
         if params is not None:
             weights = dict(enumerate(treedef.flatten_up_to(params)))
@@ -376,11 +377,3 @@ def _check_start(largest: Mapping[Where, jax.Array], views: list[Any]) -> None:
                 f"'{views[i].path}': it starts at {x:.3g}, and codes start "
                 "at zero. Let the inner optimizer start it at zero."
             )
-
-
-def _passes(adam: Adam, coded: Any) -> dict[int, Callable[..., Any]]:
-    if not active():
-        return {}
-    from lowrank_optax._src.kernels import int8
-
-    return int8.passes(adam, coded)

@@ -1,4 +1,4 @@
-"""Adam, known by its numbers: what kernels of an optimizer need to see of it."""
+"""Adam, known by its numbers: what passes that know the optimizer need to see of it."""
 
 import dataclasses
 from typing import Any

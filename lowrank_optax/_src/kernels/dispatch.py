@@ -1,7 +1,8 @@
 """Which implementation of the update passes is used: plain XLA or Pallas kernels."""
 
 import contextlib
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Collection
 from typing import Any, Literal, get_args
 
 import jax
@@ -22,10 +23,12 @@ def dispatch(tier: Tier) -> contextlib.AbstractContextManager[None]:
 
     Args:
       tier: "pallas" for the kernels, on GPU (by Triton) and TPU, where a pass has one
-        that fits its shapes. "xla" for none. "auto", the default, for what is known to
-        be the faster: "xla" on every device so far, as no kernel was timed on one yet.
-        XLA cannot partition a kernel over several devices: there, choose "pallas"
-        within a `jax.shard_map` only.
+        that fits its shapes. "xla" for none. "auto", the default, for the kernels where
+        they move less memory than XLA's loops, by the counts of the compilers for H100
+        and TPU v5e: everywhere but for MLorc-AdamW's on TPU with gradients narrower
+        than float32. XLA cannot partition a kernel over several devices: where there
+        are several, "auto" takes kernels within a `jax.shard_map` or `jax.pmap` only,
+        and "pallas" should be chosen there only.
 
     Returns:
       A context manager.
@@ -56,18 +59,62 @@ def active() -> bool:
     Modules of kernels are imported only then: Pallas takes its time to import, and need
     not be there otherwise.
     """
-    return _tier.value not in ("auto", "xla")
+    if _tier.value == "auto":
+        return jax.default_backend() in ("gpu", "tpu") and _on_one_device()
+    return _tier.value != "xla"
 
 
-def by_platform(run: Callable[..., Any], *arrays: Any) -> list[Any]:
-    """The list of ``run(platform, interpret, *arrays)`` for what is compiled for."""
+def _on_one_device() -> bool:
+    """Whether what is being traced is a program of one device, with nothing to split.
+
+    Shardings of arguments are not known when tracing: a process of several devices may
+    split anything, but for what is inside of `jax.shard_map`.
+    """
+    inside = jax.sharding.get_abstract_mesh().are_all_axes_manual
+    return inside or jax.device_count() == 1
+
+
+def by_platform(
+    run: Callable[..., Any],
+    plain: Callable[..., Any],
+    *arrays: Any,
+    auto: Collection[str] = ("cuda", "tpu"),
+) -> list[Any]:
+    """The list of ``run(platform, interpret, *arrays)`` for what is compiled for.
+
+    Args:
+      run: the kernel.
+      plain: of the arrays alone, for platforms without kernels.
+      arrays: operands.
+      auto: the platforms on which "auto" takes the kernel.
+    """
 
     def on(platform, interpret=False):
         return lambda *arrays: list(run(platform, interpret, *arrays))
 
+    def without(*arrays):
+        return list(plain(*arrays))
+
     _, _, platform = _tier.value.partition("interpret ")
     if platform:
         return on(platform, True)(*arrays)
+    if _tier.value == "auto":
+        kernels = {platform: on(platform) for platform in auto}
+        return jax.lax.platform_dependent(*arrays, **kernels, default=without)
     # Elsewhere kernels are not silently left out: Pallas says what is wrong.
     tpu = on("tpu")
     return jax.lax.platform_dependent(*arrays, cuda=on("cuda"), tpu=tpu, default=tpu)
+
+
+def warn_of_xla(platform: str, name: str, shape: tuple[int, ...]) -> None:
+    """Say that a kernel fits no shape such as this one, if it is this platform's.
+
+    Kernels are traced for all platforms, whatever is compiled for later.
+    """
+    here = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    if platform == here or _tier.value == f"interpret {platform}":
+        warnings.warn(
+            f"The kernel {name} has no tiles that fit the fast memory of {platform} "
+            f"for matrices of shape {shape}: plain XLA takes them.",
+            stacklevel=2,
+        )

@@ -97,7 +97,6 @@ def walk(
         here = {outer: pl.program_id(1) * cut.block[outer]}
         first = pl.program_id(2) * access.each
         sources = list(zip(refs[: len(ins)], ins, strict=True))
-        results = list(zip(refs[len(ins) :], outs, strict=True))
         held = {
             k: access.load(ref, axes, here)
             for k, (ref, axes) in enumerate(sources)
@@ -110,42 +109,25 @@ def walk(
                 held[k] if k in held else access.load(ref, axes, at)
                 for k, (ref, axes) in enumerate(sources)
             ]
-            old, new = iter(sums), []
-            for (ref, axes), x in zip(results, tile(*blocks), strict=True):
-                if over in axes:
-                    access.store(ref, axes, at, x)
-                else:
-                    new.append(next(old) + x)
-            return new
+            return [s + x for s, x in zip(sums, tile(*blocks), strict=True)]
 
-        summed = [(ref, axes) for ref, axes in results if over not in axes]
-        zeros = [jnp.zeros([*map(cut.taken, axes)], jnp.float32) for _, axes in summed]
+        zeros = [jnp.zeros([*map(cut.taken, axes)], jnp.float32) for axes in outs]
         sums = jax.lax.fori_loop(0, access.each, step, zeros)
-        for (ref, axes), x in zip(summed, sums, strict=True):
+        for ref, axes, x in zip(refs[len(ins) :], outs, sums, strict=True):
             access.store(ref, axes, here, x)
 
     # Of each sum, a part from each program that shares the walk.
     parts = [
-        x
-        if over in axes
-        else jax.ShapeDtypeStruct((batch, shares, *x.shape[1:]), x.dtype)
-        for axes, x in zip(outs, shapes, strict=True)
+        jax.ShapeDtypeStruct((batch, shares, *x.shape[1:]), x.dtype) for x in shapes
     ]
     results = pl.pallas_call(
         kernel,
         grid=(batch, cut.steps(outer), shares),
         in_specs=[matrix_of(x) for x in arrays],
-        out_specs=[
-            _whole(x.shape, lambda b, i, s: (b, 0, 0))
-            if over in axes
-            else _whole(x.shape, lambda b, i, s: (b, s, 0, 0))
-            for axes, x in zip(outs, parts, strict=True)
-        ],
+        out_specs=[_whole(x.shape, lambda b, i, s: (b, s, 0, 0)) for x in parts],
         out_shape=parts,
         compiler_params=PARAMS,
         interpret=interpret,
         name=tile.__name__,
     )(*arrays)
-    return [
-        x if over in axes else x.sum(1) for axes, x in zip(outs, results, strict=True)
-    ]
+    return [x.sum(1) for x in results]

@@ -1,7 +1,10 @@
-"""Adam on moments in bytes as one pass: decode, update, encode."""
+"""Adam on moments in bytes as one pass: decode, update, encode.
 
-import functools
-from collections.abc import Callable
+Codes are written where the old ones are. On TPU the pass writes the update as well, as
+a block's scale reaches its numbers there only within a kernel.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,58 +14,31 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton
 
 from lowrank_optax._src.kernels.adam import Adam, adam_step
-from lowrank_optax._src.kernels.dispatch import by_platform
+from lowrank_optax._src.kernels.dispatch import by_platform, warn_of_xla
 from lowrank_optax._src.kernels.plan import BUDGET, power_of_two
 from lowrank_optax._src.kernels.tiles import flat
 from lowrank_optax._src.parts import int8_map
-from lowrank_optax._src.parts.codec import BlockInt8, BlockInt8Code
-from lowrank_optax._src.parts.part import compiled
+from lowrank_optax._src.parts.codec import BlockInt8Code
 
 Array = jax.Array
 _GPU_PARAMS = triton.CompilerParams(num_warps=4, num_stages=1)
 _TPU_PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel",))
 _GPU_ROWS = 8  # blocks that a program takes
-_IN_PLACE = {k: k for k in range(1, 5)}  # codes and scales
 _VALUES = 24  # arrays of 32 bits, of one block of each row, that the arithmetic keeps
 
 
-def passes(adam: Adam, coded: Any) -> dict[int, Callable[..., Any]]:
-    """`adam_in_blocks` for each leaf at which it stands for Adam between codecs.
-
-    Args:
-      adam: the inner optimizer's numbers.
-      coded: ``{(field, leaf): (codec, view)}``.
-    """
-    found: dict[int, Callable[..., Any]] = {}
-    for (name, i), (mu, view) in coded.items():
-        nu, _ = coded.get(("nu", i), (None, None))
-        if (
-            name == "mu"
-            and isinstance(mu, BlockInt8)
-            and mu.signed
-            and nu == BlockInt8(False, mu.block)
-            and view.compute_dtype == jnp.float32
-        ):
-            found[i] = functools.partial(adam_in_blocks, (adam, mu.block))
-    return found
-
-
-@compiled
 def adam_in_blocks(
-    parts: tuple[Adam, int], grad: Array, mu: BlockInt8Code, nu: BlockInt8Code, count
-):
-    """Adam's direction and the new codes of both moments.
+    adam: Adam, block: int, grad: Array, mu: BlockInt8Code, nu: BlockInt8Code, count
+) -> tuple[Array, BlockInt8Code, BlockInt8Code]:
+    """Adam's direction, in the gradient's dtype, and the new codes of both moments.
 
     Args:
-      parts: `Adam` and the codecs' block.
+      adam: the optimizer's numbers.
+      block: of the codes.
       grad: (*batch, m, n), float32 or narrower.
       mu, nu: a signed and an unsigned code.
       count: of Adam's updates before.
-
-    Returns:
-      ``(update, mu, nu)``, the update in the gradient's dtype.
     """
-    adam, block = parts
     padded = (
         (grad, 0.0),
         (mu.index, int8_map.zero(True)),
@@ -75,7 +51,10 @@ def adam_in_blocks(
     def on(platform, interpret, *arrays):
         return _on(platform, interpret, block, *arrays)
 
-    *wide, mu_largest, nu_largest = by_platform(on, *arrays)
+    def plain(*arrays):
+        return _in_single_blocks(adam_on_blocks, block, *arrays)
+
+    *wide, mu_largest, nu_largest = by_platform(on, plain, *arrays)
     update, mu_index, nu_index = (_from_rows(x, grad.shape) for x in wide)
     return (
         update,
@@ -104,15 +83,27 @@ def _from_rows(x: Array, shape: tuple[int, ...]) -> Array:
 
 def _on(platform: str, interpret: bool, block: int, *arrays: Array) -> list[Array]:
     taken = rows_at_once(platform, arrays[0].shape[1], block, arrays[0].dtype)
-    if platform == "tpu" and taken:
+    if not taken:
+        warn_of_xla(platform, f"adam_int8 of blocks of {block}", arrays[0].shape)
+    if taken and platform == "tpu":
         return _on_tpu(taken, interpret, block, *arrays)
+
+    def run(*blocks):
+        # XLA makes the update where it adds it to the weights, of the old codes.
+        update, *codes = adam_on_blocks(*blocks)
+        return update, *(_on_gpu(taken, interpret, *blocks) if taken else codes)
+
+    return _in_single_blocks(run, block, *arrays)
+
+
+def _in_single_blocks(
+    run: Callable[..., Sequence[Array]], block: int, *arrays: Array
+) -> list[Array]:
+    """``run`` on rows of one block each."""
     single = [x.reshape(-1, block) for x in arrays[:3]]
     single += [x.reshape(-1, 1) for x in arrays[3:5]]
-    if taken:
-        results = _on_gpu(taken, interpret, *single, *arrays[5:])
-    else:
-        results = adam_on_blocks(*single, *(x[0] for x in arrays[5:]))
-    shapes = [x.shape for x in (*arrays[:1] * 3, *arrays[3:5])]
+    results = run(*single, *(x[0] for x in arrays[5:]))
+    shapes = [x.shape for x in arrays[:5]]
     return [x.reshape(s) for x, s in zip(results, shapes, strict=True)]
 
 
@@ -159,25 +150,18 @@ def adam_on_blocks(g, mu_index, nu_index, mu_largest, nu_largest, *numbers):
     return update.astype(g.dtype), *new
 
 
-def _specs(taken: int, wide: int, scales: int, numbers: int) -> tuple[list, list]:
+def _specs(taken: int, wide: int, scales: int, numbers: int) -> list[pl.BlockSpec]:
+    """Of gradient and codes, scales, and numbers."""
+
     def rows(cols):
         return pl.BlockSpec((taken, cols), lambda i: (i, 0))
 
     one = pl.BlockSpec((None, 1, 1), lambda i: (0, 0, 0))
-    arrays = [rows(wide)] * 3 + [rows(scales)] * 2
-    return [*arrays, *[one] * numbers], arrays
+    return [*[rows(wide)] * 3, *[rows(scales)] * 2, *[one] * numbers]
 
 
-def _shapes(grad: Array, scales: Array) -> list[Any]:
-    index = jax.ShapeDtypeStruct(grad.shape, jnp.uint8)
-    largest = jax.ShapeDtypeStruct(scales.shape, jnp.float32)
-    return [
-        jax.ShapeDtypeStruct(grad.shape, grad.dtype),
-        index,
-        index,
-        largest,
-        largest,
-    ]
+def _like(arrays: Sequence[Array]) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
 
 
 def _on_tpu(taken: int, interpret: bool, block: int, *arrays: Array) -> list[Array]:
@@ -208,14 +192,14 @@ def _on_tpu(taken: int, interpret: bool, block: int, *arrays: Array) -> list[Arr
             ref[...] = x
 
     rows, cols = arrays[0].shape
-    ins, outs = _specs(taken, cols, scales, len(arrays) - 5)
+    ins = _specs(taken, cols, scales, len(arrays) - 5)
     return pl.pallas_call(
         kernel,
         grid=(pl.cdiv(rows, taken),),
         in_specs=ins,
-        out_specs=outs,
-        out_shape=_shapes(arrays[0], arrays[3]),
-        input_output_aliases=_IN_PLACE,
+        out_specs=ins[:5],
+        out_shape=_like(arrays[:5]),
+        input_output_aliases={k: k for k in range(1, 5)},
         compiler_params=_TPU_PARAMS,
         interpret=interpret,
         name="adam_int8",
@@ -226,25 +210,26 @@ def _on_gpu(taken: int, interpret: bool, *arrays: Array) -> list[Array]:
     rows, block = arrays[0].shape
 
     def kernel(*refs):
-        sources, numbers, results = refs[:5], refs[5:-5], refs[-5:]
+        sources, numbers, results = refs[:5], refs[5:-4], refs[-4:]
         place = jax.lax.broadcasted_iota(jnp.int32, (taken, 1), 0)
         inside = place < rows - pl.program_id(0) * taken
         blocks = [
             triton.load(x, mask=jnp.broadcast_to(inside, x.shape), other=0)
             for x in sources
         ]
-        out = adam_on_blocks(*blocks, *(x[...] for x in numbers))
+        _, *out = adam_on_blocks(*blocks, *(x[...] for x in numbers))
         for ref, x in zip(results, out, strict=True):
             triton.store(ref, x, mask=jnp.broadcast_to(inside, ref.shape))
 
-    ins, outs = _specs(taken, block, 1, len(arrays) - 5)
+    arrays = *arrays[:5], *(x[None] for x in arrays[5:])
+    ins = _specs(taken, block, 1, len(arrays) - 5)
     return pl.pallas_call(
         kernel,
         grid=(pl.cdiv(rows, taken),),
         in_specs=ins,
-        out_specs=outs,
-        out_shape=_shapes(arrays[0], arrays[3]),
-        input_output_aliases=_IN_PLACE,
+        out_specs=ins[1:5],
+        out_shape=_like(arrays[1:5]),
+        input_output_aliases={k + 1: k for k in range(4)},
         compiler_params=_GPU_PARAMS,
         interpret=interpret,
         name="adam_int8",

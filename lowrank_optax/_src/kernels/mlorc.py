@@ -65,7 +65,8 @@ def adam_sketches(
       kept: ``L R Omega`` of the first moment.
     """
     # 1 - 0.999 has four digits in float32, if 0.999 is rounded to it before.
-    source = grad.matrix, *nu, zeta, b2, 1 - b2
+    # XLA cancels the type's change with that of the leaf, and moves what it holds.
+    source = grad.matrix.astype(grad.dtype), *nu, zeta, b2, 1 - b2
     wide = [omega.mT for omega in omegas]  # whose rows are short on TPU otherwise
     g_omega, v_omega = SKETCHES(*source, *wide, turned=grad.turned)
     ys = near_one(jnp.stack([b1 * kept + (1 - b1) * g_omega, v_omega]))
@@ -77,12 +78,14 @@ def adam_sketches(
 
 def mlorc_sketches(g, left, right, zeta, b2, fresh, mu_omega, nu_omega):
     """A tile's part of ``G Omega`` and ``V Omega``."""
+    g = g.astype(jnp.float32)
     v = _second_moment(g, left, right, zeta, b2, fresh)
     return dot(g, mu_omega, (1, 1)), dot(v, nu_omega, (1, 1))
 
 
 def mlorc_projections(g, left, right, zeta, b2, fresh, mu_y, nu_y):
     """A tile's part of ``Y^T G`` and ``Y^T V``."""
+    g = g.astype(jnp.float32)
     v = _second_moment(g, left, right, zeta, b2, fresh)
     return dot(mu_y, g, (0, 0)), dot(nu_y, v, (0, 0))
 

@@ -90,7 +90,7 @@ def plan(
 
 
 def itemsize(axes: str, dtype: Any) -> int:
-    """Bytes of a number: gradient and update are in ``dtype``, all else in float32."""
+    """Bytes of a number: the gradient is in ``dtype``, all else in float32."""
     return jnp.dtype(dtype).itemsize if is_full(axes) else 4
 
 
@@ -107,14 +107,13 @@ def upright(axes: str, x: Array) -> Array:
 def _footprint(cut: Plan, ins: Sequence[str], outs: Sequence[str], dtype: Any) -> int:
     """Bytes of shared memory or VMEM, counted high.
 
-    On GPU all that is multiplied or stored passes through shared memory, but for thin
-    factors and sums, which stay in registers. On TPU each block is there twice, as the
+    On GPU all that is multiplied passes through shared memory, but for thin factors and
+    sums, which stay in registers. On TPU each block is there twice, as the
     next one is fetched meanwhile, in whole registers of (8, 128).
     """
     on_tpu = cut.platform == "tpu"
     total = (_VALUES if on_tpu else 2) * 4 * cut.block["m"] * cut.block["n"]
-    stored = outs if on_tpu else [axes for axes in outs if cut.over in axes]
-    for axes in [*ins, *stored]:
+    for axes in [*ins, *(outs if on_tpu else ())]:
         rows, cols = map(cut.taken, axes)
         if on_tpu:
             rows, cols = pl.cdiv(rows, 8) * 8, pl.cdiv(cols, 128) * 128

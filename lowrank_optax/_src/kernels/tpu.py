@@ -67,10 +67,7 @@ def walk(
         at = {outer: pl.program_id(1) * cut.block[outer], over: step * cut.block[over]}
         sources, results = refs[: len(ins)], refs[len(ins) :]
         blocks = [load(cut, *source, at) for source in zip(sources, ins, strict=True)]
-        for ref, axes, x in zip(results, outs, tile(*blocks), strict=True):
-            if over in axes:
-                ref[...] = upright(axes, x)
-                continue
+        for ref, x in zip(results, tile(*blocks), strict=True):
 
             @pl.when(step == 0)
             def _(ref=ref):

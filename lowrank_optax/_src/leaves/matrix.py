@@ -113,7 +113,7 @@ class MatrixView:
     def lying(self, leaf: jax.Array) -> Lying:
         """The matrix in the order of the leaf's memory."""
         x = self.matrix(leaf)
-        return Lying(x.mT if self.turned else x, self.turned)
+        return Lying(x.mT if self.turned else x, self.turned, self.dtype)
 
     def zeros(self, *dims: int | str, dtype: Any = None) -> Any:
         """Zeros of shape ``(*batch, *dims)`` that live where the leaf lives.

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 
@@ -94,10 +95,12 @@ class Lying:
     Attributes:
       array: ``(*batch, m, n)``, or ``(*batch, n, m)`` if turned.
       turned: whether it is the transpose.
+      dtype: a type that has all of its numbers, as that of the leaf does.
     """
 
     array: Array
     turned: bool
+    dtype: DTypeLike = jnp.float32
 
     @property
     def matrix(self) -> Array:

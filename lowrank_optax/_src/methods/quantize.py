@@ -75,13 +75,13 @@ def _in_bytes(
     block: int,
     fields: tuple[str, ...] | None,
     key: int | jax.Array,
-    fused: Adam | None = None,
+    adam: Adam | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`quantize_state`; ``fused`` as of `compress_fields`."""
+    """`quantize_state`; ``adam`` as of `compress_fields`."""
     if bits != 8:
         raise ValueError(f"`bits` must be 8, the only width there is; got {bits!r}.")
     choose = by_moment(BlockInt8(True, block), BlockInt8(False, block), fields)
-    return compress_fields(inner, choose, matrices=None, key=key, fused=fused)
+    return compress_fields(inner, choose, matrices=None, key=key, adam=adam)
 
 
 def adamw_8bit(
@@ -109,8 +109,8 @@ def adamw_8bit(
     >>> lro.state_bytes(tx, params)  # 2 (N + N / 64) and two counters
     8328
     """
-    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
-    method = _in_bytes(adam, 8, block, None, key, fused=Adam(b1, b2, eps, 0.0))
+    inner = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+    method = _in_bytes(inner, 8, block, None, key, adam=Adam(b1, b2, eps, 0.0))
     return optimizer(method, learning_rate, weight_decay, mask)
 
 

@@ -120,6 +120,14 @@ class BlockInt8:
         unit = int8_map.decode(self._cut(code.index), self.signed)
         return self._join(unit * code.largest[..., None], code.index.shape)
 
+    def accept(
+        self, ok: Array, new: BlockInt8Code, old: BlockInt8Code
+    ) -> BlockInt8Code:
+        """The new blocks where ``ok``, shaped as the scales, else the old ones."""
+        cut = self._cut(new.index), self._cut(old.index)
+        index = self._join(jnp.where(ok[..., None], *cut), new.index.shape)
+        return BlockInt8Code(index, jnp.where(ok, new.largest, old.largest))
+
     def _cut(self, x: Array) -> Array:
         """``(*batch, ..., block)``; where blocks run over rows, the last is padded."""
         *batch, m, n = x.shape

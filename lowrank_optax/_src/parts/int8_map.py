@@ -6,6 +6,7 @@ two of the numbers to the last bit of float32 may go to the other of them.
 """
 
 import functools
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -63,18 +64,31 @@ def _grids(signed: bool) -> tuple[_Grid, ...]:
 def decode(index: Array, signed: bool) -> Array:
     """Numbers of the map, in float32."""
     offset = index.astype(jnp.int32).astype(jnp.float32) - zero(signed)
-    place = jnp.abs(offset)
-    value = jnp.zeros_like(place)
-    for start, _, first, step, _ in _grids(signed):
-        value = jnp.where(place >= start, first + step * (place - start), value)
+    place, grids = jnp.abs(offset), _grids(signed)
+    start, first, step = _of_last(
+        [(place >= grid.start, (grid.start, grid.first, grid.step)) for grid in grids],
+        [jnp.zeros_like(place)] * 3,
+    )
+    value = first + step * (place - start)
     return jnp.where(offset < 0, -value, value) if signed else value
+
+
+def _of_last(
+    cases: Iterable[tuple[Array, Sequence[float]]], otherwise: Sequence[Array]
+) -> Sequence[Array]:
+    """The numbers of the last case that holds, entry by entry."""
+    for holds, numbers in cases:
+        pairs = zip(numbers, otherwise, strict=True)
+        otherwise = [jnp.where(holds, x, y) for x, y in pairs]
+    return otherwise
 
 
 def largest_of(x: Array) -> Array:
     """The largest magnitude of each row, (..., 1)."""
-    size = jnp.abs(x)
-    # What is not a number must be seen in the scale, whatever a maximum makes of it.
-    return jnp.max(jnp.where(size == size, size, jnp.inf), axis=-1, keepdims=True)
+    # By the bits of the numbers, of which those that are no number are the largest.
+    bits = jax.lax.bitcast_convert_type(jnp.abs(x).astype(jnp.float32), jnp.int32)
+    largest = jnp.max(bits, axis=-1, keepdims=True)
+    return jax.lax.bitcast_convert_type(largest, jnp.float32)
 
 
 def encode(x: Array, signed: bool) -> tuple[Array, Array]:
@@ -85,14 +99,18 @@ def encode(x: Array, signed: bool) -> tuple[Array, Array]:
 
 def nearest(x: Array, largest: Array, signed: bool) -> Array:
     """Index of the number of the map that is nearest to ``x / largest``."""
-    unit = jnp.abs(x) / jnp.where(largest > 0, largest, 1.0)
-    place = jnp.zeros_like(unit)
-    for start, last, first, step, border in _grids(signed):
-        # Halves go down, as where the middle itself is not passed.
-        within = jnp.ceil((unit - first) / step + (start - 0.5))
-        within = jnp.minimum(jnp.maximum(within, start), last)
-        place = jnp.where(unit > border, within, place)
+    # Divided with its sign: XLA's GPU backend stores an x that is read twice.
+    unit = x / jnp.where(largest > 0, largest, 1.0)
+    size, none = jnp.abs(unit), jnp.zeros_like(unit)
+    start, last, first, step = _of_last(
+        [(size > border, grid) for *grid, border in _grids(signed)],
+        [none, none, none, none + 1],
+    )
+    # Halves go down, as where the middle itself is not passed.
+    place = jnp.ceil((size - first) / step + (start - 0.5))
+    place = jnp.minimum(jnp.maximum(place, start), last)
     if signed:
         # The map has 1 but not -1.
-        place = jnp.where(x < 0, -jnp.minimum(place, float(zero(True))), place)
+        negative = -jnp.minimum(place, float(zero(True)))
+        place = jnp.where(unit < 0, negative, place)
     return (zero(signed) + place).astype(jnp.int32).astype(jnp.uint8)

@@ -362,13 +362,15 @@ def negative_mean(left: Array, right: Array) -> Float[Array, "*b 1 1"]:
     The product is formed entry by entry inside of the sums, and never stored.
     """
 
-    def sums(left, right):
-        # Each sum forms its own product: one for both, XLA's GPU backend would store if
-        # the stack is large.
-        again = jax.lax.optimization_barrier(left)
+    def sums(left, right, again):
         x, y = (low_rank_product(LowRankCode(a, right)) for a in (left, again))
         terms = jnp.minimum(x, 0.0), (y < 0).astype(y.dtype)
         return tuple(jnp.sum(term, axis=(-2, -1), keepdims=True) for term in terms)
+
+    def at_once(left, right):
+        # Each sum forms its own product: one for both, XLA's GPU backend would store if
+        # the stack is large.
+        return sums(left, right, jax.lax.optimization_barrier(left))
 
     def by_blocks(left, right):
         # XLA's CPU backend would store the product: there, of some rows at a time.
@@ -377,12 +379,14 @@ def negative_mean(left: Array, right: Array) -> Float[Array, "*b 1 1"]:
         rows = jnp.moveaxis(left.reshape(*batch, m // blocks, blocks, r), -2, 0)
 
         def add(total, block):
-            return jax.tree.map(jnp.add, total, sums(block, right)), None
+            return jax.tree.map(jnp.add, total, sums(block, right, block)), None
 
         start = jnp.zeros((*left.shape[:-2], 1, 1), left.dtype)
         return jax.lax.scan(add, (start, start), rows)[0]
 
-    below, count = jax.lax.platform_dependent(left, right, cpu=by_blocks, default=sums)
+    below, count = jax.lax.platform_dependent(
+        left, right, cpu=by_blocks, default=at_once
+    )
     return -below / jnp.maximum(count, 1.0)
 
 
