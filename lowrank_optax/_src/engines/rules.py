@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -217,9 +217,18 @@ def _begun(rule, views, grads, states) -> dict[int, Any]:
             for i, v in views.items()
         }
 
+    def keep():
+        # Only what changes: all that passes through a conditional may be copied.
+        return {i: _fields(states[i], x) for i, x in jax.eval_shape(begin).items()}
+
     with jax.named_scope("refresh"):
         any_unset = functools.reduce(jnp.logical_or, unset.values())
-        return jax.lax.cond(any_unset, begin, lambda: states)
+        begun = jax.lax.cond(any_unset, begin, keep)
+    return {i: states[i]._replace(**x) for i, x in begun.items()}
+
+
+def _fields(state: Any, names: Iterable[str]) -> dict[str, Any]:
+    return {name: getattr(state, name) for name in names}
 
 
 @compiled
@@ -227,9 +236,11 @@ def _begin(parts, unset, grad, state):
     rule, view = parts
 
     def begin():
-        return accept_finite(rule.begin(view.matrix(grad), state), state)
+        new = rule.begin(view.matrix(grad), state)
+        return accept_finite(new, _fields(state, new))
 
-    return jax.lax.cond(unset, begin, lambda: state)
+    names = jax.eval_shape(begin)
+    return jax.lax.cond(unset, begin, lambda: _fields(state, names))
 
 
 @compiled

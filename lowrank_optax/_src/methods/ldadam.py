@@ -14,6 +14,7 @@ from lowrank_optax._src.engines.order import wait
 from lowrank_optax._src.engines.rules import leafwise
 from lowrank_optax._src.leaves.matrix import Matrices
 from lowrank_optax._src.linalg import matmul
+from lowrank_optax._src.linalg.products import Lying
 from lowrank_optax._src.methods.optimizer import Mask, optimizer
 from lowrank_optax._src.parts.checks import check_rank
 
@@ -133,13 +134,14 @@ class LDAdam:
     def sketch(self, step, grad, state, given):
         """``A B^T P``: one block power step from the old basis, with B = B(A, M)."""
         mu_hat = state.mu / self._correction(step, grad.array.dtype)
-        a, old = self._total(grad, state), state.basis
+        a, old = self._terms(grad, state), state.basis
         # B^T P and B (B^T P) by their products; B is not formed. P^T P = 1, or near it
         # where P is stored in bytes: what matters here is its range.
-        z = self.rho * mu_hat + (1 - self.rho) * a.project(old)
+        seen = sum(x.project(old) for x in a)
+        z = self.rho * mu_hat + (1 - self.rho) * seen
         z = linalg.near_one(z).mT
         y = self.rho * matmul(old, matmul(mu_hat, z))
-        return None, y + (1 - self.rho) * a.sketch(z)
+        return None, y + (1 - self.rho) * sum(x.sketch(z) for x in a)
 
     def turn(self, found, states, count):
         """The next bases."""
@@ -149,17 +151,17 @@ class LDAdam:
         step = step.astype(grad.array.dtype)  # of wide integers, powers would be wider
         b1, b2, t = self.b1, self.b2, step + 1
         old, error, mu, nu = state
-        a = self._total(grad, state)
+        a = self._terms(grad, state)
         correction = self._correction(step, grad.array.dtype)
         mu_hat = mu / correction
-        r, c = a.project(basis), matmul(basis.mT, old)
+        r, c = sum(x.project(basis) for x in a), matmul(basis.mT, old)
         carried = matmul(c, mu)
         if self.error_feedback:
             # A - P' R + ratio (P M - P' M'), all that has a basis in one product.
             ratio = b1 / (1 - b1)
             bases = jnp.concatenate([old, basis], axis=-1)
             kept = jnp.concatenate([ratio * mu, -(r + ratio * carried)], axis=-2)
-            error = a.matrix + matmul(bases, kept)
+            error = sum(x.matrix for x in a) + matmul(bases, kept)
 
         # (C o C) V and the correction by (C o C) M^2 in one product too.
         seen = 1 - b2**step
@@ -169,22 +171,20 @@ class LDAdam:
         nu = b2 * nu + (1 - b2) * r**2
         direction = mu / (1 - b1**t) / (jnp.sqrt(nu / (1 - b2**t)) + self.eps)
         update = grad.of(grad.order(matmul(basis, direction)))
-        # Moments and basis belong together; the error is looked at where it is written.
+        # All belongs together. What would spoil a number of the error is seen in its
+        # column of R, and a size that would overflow in the square of that.
         ok = wait(all_finite((basis, mu, nu)), [update.array])
-        new = tree_where(ok, LDAdamState(basis, error, mu, nu), state)
-        if self.error_feedback:
-            error = jnp.where(jnp.isfinite(new.error), new.error, state.error)
-            new = new._replace(error=error)
-        return update, new
+        return update, tree_where(ok, LDAdamState(basis, error, mu, nu), state)
 
     def finish(self, found, states, count):
         return found
 
-    def _total(self, grad, state):
-        """The gradient with the error that was made before."""
-        if not self.error_feedback:
-            return grad
-        return grad.of(grad.array + grad.order(state.error))
+    def _terms(self, grad, state):
+        """The gradient and the error that was made before: A is their sum.
+
+        A product of each reads less than their sum would, which had to be stored.
+        """
+        return [grad, Lying(state.error, False)][: 1 + self.error_feedback]
 
     def _correction(self, step, dtype):
         """Of the first moment; it starts at zero, where that would be 0 / 0."""
@@ -193,7 +193,7 @@ class LDAdam:
 
     def begin(self, grad, state):
         """The first basis: singular vectors of the gradient."""
-        return state._replace(basis=linalg.gram_eigh(grad, state.basis.shape[-1])[0])
+        return {"basis": linalg.gram_eigh(grad, state.basis.shape[-1])[0]}
 
     def unset(self, state):
         """Whether there is none yet; a gradient that is not finite leaves none."""

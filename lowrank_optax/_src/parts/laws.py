@@ -155,7 +155,7 @@ class Rule(Protocol):
     """A whole update rule on one matrix, for `leafwise`.
 
     A rule whose state needs a first gradient may have ``unset(state)``, a scalar
-    predicate, and ``begin(grad, state)``, the state that this gradient gives; one
+    predicate, and ``begin(grad, state)``, what this gradient gives by field; one
     conditional a step asks all matrices.
     """
 
