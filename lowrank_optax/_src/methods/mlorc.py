@@ -14,6 +14,7 @@ from lowrank_optax._src.kernels.dispatch import active
 from lowrank_optax._src.leaves.matrix import Matrices
 from lowrank_optax._src.linalg.thin import each
 from lowrank_optax._src.methods.optimizer import Mask, optimizer
+from lowrank_optax._src.parts.bounds import most_of_adam
 from lowrank_optax._src.parts.low_rank import (
     Average,
     LowRank,
@@ -120,7 +121,10 @@ def mlorc_scale_by_adam(
     leaves that are not matrices are trained, where it skips them (ML-8); epsilon is
     added to the corrected root, there to the uncorrected one and in the paper inside of
     it (ML-2), for which there is ``mlorc_compress(optax.scale_by_adam(eps_root=...))``;
-    arithmetic is in float32 at least, there in the parameters' dtype.
+    arithmetic is in float32 at least, there in the parameters' dtype. No entry of a
+    direction is larger than Adam's moments allow, ``(1 - b1) / sqrt((1 - b2) (1 - b1^2
+    / b2))``, which is 10.5 by default: after an outlier the compressed V has lost what
+    it was elsewhere, and steps would be a thousand times the usual.
 
     References:
       Shen et al., MLorc: Momentum Low-rank Compression for Memory Efficient Large
@@ -253,7 +257,9 @@ class MLorcAdam:
         if found is None:
             moments = Average(b1, state.mu, grad, kept), grad.of(v)
             found = sketches((self.mu, self.nu), omegas, moments, state)
-        return grad.of(m_hat / (jnp.sqrt(v_hat) + self.eps)), found
+        most = most_of_adam(b1, b2)  # which a V that has lost an entry's part exceeds
+        update = jnp.clip(m_hat / (jnp.sqrt(v_hat) + self.eps), -most, most)
+        return grad.of(update), found
 
     def _kernels(self, grad, state, omegas, kept, zeta):
         """The sketches by kernels, which never store V; None for XLA."""

@@ -99,11 +99,18 @@ def encode(x: Array, signed: bool) -> tuple[Array, Array]:
 
 def nearest(x: Array, largest: Array, signed: bool) -> Array:
     """Index of the number of the map that is nearest to ``x / largest``."""
-    # Divided with its sign: XLA's GPU backend stores an x that is read twice.
-    unit = x / jnp.where(largest > 0, largest, 1.0)
-    size, none = jnp.abs(unit), jnp.zeros_like(unit)
+    # Beside a large number a small one would vanish, and a second moment that is not
+    # zero must not be: it is divided by a smaller number first. With its sign, as XLA's
+    # GPU backend stores an x that is read twice.
+    less = jnp.where(largest > 1, 2.0**-60, 1.0)
+    unit = x / (jnp.where(largest > 0, largest, 1.0) * less)
+    whole, none = jnp.abs(unit), jnp.zeros_like(unit)
+    size = whole * less
     start, last, first, step = _of_last(
-        [(size > border, grid) for *grid, border in _grids(signed)],
+        [
+            (size > border if border else whole > 0, grid)
+            for *grid, border in _grids(signed)
+        ],
         [none, none, none, none + 1],
     )
     # Halves go down, as where the middle itself is not passed.

@@ -1,0 +1,34 @@
+"""One bad gradient leaves usable states, and no large updates after it."""
+
+import functools
+
+import pytest
+
+from benchmarks import faults
+
+SETTINGS = faults.Settings(rank=4, period=3, after=6)
+OPTIMIZERS = {
+    k: x for k, x in faults.optimizers(SETTINGS).items() if not k.startswith("optax")
+}
+
+
+@functools.cache
+def grads():
+    return faults.gradients(SETTINGS)
+
+
+@pytest.fixture(scope="module", params=OPTIMIZERS)
+def usual(request):
+    tx = OPTIMIZERS[request.param]
+    return tx, faults.run(tx, grads())[0]
+
+
+@pytest.mark.parametrize("fault", faults.FAULTS.values(), ids=faults.FAULTS)
+def test_updates_stay_within_ten_times_the_usual(usual, fault):
+    tx, norms = usual
+    when = SETTINGS.moments["between"]
+    for leaf in ("q_proj", "bias"):
+        found, state = faults.run(tx, grads(), when, leaf, fault)
+        finite = faults.is_finite(fault(grads()[0][leaf]))
+        assert faults.worst(norms, found, when, leaf, finite) < 10
+        assert faults.is_finite(state)
