@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from lowrank_optax._src import linalg
 from lowrank_optax._src.leaves.box import is_variable
 
+Path = tuple[str, ...]
+
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 
 
-def path_parts(key_path: tuple[Any, ...]) -> tuple[str, ...]:
+def path_parts(key_path: tuple[Any, ...]) -> Path:
     """Readable parts of a key path, equal for an NNX state and for its pure form."""
     parts = [jax.tree_util.keystr((k,), simple=True) for k in key_path]
     if parts and isinstance(key_path[-1], jax.tree_util.GetAttrKey):
@@ -36,7 +38,7 @@ def full_precision(leaf: Any) -> Any:
     return jax.tree.map(cast, leaf)
 
 
-def flatten(tree: Any) -> tuple[list[tuple[str, ...]], list[Any], Any]:
+def flatten(tree: Any) -> tuple[list[Path], list[Any], Any]:
     """Paths, leaves (boxes kept whole) and tree definition."""
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_variable)
     return [path_parts(k) for k, _ in flat], [x for _, x in flat], treedef
