@@ -4,7 +4,6 @@ import functools
 import json
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -206,6 +205,34 @@ def test_one_matrix_axes_leaves_attention_its_own():
     }
 
 
+# The page ----------------------------------------------------------------------------
+
+
+def page():
+    """What the default rule makes of each recorded model, as Markdown tables."""
+    for name, shapes in MODELS.items():
+        yield f"### {name}"
+        yield ""
+        yield "| leaf | shape | seen as |"
+        yield "|---|---|---|"
+        tree = tree_of({path: x for path, x in shapes.items() if len(x) > 1})
+        for v in view_leaves(tree, side="left"):
+            if isinstance(v, MatrixView):
+                stack = "".join(f"{size} of " for size in v.batch_shape)
+                what = f"**{stack}{v.m} x {v.n}**"
+            else:
+                what = v.why if "names a" in v.why else "to be told"
+            shape = " x ".join(map(str, v.shape))
+            yield f"| `{v.path}` | {shape} | {what} |"
+        yield ""
+
+
+def test_the_page_says_what_is_chosen():
+    text = (ROOT.parent / "MATRICES.md").read_text()
+    tables = text[text.index("### ") :]
+    assert tables.splitlines() == "\n".join(page()).strip().splitlines()
+
+
 # Rules -------------------------------------------------------------------------------
 
 TREE = {
@@ -319,8 +346,18 @@ def test_a_callable_tree_of_specs_is_a_tree():
     assert seen(model, specs) == seen(model) == {"weight": (4, 6)}
 
 
-class Attention(NamedTuple):
-    query: jax.Array
-    key: jax.Array
-    value: jax.Array
-    out: jax.Array
+# Lists -------------------------------------------------------------------------------
+
+
+def test_a_list_is_told_to_have_no_names_and_takes_specs_by_place():
+    shapes = MODELS["Keras"]
+    variables = [abstract(*shape) for shape in shapes.values() if len(shape) < 3]
+    with pytest.warns(UserWarning, match="No name tells which of these 2"):
+        jax.eval_shape(lro.mlorc_lion(1e-2, rank=1).init, [abstract(9, 8)] * 2)
+    rule = lro.default_matrices({p: abstract(*x) for p, x in shapes.items()})
+    specs = [rule[path] for path, shape in shapes.items() if len(shape) < 3]
+    tx = lro.mlorc_lion(1e-2, rank=1, matrices=specs)
+    rows = lro.describe(tx, variables)
+    named = [path for path, shape in shapes.items() if len(shape) < 3]
+    chosen = {path for path, row in zip(named, rows, strict=True) if row.view}
+    assert chosen == {p for p in seen(tree_of(shapes)) if len(shapes[p]) == 2}

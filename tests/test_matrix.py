@@ -656,7 +656,7 @@ def test_describe_other_methods(tx, bytes_of_kernel):
 
 def test_describe_says_why_a_leaf_is_dense():
     params = PARAMS | {"scan": abstract(4, 4, dtype=jnp.int8)}
-    why = {r.path: r.why for r in lro.describe(lro.galore_adamw(1e-2), params)}
+    why = {r.path: r.why for r in lro.describe(lro.galore_adamw(1e-2, 4), params)}
     assert why == {
         "embed/weight": "'embed' names an embedding or a head",
         "mlp/bias": "it has 1 axes",

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,8 +19,14 @@ from lowrank_optax._src.leaves.matrix import (
     Side,
     view_by,
 )
-from lowrank_optax._src.leaves.paths import flatten, words
+from lowrank_optax._src.leaves.paths import flatten
+from lowrank_optax._src.leaves.saving import Words, waste
 from lowrank_optax._src.leaves.specs import choices, placeholders
+from lowrank_optax._src.leaves.told import (
+    warn_of_nameless,
+    warn_of_stacks,
+    warn_of_waste,
+)
 
 
 def view_leaves(
@@ -29,6 +34,7 @@ def view_leaves(
     matrices: Matrices = None,
     side: Side | Callable[[str], Side] = "short",
     creating: bool = False,
+    words: Words | None = None,
 ) -> list[MatrixView | DenseLeaf]:
     """One view for each leaf of a tree of parameters or gradients, in their order.
 
@@ -42,6 +48,8 @@ def view_leaves(
         matrices by their rows), "long", "left" (rows) or "right"; or a function from
         a leaf's path to these.
       creating: whether state is about to be created beside the leaves (at init).
+      words: see `Words`. A leaf that it saves nothing of stays at full rank, unless
+        `matrices` names it.
 
     Raises:
       ValueError: for an unknown side, a spec that matches nothing or does not fit.
@@ -53,6 +61,7 @@ def view_leaves(
     paths, leaves, _ = flatten(tree)
     chosen = choices(matrices, tree)
     result: list[MatrixView | DenseLeaf] = []
+    idle: list[DenseLeaf] = []
     for parts, leaf in zip(paths, leaves, strict=True):
         x, choice = value_of(leaf), chosen[parts]
         path, shape, dtype = "/".join(parts), tuple(np.shape(x)), x.dtype
@@ -62,8 +71,11 @@ def view_leaves(
         else:
             own = side(path) if callable(side) else side
             view = view_by(path, shape, dtype, choice.axes, own, source)
-            if creating:
-                view = dataclasses.replace(view, limit=dict(limits()).get(path))
+            if words and not choice.asked and (why := waste(view, words)):
+                view = DenseLeaf(path, shape, dtype, why, source)
+                idle.append(view)
+            elif creating:
+                view = dataclasses.replace(view, limit=dict(limits()).get(parts))
             result.append(view)
     found = any(isinstance(view, MatrixView) for view in result)
     if matrices is not None and result and not found and not placeholders(tree):
@@ -78,7 +90,10 @@ def view_leaves(
         )
     if creating:
         unknown = {parts for parts, choice in chosen.items() if choice.unknown}
-        _warn_of_stacks([v for p, v in zip(paths, result, strict=True) if p in unknown])
+        warn_of_stacks([v for p, v in zip(paths, result, strict=True) if p in unknown])
+        if any(c.axes is not None and not c.asked for c in chosen.values()):
+            warn_of_nameless(paths)
+        warn_of_waste(idle)
         note_views(result)
     return result
 
@@ -122,45 +137,6 @@ def view_blocks(
                 view = MatrixView(*whole, (), axes, (), view.source)
         result.append(view)
     return result
-
-
-def _warn_of_stacks(unknown: list[MatrixView | DenseLeaf]) -> None:
-    """Name what is left dense as nothing tells its rows and columns, and a remedy."""
-    alike: dict[str, list[MatrixView | DenseLeaf]] = {}
-    for v in unknown:  # those of a list of layers by one rule
-        pattern = re.sub(r"[0-9]+", lambda _: "[0-9]+", re.escape(v.path))
-        alike.setdefault(pattern, []).append(v)
-    if not alike:
-        return
-    named = [
-        f"'{first.path}' {first.shape}" + (f" and {len(more)} like it" if more else "")
-        for first, *more in alike.values()
-    ]
-    likely = {f"^{pattern}$": _likely_axes(own[0]) for pattern, own in alike.items()}
-    rules = ", ".join(
-        f"{pattern!r}: {axes and f'lro.{axes}'}" for pattern, axes in likely.items()
-    )
-    warnings.warn(
-        "Kept at full rank, as they have three axes or more and nothing tells which "
-        f"are rows and columns: {', '.join(named)}. If this is how they lie, pass "
-        f"matrices=lro.matrix_rules({{{rules}}}); None leaves a leaf as it is.",
-        stacklevel=3,
-    )
-
-
-def _likely_axes(leaf: MatrixView | DenseLeaf) -> MatrixAxes | None:
-    """How a leaf of three axes and more most often lies, where its name says little."""
-    ndim, shape = len(leaf.shape), leaf.shape
-    if min(shape[-2:]) == 1:  # of a depthwise convolution
-        return None
-    convolution = any(word.startswith("conv") for word in words(leaf.path))
-    if ndim > 3 and shape[-1] == shape[-2] < min(shape[:2]):  # of PyTorch and Equinox
-        return MatrixAxes(0, tuple(range(1, ndim)))
-    if convolution or (ndim > 3 and shape[0] == shape[1] < min(shape[2:])):
-        return MatrixAxes(tuple(range(ndim - 1)), ndim - 1)
-    # A stack stands in front or, as MaxText has it, behind the rows.
-    rows = max(range(ndim - 1), key=lambda a: (shape[a], a))
-    return MatrixAxes() if rows == ndim - 2 else MatrixAxes(rows, ndim - 1)
 
 
 @contextlib.contextmanager

@@ -89,9 +89,9 @@ def default_matrices(params: Any) -> Any:
       heads, except in an attention; a part predictions or qa_outputs; a leaf or module
       score, shared or output.
 
-    A list has no names: give a list of specs. For Keras, ``rule = default_matrices({
-    v.path: v.value for v in model.trainable_variables})`` and ``matrices=[rule[v.path]
-    for v in model.trainable_variables]``.
+    A list has no names: give a list of specs. For Keras, with ``variables =
+    model.trainable_variables``, ``rule = default_matrices({v.path: v.value for v in
+    variables})`` and ``matrices=[rule[v.path] for v in variables]``.
 
     Args:
       params: arrays or abstract ones.

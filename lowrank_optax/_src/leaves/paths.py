@@ -1,6 +1,8 @@
 """Paths and leaves of a tree of parameters."""
 
+import collections
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,12 +17,22 @@ _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 
 
 def path_parts(key_path: tuple[Any, ...]) -> Path:
-    """Readable parts of a key path, equal for an NNX state and for its pure form."""
-    parts = [jax.tree_util.keystr((k,), simple=True) for k in key_path]
-    if parts and isinstance(key_path[-1], jax.tree_util.GetAttrKey):
-        if parts[-1] == "value":
-            parts.pop()
-    return tuple(parts)
+    """Readable parts of a key path, by which a parameter is known."""
+    return tuple(jax.tree_util.keystr((k,), simple=True) for k in key_path)
+
+
+def labels(paths: Sequence[Path]) -> list[str]:
+    """A name for each path, parts joined by ``/``, and no two alike.
+
+    Where two would be, as of ``{"a/b": x, "a": {"b": y}}``, parts with a ``/`` in them
+    stand in quotes.
+    """
+    plain = ["/".join(path) for path in paths]
+    times = collections.Counter(plain)
+    return [
+        "/".join(f"'{p}'" if "/" in p else p for p in path) if times[name] > 1 else name
+        for path, name in zip(paths, plain, strict=True)
+    ]
 
 
 def words(path: str) -> list[str]:
