@@ -203,6 +203,9 @@ def test_one_matrix_axes_leaves_attention_its_own():
         "query/kernel": (12, 64, 64),
         "mlp": (12, 64, 32),
     }
+    # What takes an axis of heads is meant for them.
+    tree = {"query": abstract(64, 4, 16), "bias": abstract(4, 16)}
+    assert seen(tree, MatrixAxes((0, 2), 1)) == {"query": (1024, 4)}
 
 
 # The page ----------------------------------------------------------------------------

@@ -41,9 +41,10 @@ def view_leaves(
     Args:
       tree: parameters at init, gradients later: only paths, shapes, dtypes are read.
       matrices: None for the default rule; one `MatrixAxes` for each leaf that is none
-        of its biases, norms, embeddings, heads or attention kernels; a callable ``tree
-        -> specs``, such as `matrix_rules`; or a tree of ``MatrixAxes | None``, matched
-        by path. The default rule chooses for what it does not name.
+        of its biases, norms, embeddings or heads (``MatrixAxes()`` leaves attention
+        kernels their own, too); a callable ``tree -> specs``, such as `matrix_rules`;
+        or a tree of ``MatrixAxes | None``, matched by path. The default rule chooses
+        for what it does not name.
       side: which side the basis spans: "short", "short_left" (the same with square
         matrices by their rows), "long", "left" (rows) or "right"; or a function from
         a leaf's path to these.
@@ -117,20 +118,22 @@ def view_blocks(
 
     Args:
       tree, creating: as in `view_leaves`.
-      matrices: as in `view_leaves`, with columns for blocks; each number of a leaf that
-        it does not name is a block. With None, of every leaf of two axes or more, a
-        block is an index of the longer of its last two axes (of the last if they are
+      matrices: as in `view_leaves`, with columns for blocks; each number of a leaf for
+        which it says None is a block. Of what it does not name, with two axes or more,
+        a block is an index of the longer of the last two (of the last if they are
         equal).
     """
     if matrices is not None:
         seen = view_leaves(tree, matrices, "left", creating)
+        asked = [choice.asked for choice in choices(matrices, tree).values()]
     else:
         seen = view_dense(tree, creating)
+        asked = [False] * len(seen)
     result = []
-    for view in seen:
+    for view, named in zip(seen, asked, strict=True):
         whole = (view.path, view.shape, view.dtype)
-        if isinstance(view, DenseLeaf):
-            if matrices is None and len(view.shape) > 1:
+        if isinstance(view, DenseLeaf) or not named:
+            if not named and len(view.shape) > 1:
                 view = view_by(*whole, MatrixAxes(), "short_left", view.source)
             else:
                 axes = tuple(range(len(view.shape)))

@@ -35,8 +35,8 @@ def by_default(tree: Any, stacks: MatrixAxes | None = None) -> dict[Path, Choice
 
     Args:
       tree: of parameters; only paths, shapes and dtypes are read.
-      stacks: rows and columns of leaves whose names tell nothing; None for those of
-        two axes.
+      stacks: rows and columns of leaves whose names tell nothing, and of attention
+        kernels too unless it is ``MatrixAxes()``; None for those of two axes.
     """
     paths, leaves, _ = flatten(tree)
     values = dict(zip(paths, map(value_of, leaves), strict=True))
@@ -61,7 +61,8 @@ def _choose(
         return Choice(None, "'b' names a bias")
     if (why := named_dense(pieces(path))) is not None:
         return Choice(None, why)
-    if heads is not None:
+    # Of those who say that leaves are stacks of matrices, none means split heads.
+    if heads is not None and stacks in (None, MatrixAxes()):
         return Choice(heads)
     if stacks is not None:
         return Choice(stacks, asked=True)
