@@ -17,9 +17,10 @@ from lowrank_optax._src.engines.compress import compress_state as compress_state
 from lowrank_optax._src.engines.project import ProjectState as ProjectState
 from lowrank_optax._src.engines.project import project_gradients as project_gradients
 from lowrank_optax._src.engines.rules import leafwise as leafwise
-from lowrank_optax._src.leaves.choose import default_matrices as default_matrices
+from lowrank_optax._src.leaves.default import default_matrices as default_matrices
 from lowrank_optax._src.leaves.matrix import MatrixAxes as MatrixAxes
 from lowrank_optax._src.leaves.matrix import MatrixView as MatrixView
+from lowrank_optax._src.leaves.specs import matrix_rules as matrix_rules
 from lowrank_optax._src.methods.adafactor import galore_adafactor as galore_adafactor
 from lowrank_optax._src.methods.adafactor import (
     scale_by_adafactor as scale_by_adafactor,
@@ -183,6 +184,7 @@ __all__ = [
     "ldadamw",
     "leafwise",
     "linalg",
+    "matrix_rules",
     "memory_report",
     "mlorc_adamw",
     "mlorc_compress",

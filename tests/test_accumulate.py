@@ -80,8 +80,12 @@ EXACT = {
         lambda count: 0.1 / (1 + count), rank=2, switch_step=0, update_every=2
     ),
     # Moments that move with the basis are stored once more, so here they do not.
-    "in bytes": lro.quantize_state(project(rank=64, transfer=lro.Keep())),
-    "in factors": lro.mlorc_compress(project(rank=4, transfer=lro.Keep()), rank=2),
+    "in bytes": lro.quantize_state(
+        project(rank=64, transfer=lro.Keep(), matrices=lro.MatrixAxes())
+    ),
+    "in factors": lro.mlorc_compress(
+        project(rank=4, transfer=lro.Keep(), matrices=lro.MatrixAxes()), rank=2
+    ),
 }
 
 

@@ -326,9 +326,8 @@ def test_an_unusable_gradient_leaves_a_usable_state(value):
 def test_state_size(make):
     params = {"w": jax.ShapeDtypeStruct((40, 24), jnp.float32)}
     counters, scalars = 2, 3  # of the engine and of Adam; of the refresh
-    for r in (4, 30):
-        rank = min(r, 24)
-        long, short = 40 * rank + 2 * 24 * rank, 24 * rank + 2 * 40 * rank
+    for r in (4, 11):
+        long, short = 40 * r + 2 * 24 * r, 24 * r + 2 * 40 * r
         assert lro.state_bytes(make(r), params) == 4 * (long + counters + scalars)
         short_side = lro.state_bytes(make(r, side="short"), params)
         assert short_side == 4 * (short + counters + scalars)
@@ -363,7 +362,7 @@ def test_metrics_of_the_state_within_jit():
 
 
 def test_metrics_of_states_without_a_basis_to_see():
-    params = {"w": jnp.ones((64, 96)), "b": jnp.ones(3)}
+    params = {"w": jnp.ones((128, 256)), "b": jnp.ones(3)}
     for tx in (
         optax.adam(0.1),
         lro.apollo_scale(ADAM, rank=4),

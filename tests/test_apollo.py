@@ -146,7 +146,8 @@ class Identity:
 
 def test_with_the_identity_the_factors_are_those_of_adam():
     grads = gradients((6, 9), 12)
-    updates, _ = run(apollo(rank=6, limiter=None, subspace=Identity()), grads[0], grads)
+    full = {"rank": 6, "limiter": None, "matrices": lro.MatrixAxes()}
+    updates, _ = run(apollo(subspace=Identity(), **full), grads[0], grads)
     for u, g, a in zip(updates, grads, reference.adam(grads), strict=True):
         ratio = np.linalg.norm(a, axis=0) / np.linalg.norm(g, axis=0)
         assert relative_error(u, g * ratio) < 1e-4
@@ -200,7 +201,7 @@ def test_refusals(changes, message):
 M, N, L = 40, 24, 40
 
 
-@pytest.mark.parametrize("r", [1, 4, 30])
+@pytest.mark.parametrize("r", [1, 4, 11])
 @pytest.mark.parametrize(
     ("make", "extra"),
     [
@@ -213,10 +214,10 @@ M, N, L = 40, 24, 40
 def test_state_size(make, extra, r):
     params = {"w": jax.ShapeDtypeStruct((M, N), jnp.float32)}
     counters = 3  # of the engine, of Adam, and the step of the drawing
-    numbers = 2 * L * min(r, N) + extra
+    numbers = 2 * L * r + extra
     assert lro.state_bytes(make(r), params) == 4 * (numbers + counters)
     (row,) = lro.describe(make(r), params)
-    assert row.rank == min(r, N)
+    assert row.rank == r
 
 
 def test_apollo_adamw_is_its_parts():

@@ -334,6 +334,8 @@ def test_matrices_smaller_than_the_rank(method):
     changes = {"key": 2, "rank": 4} if "rank" in method.kwargs else {}
     if "codecs" in method.kwargs:
         changes = {"codecs": {"mu": lro.LowRank(4)}}
+    if "matrices" in inspect.signature(method.factory).parameters:
+        changes |= {"matrices": lro.MatrixAxes()}  # else they stay at full rank
     tx = method.make(**changes)
     update = jax.jit(tx.update)
     shapes = {"row": (1, 5), "column": (5, 1), "number": (1, 1), "small": (2, 3)}

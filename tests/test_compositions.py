@@ -124,7 +124,9 @@ def test_refused_when_it_is_made(make, message):
             "SparseResidual .* requires a first moment, .* fields nu",
         ),
         (
-            lro.galore_project(lro.mlorc_compress(ADAM), rank=4, transfer=lro.Rotate()),
+            lro.galore_project(
+                lro.mlorc_compress(ADAM, rank=2), rank=4, transfer=lro.Rotate()
+            ),
             r"Rotate around compressed state: .* requires moments as matrices, and "
             r"'inner_state/mu.left' does not provide one",
         ),
@@ -192,7 +194,8 @@ def test_not_refused(tx):
 def test_a_lazy_refresh_compares_the_ranks_in_use():
     # A steady gradient of rank 1 is a steady subspace, though three columns are zero.
     grads = {"w": jnp.outer(jnp.arange(1.0, 7), jnp.arange(1.0, 6))}
-    tx = project(rank=4, subspace=lro.EnergyRank(), refresh=lro.WhenDrifted(1, 0.9))
+    parts = {"subspace": lro.EnergyRank(), "refresh": lro.WhenDrifted(1, 0.9)}
+    tx = project(rank=4, matrices=lro.MatrixAxes(), **parts)
     state, update = tx.init(grads), jax.jit(tx.update)
     for _ in range(6):
         _, state = update(grads, state)
@@ -290,7 +293,7 @@ FOLLOWED = {
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_compositions_follow_their_formulas(name):
     tx, transfer, kind = FOLLOWED[name]
-    grads = random_grads({"query": jnp.ones((6, 8))}, 10)
+    grads = random_grads({"query": jnp.ones((6, 16))}, 10)
     state, update = tx.init(grads[0]), jax.jit(tx.update)
     updates, bases = [], []
     for g in grads:
@@ -402,7 +405,7 @@ def test_compositions_learn_and_outlast_bad_gradients(name, monkeypatch):
     # So that small matrices are stored in bytes as large ones are.
     monkeypatch.setattr(coded, "ELEMENTWISE_MIN_SIZE", 8)
     tx = STORED[name][0](3) if name in STORED else FOLLOWED[name][0]
-    start = params = random_like({"query": (6, 8), "bias": (3,)}, 0)
+    start = params = random_like({"query": (6, 16), "bias": (3,)}, 0)
     state, update = tx.init(params), jax.jit(tx.update)
 
     def descend(params, state):

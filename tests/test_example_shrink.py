@@ -34,7 +34,14 @@ def loss(params, target):
 
 TASK = Task(start, loss, batch, [batch(0)], tokens_per_step=1)
 # An epsilon that hides what float32 leaves of moments that should be zero.
-TX = lro.adarankgrad_adamw(0.1, 16, eps=1e-4, max_residual_energy=1e-3, max_interval=3)
+TX = lro.adarankgrad_adamw(
+    0.1,
+    16,
+    eps=1e-4,
+    max_residual_energy=1e-3,
+    max_interval=3,
+    matrices=lro.MatrixAxes(),
+)
 
 
 def run(directory, shrink_every=SHRINK, stop_at=None):

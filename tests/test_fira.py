@@ -111,8 +111,9 @@ def test_matrices_of_a_stack_are_limited_one_by_one():
 def test_at_full_rank_it_is_galore():
     params = random_like({"w": (6, 9), "v": (9, 6), "b": (9,)}, 0)
     grads = random_grads(params, PERIOD + 2)
-    got, _ = run(fira(rank=6), params, grads)
-    want, _ = run(lro.galore_project(ADAM, rank=6, update_every=PERIOD), params, grads)
+    full = {"rank": 6, "update_every": PERIOD, "matrices": lro.MatrixAxes()}
+    got, _ = run(fira(**full), params, grads)
+    want, _ = run(lro.galore_project(ADAM, **full), params, grads)
     for u, v in zip(got, want, strict=True):
         assert_close(u, v, rtol=1e-4, atol=1e-5)
 
@@ -181,11 +182,11 @@ M, N, S, L = 40, 24, 24, 40
     ],
     ids=["limiter", "none", "infinite", "adamw"],
 )
-@pytest.mark.parametrize("r", [4, 30])
+@pytest.mark.parametrize("r", [4, 11])
 def test_state_size(make, extra, r):
     tx, params = make(r), {"w": jax.ShapeDtypeStruct((M, N), jnp.float32)}
-    rank, counters = min(r, S), 2  # of the engine and of Adam
-    numbers = S * rank + 2 * L * rank + extra
+    counters = 2  # of the engine and of Adam
+    numbers = S * r + 2 * L * r + extra
     assert lro.state_bytes(tx, params) == 4 * (numbers + counters)
 
 

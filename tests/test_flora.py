@@ -131,16 +131,13 @@ def test_a_bad_gradient_leaves_a_usable_state(bad):
 M, N, L = 40, 24, 40
 
 
-@pytest.mark.parametrize("r", [4, 30])
+@pytest.mark.parametrize("r", [4, 11])
 def test_state_size(r):
     params = {"w": jax.ShapeDtypeStruct((M, N), jnp.float32)}
-    rank = min(r, N)
     counters = 3  # of the engine, of the average, and the step of the drawing
-    assert lro.state_bytes(flora(rank=r), params) == 4 * (L * rank + counters)
+    assert lro.state_bytes(flora(rank=r), params) == 4 * (L * r + counters)
     counters += 1  # of Adafactor
-    assert lro.state_bytes(lro.flora(0.1, r), params) == 4 * (
-        L * rank + M + N + counters
-    )
+    assert lro.state_bytes(lro.flora(0.1, r), params) == 4 * (L * r + M + N + counters)
 
 
 def test_flora_is_its_parts():

@@ -89,15 +89,38 @@ def numbers(tx, params):
 @pytest.mark.parametrize(
     ("make", "formula"),
     [
-        (lambda r: galore(rank=r), lambda r: S * r + 2 * L * r),
-        (lambda r: galore(rank=r, side="long"), lambda r: L * r + 2 * S * r),
-        (lambda r: galore(rank=r, side="left"), lambda r: M * r + 2 * N * r),
-        (lambda r: galore(rank=r, side="right"), lambda r: N * r + 2 * M * r),
-        (lambda r: galore(optax.scale_by_lion(), rank=r), lambda r: (S + L) * r),
-        (lambda r: lro.galore_adamw(0.1, rank=r), lambda r: S * r + 2 * L * r),
-        (lambda r: lro.galore_adafactor(0.1, rank=r), lambda r: S * r + L + r),
         (
-            lambda r: lro.galore_adafactor(0.1, rank=r, momentum=0.9),
+            lambda r: galore(rank=r, matrices=lro.MatrixAxes()),
+            lambda r: S * r + 2 * L * r,
+        ),
+        (
+            lambda r: galore(rank=r, matrices=lro.MatrixAxes(), side="long"),
+            lambda r: L * r + 2 * S * r,
+        ),
+        (
+            lambda r: galore(rank=r, matrices=lro.MatrixAxes(), side="left"),
+            lambda r: M * r + 2 * N * r,
+        ),
+        (
+            lambda r: galore(rank=r, matrices=lro.MatrixAxes(), side="right"),
+            lambda r: N * r + 2 * M * r,
+        ),
+        (
+            lambda r: galore(optax.scale_by_lion(), rank=r, matrices=lro.MatrixAxes()),
+            lambda r: (S + L) * r,
+        ),
+        (
+            lambda r: lro.galore_adamw(0.1, rank=r, matrices=lro.MatrixAxes()),
+            lambda r: S * r + 2 * L * r,
+        ),
+        (
+            lambda r: lro.galore_adafactor(0.1, rank=r, matrices=lro.MatrixAxes()),
+            lambda r: S * r + L + r,
+        ),
+        (
+            lambda r: lro.galore_adafactor(
+                0.1, rank=r, momentum=0.9, matrices=lro.MatrixAxes()
+            ),
             lambda r: S * r + L + r + L * r,
         ),
     ],

@@ -84,18 +84,18 @@ def test_trajectory(name):
     with np.load(GOLDEN / f"{name}.npz") as file:
         data = dict(file)
     meta = json.loads(str(data["meta"]))
-    names = [str(i) for i in range(LEAVES)]
-    start = {i: data[f"p0_{i}"] for i in names}
+    names = {f"w{i}": i for i in range(LEAVES)}
+    start = {name: data[f"p0_{i}"] for name, i in names.items()}
     params = jax.tree.map(jnp.asarray, start)
     tx = factory(meta)
     update, state = jax.jit(tx.update), tx.init(params)
     for t in range(len(data["g_0"])):
-        grads = {i: data[f"g_{i}"][t] for i in names}
+        grads = {name: data[f"g_{i}"][t] for name, i in names.items()}
         directions, state = update(grads, state, params)
         # As the reference does it, which decays the weight that it has just updated.
         decay = 1 - meta["lr"] * meta.get("weight_decay", 0.0)
-        params = {i: (params[i] - meta["lr"] * directions[i]) * decay for i in names}
-        for i in names:
-            expected = data[f"p_{i}"][t] - start[i]
-            error = np.linalg.norm(params[i] - start[i] - expected)
+        params = {w: (params[w] - meta["lr"] * directions[w]) * decay for w in names}
+        for w, i in names.items():
+            expected = data[f"p_{i}"][t] - start[w]
+            error = np.linalg.norm(params[w] - start[w] - expected)
             assert error <= tolerance * np.linalg.norm(expected), (t, i)

@@ -243,7 +243,8 @@ def test_momentum_sgd_with_hybrid_selection_is_algorithm_4():
 def test_at_full_rank_sampling_is_galore(sampled):
     params = random_like({"w": (6, 9), "v": (9, 6), "b": (9,)}, 0)
     grads = random_grads(params, PERIOD + 2)
-    arguments = {"rank": 6, "update_every": PERIOD}
+    every = {"matrices": lro.MatrixAxes(), "update_every": PERIOD}
+    arguments = every | {"rank": 6}
     tx = {
         "i3s": lambda: i3s(**arguments),
         "uniform": lambda: lro.project_gradients(
@@ -251,6 +252,7 @@ def test_at_full_rank_sampling_is_galore(sampled):
             rank=6,
             subspace=lro.UniformSampled(),
             refresh=lro.Every(PERIOD),
+            matrices=lro.MatrixAxes(),
         ),
         "hybrid": lambda: lro.hybrid_subspace(
             ADAM, leading=2, transfer=lro.Keep(), **arguments
@@ -266,7 +268,8 @@ def test_at_full_rank_sampling_is_galore(sampled):
 def test_hybrid_with_leaders_only_is_galore(rank):
     params = random_like({"w": (6, 9)}, 0)
     grads = random_grads(params, PERIOD + 2)
-    arguments = {"rank": rank, "update_every": PERIOD}
+    every = {"matrices": lro.MatrixAxes(), "update_every": PERIOD}
+    arguments = every | {"rank": rank}
     got, _ = run(
         lro.hybrid_subspace(ADAM, leading=rank, transfer=lro.Keep(), **arguments),
         params,
@@ -321,9 +324,14 @@ M, N, S, L = 40, 24, 24, 40
 @pytest.mark.parametrize(
     ("make", "moments"),
     [
-        (lambda r: i3s(rank=r), 2),
-        (lambda r: lro.i3s_adamw(0.1, rank=r), 2),
-        (lambda r: lro.hybrid_subspace(optax.trace(0.9), rank=r, leading=2), 1),
+        (lambda r: i3s(rank=r, matrices=lro.MatrixAxes()), 2),
+        (lambda r: lro.i3s_adamw(0.1, rank=r, matrices=lro.MatrixAxes()), 2),
+        (
+            lambda r: lro.hybrid_subspace(
+                optax.trace(0.9), rank=r, leading=2, matrices=lro.MatrixAxes()
+            ),
+            1,
+        ),
     ],
     ids=["i3s", "adamw", "hybrid"],
 )

@@ -109,11 +109,11 @@ def test_kernels_are_refused_where_they_cannot_run():
     [
         lro.mlorc_adamw(1.0, 2, power_iters=1),
         lro.mlorc_adamw(1.0, 2, compress=("nu",)),
-        lro.mlorc_adamw(1.0, 24),  # the whole space is its own range
+        lro.mlorc_adamw(1.0, 24, matrices=ALL),  # the whole space is its own range
         lro.mlorc_lion(1.0, 2),
         lro.galore_adamw(1.0, rank=2),
         lro.quantize_state(optax.scale_by_adam()),  # which no one can look into
-        lro.galore_adamw_8bit(1.0, rank=24),
+        lro.galore_adamw_8bit(1.0, rank=24, matrices=ALL),
     ],
     ids=["power", "nu", "full", "lion", "galore", "any", "galore 8 bit"],
 )

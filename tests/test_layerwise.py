@@ -289,7 +289,8 @@ def test_what_cannot_be_taken_apart_is_refused(params):
     finite = optax.apply_if_finite(optax.adamw(0.1), 3)
     check(name + "ApplyIfFiniteState.*layer by layer", finite, params)
     # The stacked scales are taken for one matrix.
-    merged = lro.mlorc_adamw(0.1, 2, matrices=lro.MatrixAxes())
+    rules = lro.matrix_rules({"norm/scale": lro.MatrixAxes()}, otherwise=matrices)
+    merged = lro.mlorc_adamw(0.1, 2, matrices=rules)
     check(name + "the state field '0/.*norm/scale.*None for stacked", merged, params)
     # One number of the whole stack follows the gradients of all layers.
     drift = lro.q_galore_project(optax.scale_by_adam(), rank=2, matrices=matrices)

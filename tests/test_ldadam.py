@@ -144,7 +144,7 @@ def test_nothing_of_a_gradient_is_lost():
 def test_at_full_rank_the_momentum_is_adams_and_the_error_vanishes():
     grads = turning((6, 10), 20)
     params = {"w": jnp.ones((6, 10))}
-    tx = lro.scale_by_ldadam(100)
+    tx = lro.scale_by_ldadam(100, matrices=lro.MatrixAxes())
     _, states = trajectory(tx, params, [{"w": g} for g in grads])
     expected = np.zeros((6, 10))
     for g, s in zip(grads, states, strict=True):

@@ -65,6 +65,16 @@ attention/num_heads_proj/kernel
 scores/kernel
 overhead/kernel
 reembed/kernel
+moe/shared_expert/up_proj/kernel
+shared_transformer/dense/kernel
+score_net/dense/kernel
+attention/heads/kernel
+attention/heads/0/kernel
+encoder/attention/output/kernel
+ada_norm/linear/kernel
+normalize_net/dense/kernel
+bias_net/dense/kernel
+b
 w
 """.split()
 
@@ -98,6 +108,30 @@ output/kernel
 output.weight
 params/model/output/kernel
 output
+unembed/kernel
+decoder/unembedding/kernel
+pos_embs
+vocab_proj/kernel
+tok_emb/weight
+emb/weight
+value_head/kernel
+mlm_head/dense/kernel
+qa_outputs/kernel
+relative_position_bias_table
+layers/norm/scale
+layers/norm/weight
+layers/LayerNorm_0/scale
+layers/RMSNorm/w
+layers/input_layernorm/weight
+layers/ln_1/weight
+transformer/ln_f/scale
+layers/batch_normalization/gamma
+layers/batch_normalization/beta
+layers/dense/bias
+attention/query/bias
+layers/self_attn/q_proj/bias
+layers/layer_scale
+layer_norm/offset
 """.split()
 
 
@@ -129,7 +163,7 @@ def test_default_rule_takes_float_leaves_of_two_axes():
         "vector": "it has 1 axes",
         "matrix": None,
         "half": None,
-        "kernel": "it has 4 axes and no `matrices` names its rows and columns",
+        "kernel": "it has 4 axes and nothing tells which are rows and columns",
         "count": "its dtype int32 is not floating",
         "mask": "its dtype bool is not floating",
     }
@@ -387,7 +421,7 @@ def test_a_spec_from_the_models_own_state():
         grads = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
         optimizer.update(model, grads)
     rows = lro.describe(tx, nnx.state(model, nnx.Param))
-    assert {row.path for row in rows if row.view} == {"mlp/0/kernel", "mlp/1/kernel"}
+    assert {row.path for row in rows if row.view} == KERNELS
 
 
 def test_a_callable_spec_needs_shapes_only():
@@ -525,26 +559,53 @@ def test_one_spec_serves_every_branch_of_a_partition():
 # The warning -------------------------------------------------------------------------
 
 
-def test_stacks_are_told_of_once_and_together():
-    params = {
-        "scanned": jnp.ones((2, 3, 4)),
-        "conv": jnp.ones((3, 3, 2, 4)),
-        "embed": jnp.ones((2, 3, 4)),
-        "w": jnp.ones((4, 6)),
-    }
-    tx = lro.mlorc_scale_by_lion(rank=2)
+LEFT_DENSE = {
+    "scanned": (jnp.ones((2, 3, 4)), (2, 3, 4)),
+    "behind": (jnp.ones((6, 2, 4)), (2, 6, 4)),
+    "conv.1": (jnp.ones((3, 2, 4)), (6, 4)),
+    "kernel": (jnp.ones((3, 3, 4, 8)), (36, 8)),
+    "weight": (jnp.ones((8, 4, 3, 3)), (8, 36)),
+    "depthwise": (jnp.ones((3, 4, 1)), None),
+    "layers": ([jnp.ones((3, 3, 4, 8))] * 2, (36, 8)),
+}
+
+
+def test_what_is_left_dense_is_told_once_with_what_makes_it_a_matrix():
+    params = {p: x for p, (x, _) in LEFT_DENSE.items()}
+    params |= {"embed": jnp.ones((2, 3, 4)), "w": jnp.ones((4, 6))}
+    tx = lro.mlorc_scale_by_lion(rank=1)
     with pytest.warns(UserWarning) as told:
         state = tx.init(params)
     assert len(told) == 1
     message = str(told[0].message)
-    assert "'scanned' (2, 3, 4)" in message and "'conv' (3, 3, 2, 4)" in message
+    for path in LEFT_DENSE.keys() - {"layers"}:
+        assert f"'{path}' {params[path].shape}" in message
+    assert "'layers/0' (3, 3, 4, 8) and 1 like it" in message
     assert "'w'" not in message and "'embed'" not in message
-    assert "MatrixAxes()" in message
+    advice = message[message.index("lro.matrix_rules(") : message.index("; None")]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tx.update(params, state, params)
-        lro.mlorc_scale_by_lion(rank=2, matrices=MatrixAxes()).init(params)
-        lro.mlorc_scale_by_lion(rank=2, matrices={"w": MatrixAxes()}).init(params)
+        tx = lro.project_gradients(
+            optax.trace(0.9),
+            rank=1,
+            side="left",
+            matrices=eval(advice, {"lro": lro}),
+        )
+        rows = {row.path: row.view for row in lro.describe(tx, params)}
+    expected = {p: view for p, (_, view) in LEFT_DENSE.items() if p != "layers"}
+    expected |= {"layers/0": (36, 8), "layers/1": (36, 8)}
+    assert rows == expected | {"embed": None, "w": (4, 6)}
+
+
+@pytest.mark.parametrize(
+    "matrices",
+    [MatrixAxes(), {"scanned": None}, lro.matrix_rules({"scanned": None})],
+    ids=["axes", "none", "rule"],
+)
+def test_what_is_asked_for_is_not_told(matrices):
+    params = {"scanned": jnp.ones((2, 3, 4)), "w": jnp.ones((4, 6))}
+    lro.mlorc_scale_by_lion(rank=2, matrices=matrices).init(params)
 
 
 # Tables ------------------------------------------------------------------------------
@@ -570,7 +631,8 @@ def test_describe_galore():
     assert scan.state_bytes == 3 * 4 * (6 * 4 + 2 * 4 * 10)  # float32 all the same
     assert (embed.view, embed.side, embed.rank) == (None, "", None)
     assert embed.state_bytes == 2 * 4 * 20 * 8
-    assert embed.why == bias.why == "`matrices` does not name it"
+    assert embed.why == "'embed' names an embedding or a head"
+    assert bias.why == "it has 1 axes"
     assert bias.state_bytes == 2 * 4 * 12
 
 
@@ -594,7 +656,7 @@ def test_describe_other_methods(tx, bytes_of_kernel):
 
 def test_describe_says_why_a_leaf_is_dense():
     params = PARAMS | {"scan": abstract(4, 4, dtype=jnp.int8)}
-    why = {r.path: r.why for r in lro.describe(lro.galore_adamw(1e-2), params)}
+    why = {r.path: r.why for r in lro.describe(lro.galore_adamw(1e-2, 4), params)}
     assert why == {
         "embed/weight": "'embed' names an embedding or a head",
         "mlp/bias": "it has 1 axes",

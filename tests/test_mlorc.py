@@ -125,7 +125,7 @@ SKETCHES = {
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=str)
 def test_at_full_rank_mlorc_adam_is_adam(shape, sketch):
     grads = gradients(shape)
-    tx = lro.mlorc_scale_by_adam(8, **SKETCHES[sketch])
+    tx = lro.mlorc_scale_by_adam(8, **SKETCHES[sketch], matrices=lro.MatrixAxes())
     expected = on_one_leaf(optax.scale_by_adam(b1=0.8), grads)
     assert relative_error(on_one_leaf(tx, grads), expected) < 1e-5
 
@@ -134,7 +134,7 @@ def test_at_full_rank_mlorc_adam_is_adam(shape, sketch):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=str)
 def test_at_full_rank_mlorc_lion_is_lion(shape, sketch):
     grads = gradients(shape)
-    tx = lro.mlorc_scale_by_lion(8, **SKETCHES[sketch])
+    tx = lro.mlorc_scale_by_lion(8, **SKETCHES[sketch], matrices=lro.MatrixAxes())
     expected = on_one_leaf(optax.scale_by_lion(), grads)
     for u, want in zip(on_one_leaf(tx, grads), expected, strict=True):
         np.testing.assert_array_equal(u, want)
@@ -264,7 +264,9 @@ def test_at_full_rank_it_is_the_optimizer_inside(name):
     inner, _ = WRAPPED[name]
     params = random_like({"w": (5, 8), "v": (8, 5), "b": (8,)}, 0)
     grads = random_grads(params, 6)
-    updates, _ = run(lro.mlorc_compress(inner, rank=8), params, grads)
+    updates, _ = run(
+        lro.mlorc_compress(inner, rank=8, matrices=lro.MatrixAxes()), params, grads
+    )
     expected, _ = run(inner, params, grads)
     assert relative_error(flat(updates), flat(expected)) < 1e-4
 
@@ -311,11 +313,16 @@ def test_around_lion_it_is_mlorc_lion():
 @pytest.mark.parametrize(
     ("make", "per_matrix"),
     [
-        (lambda r: lro.mlorc_scale_by_adam(r), 2),
-        (lambda r: lro.mlorc_scale_by_lion(r), 1),
-        (lambda r: lro.mlorc_adamw(0.1, r), 2),
-        (lambda r: lro.mlorc_lion(0.1, r), 1),
-        (lambda r: lro.mlorc_compress(optax.trace(0.9), rank=r), 1),
+        (lambda r: lro.mlorc_scale_by_adam(r, matrices=lro.MatrixAxes()), 2),
+        (lambda r: lro.mlorc_scale_by_lion(r, matrices=lro.MatrixAxes()), 1),
+        (lambda r: lro.mlorc_adamw(0.1, r, matrices=lro.MatrixAxes()), 2),
+        (lambda r: lro.mlorc_lion(0.1, r, matrices=lro.MatrixAxes()), 1),
+        (
+            lambda r: lro.mlorc_compress(
+                optax.trace(0.9), rank=r, matrices=lro.MatrixAxes()
+            ),
+            1,
+        ),
     ],
     ids=["adam", "lion", "adamw", "lion with rate", "trace"],
 )
@@ -400,9 +407,9 @@ def test_whole_optimizers_are_their_parts(alias, method):
 @pytest.mark.parametrize(
     ("tx", "field", "decay", "steps"),
     [
-        (lro.mlorc_adamw(0.1), "nu", 0.999, 1000),
-        (lro.mlorc_adamw(0.1), "mu", 0.8, 20),
-        (lro.mlorc_lion(0.1), "mu", 0.99, 300),
+        (lro.mlorc_adamw(0.1, matrices=lro.MatrixAxes()), "nu", 0.999, 1000),
+        (lro.mlorc_adamw(0.1, matrices=lro.MatrixAxes()), "mu", 0.8, 20),
+        (lro.mlorc_lion(0.1, matrices=lro.MatrixAxes()), "mu", 0.99, 300),
     ],
     ids=["second moment", "first moment", "lion"],
 )

@@ -123,7 +123,8 @@ def test_which_side_of_a_square_matrix(side, same):
 @pytest.mark.parametrize("shape", [(5, 8), (8, 5), (6, 6)], ids=str)
 def test_sgd_at_full_rank_is_sgd(method, shape):
     grads = gradients(shape, steps=5)
-    tx = project(SGD, rank=8, subspace=lro.TopSingular(method))
+    subspace = lro.TopSingular(method)
+    tx = project(SGD, rank=8, subspace=subspace, matrices=lro.MatrixAxes())
     assert_close(on_one_leaf(tx, grads), grads, atol=1e-5)
 
 

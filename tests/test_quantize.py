@@ -181,6 +181,7 @@ def test_adarankgrad_in_bytes_is_its_parts():
         side="short",
         key=3,
         scale=0.5,
+        matrices=lro.MatrixAxes(),
     )
     tx = lro.adarankgrad_adamw_8bit(
         0.1,

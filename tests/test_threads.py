@@ -28,7 +28,7 @@ SAYINGS = {
     "accumulation": (lambda: context.accumulation("add"), context.accumulating),
     "layers": (lambda: context.one_layer(3, 8), context.layer_depth),
     "place": (lambda: context.one_layer(3, 8), context.layer_place),
-    "ranks": (lambda: context.limited_ranks({"w": 2}), context.limits),
+    "ranks": (lambda: context.limited_ranks({("w",): 2}), context.limits),
 }
 
 
@@ -114,8 +114,8 @@ def test_limits_of_ranks_are_those_of_the_thread(often):
     params = {"w": jnp.ones((8, 9))}
 
     def rank_of(limit):
-        tx = lro.galore_project(optax.scale_by_adam(), rank=6)
-        with context.limited_ranks({"w": limit}):
+        tx = lro.galore_project(optax.scale_by_adam(), rank=5)
+        with context.limited_ranks({("w",): limit}):
             for _ in range(5):
                 state = tx.init(params)
                 assert state.basis["w"].shape == (8, limit)

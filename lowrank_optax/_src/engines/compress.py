@@ -27,7 +27,7 @@ from lowrank_optax._src.engines.coded import (
 from lowrank_optax._src.engines.in_bytes import adam_in_bytes, leaves_in_bytes
 from lowrank_optax._src.engines.order import Order, wait
 from lowrank_optax._src.kernels.adam import Adam
-from lowrank_optax._src.leaves import matrix
+from lowrank_optax._src.leaves import matrix, saving
 from lowrank_optax._src.leaves.box import (
     is_variable,
     leaf_spec,
@@ -207,7 +207,8 @@ class _Compression:
         if all(map(is_elementwise, codec_of.values())):
             views = view_dense(tree, creating)
         else:
-            views = view_leaves(tree, self.matrices, creating=creating)
+            words = saving.coded(codec_of.values())
+            views = view_leaves(tree, self.matrices, "short", creating, words)
         coded = {
             (name, i): (codec_of[name], view)
             for (name, i), x in moments.items()

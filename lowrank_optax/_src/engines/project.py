@@ -37,6 +37,7 @@ from lowrank_optax._src.leaves.fields import (
 from lowrank_optax._src.leaves.keys import leaf_seed
 from lowrank_optax._src.leaves.matrix import MatrixView, nameless
 from lowrank_optax._src.leaves.paths import flatten, full_precision
+from lowrank_optax._src.leaves.saving import projected
 from lowrank_optax._src.parts import compatible
 from lowrank_optax._src.parts.checks import check_number, check_rank
 from lowrank_optax._src.parts.laws import Recovery, Refresh, Subspace, Transfer
@@ -176,7 +177,8 @@ class _Projection:
             raise compatible.cannot_use(user, other, user, need, "that")
 
     def init(self, params):
-        views = view_leaves(params, self.matrices, self.side, creating=True)
+        words = projected(self.rank, self.subspace)
+        views = view_leaves(params, self.matrices, self.side, True, words)
         treedef = flatten(params)[2]
 
         def tree(at_matrix, elsewhere=lambda view: optax.MaskedNode()):
@@ -230,7 +232,8 @@ class _Projection:
     def _leaves(self, updates: Any, state: ProjectState) -> "_Leaves":
         """The leaves of an update, and what belongs to those that are matrices."""
         treedef = jax.tree.structure(updates)
-        views = view_leaves(updates, self.matrices, self.side)
+        words = projected(self.rank, self.subspace)
+        views = view_leaves(updates, self.matrices, self.side, words=words)
         grads, *own = (
             treedef.flatten_up_to(x)
             for x in (updates, state.basis, state.refresh, state.recovery)

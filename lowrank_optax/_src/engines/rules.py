@@ -100,7 +100,8 @@ class _Leafwise:
         return {f: names[f] for f in self.kind._fields if f in names}
 
     def init(self, params):
-        views = view_leaves(params, self.matrices, self.side, creating=True)
+        words = getattr(self.rule, "words", None)
+        views = view_leaves(params, self.matrices, self.side, True, words)
         _, leaves, treedef = flatten(params)
         found = enumerate(views)
         states = {i: self.rule.init(v) for i, v in found if isinstance(v, MatrixView)}
@@ -138,7 +139,8 @@ class _Leafwise:
 
     def update(self, updates, state, params=None, **extra):
         treedef = jax.tree.structure(updates)
-        views = view_leaves(updates, self.matrices, self.side)
+        words = getattr(self.rule, "words", None)
+        views = view_leaves(updates, self.matrices, self.side, words=words)
         views = {i: v for i, v in enumerate(views) if isinstance(v, MatrixView)}
         grads, layout = treedef.flatten_up_to(updates), self.fields.layout(updates)
         old = self._load(state, layout, treedef, views)

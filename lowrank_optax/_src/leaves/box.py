@@ -5,7 +5,7 @@ its source.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -16,14 +16,14 @@ from jax.sharding import NamedSharding
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ParamBox:
-    """An array with the path of the parameter that it belongs to and a spec.
+    """An array with the path (or number) of the parameter it belongs to and a spec.
 
     Speaks the part of the NNX variable's interface that the library knows, so whatever
     state a transformation makes beside a parameter comes out in a box of its path.
     """
 
     value: Any
-    path: str = dataclasses.field(metadata={"static": True})
+    path: Hashable = dataclasses.field(metadata={"static": True})
     out_sharding: tuple[Any, ...] | None = dataclasses.field(
         default=None, metadata={"static": True}
     )

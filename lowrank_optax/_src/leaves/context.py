@@ -12,12 +12,14 @@ from typing import Any, Literal, TypeVar
 
 import jax
 
+from lowrank_optax._src.leaves.paths import Path
+
 Phase = Literal["start", "add", "finish"]
 T = TypeVar("T")
 
 _phase: ContextVar[Phase | None] = ContextVar("phase", default=None)
 _layer: ContextVar[tuple[jax.Array | int, int]] = ContextVar("layer", default=(0, 1))
-_limits: ContextVar[tuple[tuple[str, int], ...]] = ContextVar("limits", default=())
+_limits: ContextVar[tuple[tuple[Path, int], ...]] = ContextVar("limits", default=())
 _log: ContextVar[list[Any] | None] = ContextVar("log", default=None)
 
 
@@ -59,13 +61,13 @@ def layer_depth() -> int:
     return _layer.get()[1]
 
 
-def limits() -> tuple[tuple[str, int], ...]:
+def limits() -> tuple[tuple[Path, int], ...]:
     """Path and limit of each rank that is limited here, see `limited_ranks`."""
     return _limits.get()
 
 
 def limited_ranks(
-    limits: Mapping[str, int],
+    limits: Mapping[Path, int],
 ) -> contextlib.AbstractContextManager[Any]:
     """Let state that is created within have at most these ranks, by path."""
     known = dict(_limits.get())

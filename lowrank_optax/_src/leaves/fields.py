@@ -44,7 +44,7 @@ class StateFields:
         seen = (treedef, shapes, limits(), *within)
         if seen not in self._layouts:
             boxes = [
-                ParamBox(jax.ShapeDtypeStruct(*shape), path=str(i))
+                ParamBox(jax.ShapeDtypeStruct(*shape), path=i)
                 for i, shape in enumerate(shapes)
             ]
             with quietly():
@@ -80,7 +80,7 @@ def _field(key_path: Any, entry: Any, leaves: Mapping[Any, int]) -> Where | None
     for end in range(len(key_path), -1, -1):
         for start in range(end + 1):
             leaf = leaves.get(tuple(key_path[start:end]))
-            if leaf is None or (is_box(entry) and int(entry.path) != leaf):
+            if leaf is None or (is_box(entry) and entry.path != leaf):
                 continue
             if start == end and not is_box(entry):  # the tree is a single leaf
                 continue
@@ -199,7 +199,7 @@ def boxed_state(tx: Any, params: Any) -> Any:
         spec, _ = leaf_spec(leaf)
         x = value_of(leaf)
         x = jax.ShapeDtypeStruct(x.shape, x.dtype)
-        boxes.append(ParamBox(x, "/".join(parts), spec))
+        boxes.append(ParamBox(x, parts, spec))
     # A function of its own, or JAX would answer from memory what is recorded and
     # limited anew at every call.
     return jax.eval_shape(lambda params: tx.init(params), treedef.unflatten(boxes))

@@ -1,6 +1,8 @@
 """Paths and leaves of a tree of parameters."""
 
+import collections
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,16 +11,28 @@ import jax.numpy as jnp
 from lowrank_optax._src import linalg
 from lowrank_optax._src.leaves.box import is_variable
 
+Path = tuple[str, ...]
+
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 
 
-def path_parts(key_path: tuple[Any, ...]) -> tuple[str, ...]:
-    """Readable parts of a key path, equal for an NNX state and for its pure form."""
-    parts = [jax.tree_util.keystr((k,), simple=True) for k in key_path]
-    if parts and isinstance(key_path[-1], jax.tree_util.GetAttrKey):
-        if parts[-1] == "value":
-            parts.pop()
-    return tuple(parts)
+def path_parts(key_path: tuple[Any, ...]) -> Path:
+    """Readable parts of a key path, by which a parameter is known."""
+    return tuple(jax.tree_util.keystr((k,), simple=True) for k in key_path)
+
+
+def labels(paths: Sequence[Path]) -> list[str]:
+    """A name for each path, parts joined by ``/``, and no two alike.
+
+    Where two would be, as of ``{"a/b": x, "a": {"b": y}}``, parts with a ``/`` in them
+    stand in quotes.
+    """
+    plain = ["/".join(path) for path in paths]
+    times = collections.Counter(plain)
+    return [
+        "/".join(f"'{p}'" if "/" in p else p for p in path) if times[name] > 1 else name
+        for path, name in zip(paths, plain, strict=True)
+    ]
 
 
 def words(path: str) -> list[str]:
@@ -36,7 +50,7 @@ def full_precision(leaf: Any) -> Any:
     return jax.tree.map(cast, leaf)
 
 
-def flatten(tree: Any) -> tuple[list[tuple[str, ...]], list[Any], Any]:
+def flatten(tree: Any) -> tuple[list[Path], list[Any], Any]:
     """Paths, leaves (boxes kept whole) and tree definition."""
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_variable)
     return [path_parts(k) for k, _ in flat], [x for _, x in flat], treedef

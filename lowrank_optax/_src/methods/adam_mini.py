@@ -60,7 +60,7 @@ def scale_by_adam_mini(
       b1, b2: decays of the moments.
       eps: added outside of the root, after the bias correction.
       matrices: other blocks: the indices of the columns (and batch axes), each averaged
-        over the rows; leaves without any are treated as in Adam. A block a head of a
+        over the rows; a leaf of None is treated as in Adam. A block a head of a
         query kernel (embed, heads, head_dim) is ``MatrixAxes(rows=(0, 2), cols=1)``;
         a block a basis vector inside of `project_gradients`,
         ``MatrixAxes(rows=-1, cols=-2)``.

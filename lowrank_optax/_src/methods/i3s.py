@@ -130,7 +130,7 @@ def hybrid_subspace(
 
     >>> import jax.numpy as jnp, optax, lowrank_optax as lro
     >>> tx = lro.hybrid_subspace(optax.ema(0.9, debias=False), rank=3, leading=1)
-    >>> params = {"w": jnp.ones((4, 6))}
+    >>> params = {"w": jnp.ones((6, 8))}
     >>> updates, state = tx.update(params, tx.init(params), params)
     """
     if leading > check_rank(rank):

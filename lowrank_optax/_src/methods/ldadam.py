@@ -13,6 +13,7 @@ from lowrank_optax._src.engines.accept import all_finite, tree_where
 from lowrank_optax._src.engines.order import wait
 from lowrank_optax._src.engines.rules import leafwise
 from lowrank_optax._src.leaves.matrix import Matrices
+from lowrank_optax._src.leaves.saving import projected
 from lowrank_optax._src.linalg import matmul
 from lowrank_optax._src.linalg.products import Lying
 from lowrank_optax._src.methods.optimizer import Mask, optimizer
@@ -114,6 +115,10 @@ class LDAdam:
     rho: Any
     eps: Any
     error_feedback: bool
+
+    @property
+    def words(self):  # without the error, which the paper keeps in the gradient
+        return projected(self.rank, self)
 
     def init(self, view):
         r = view.rank(self.rank)

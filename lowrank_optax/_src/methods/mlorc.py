@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from lowrank_optax._src.engines.compress import by_moment, compress_fields
 from lowrank_optax._src.engines.rules import leafwise
 from lowrank_optax._src.kernels.dispatch import active
+from lowrank_optax._src.leaves import saving
 from lowrank_optax._src.leaves.matrix import Matrices
 from lowrank_optax._src.linalg.thin import each
 from lowrank_optax._src.methods.optimizer import Mask, optimizer
@@ -236,6 +237,10 @@ class MLorcAdam:
     def stages(self):
         return ((self.update, self.finish),)
 
+    @property
+    def words(self):
+        return saving.coded((self.mu, self.nu))
+
     def init(self, view):
         return MLorcAdamState(self.mu.init(view), self.nu.init(view))
 
@@ -292,6 +297,10 @@ class MLorcLion:
     @property
     def stages(self):
         return ((self.update, self.finish),)
+
+    @property
+    def words(self):
+        return saving.coded((self.mu,))
 
     def init(self, view):
         return MLorcLionState(self.mu.init(view))

@@ -143,10 +143,10 @@ def galore_adamw_8bit(
       block: see `quantize_state`.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro
-    >>> tx = lro.galore_adamw_8bit(1e-2, rank=64)
+    >>> tx = lro.galore_adamw_8bit(1e-2, rank=32)
     >>> state = tx.init({"w": jnp.ones((64, 128))})
     >>> state[0].inner_state.inner_state.nu["w"].index.shape
-    (64, 128)
+    (32, 128)
     """
     method = galore_project(
         optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
@@ -198,7 +198,7 @@ def adarankgrad_adamw_8bit(
 
     >>> import jax.numpy as jnp, lowrank_optax as lro
     >>> tx = lro.adarankgrad_adamw_8bit(1e-2, max_rank=64)
-    >>> state = tx.init({"w": jnp.ones((64, 128))})
+    >>> state = tx.init({"w": jnp.ones((64, 256))})
     >>> state[0].inner_state.inner_state.nu["w"].index.shape
     (64, 64)
     """

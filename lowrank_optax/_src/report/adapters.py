@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from lowrank_optax._src import linalg
-from lowrank_optax._src.leaves.paths import path_parts
+from lowrank_optax._src.leaves.box import value_of
+from lowrank_optax._src.leaves.paths import flatten, labels
 from lowrank_optax._src.report import diagnostics
 
 
@@ -57,7 +57,8 @@ def extract_lora(
         0.9.
 
     Returns:
-      ``{path: LoraAdapter}``, path parts joined by ``/``.
+      ``{path: LoraAdapter}``, path parts joined by ``/``; where two leaves would have
+      one path, parts that hold a ``/`` themselves stand in quotes.
 
     Raises:
       ValueError: if paths or shapes differ, a difference is not finite, or ``rank`` or
@@ -111,8 +112,8 @@ def extract_lora(
 
 
 def _leaves_by_path(tree: Any) -> dict[str, Any]:
-    flat = jax.tree_util.tree_leaves_with_path(tree)
-    return {"/".join(path_parts(key_path)): leaf for key_path, leaf in flat}
+    paths, leaves, _ = flatten(tree)
+    return dict(zip(labels(paths), map(value_of, leaves), strict=True))
 
 
 def _truncate(

@@ -15,11 +15,11 @@ from jaxtyping import Array, Float, Int
 
 from lowrank_optax._src import linalg
 from lowrank_optax._src.engines.project import ProjectState
-from lowrank_optax._src.leaves.box import is_variable, value_of
+from lowrank_optax._src.leaves.box import is_box, is_variable, value_of
 from lowrank_optax._src.leaves.context import record_views
 from lowrank_optax._src.leaves.fields import boxed_state
 from lowrank_optax._src.leaves.matrix import MatrixView
-from lowrank_optax._src.leaves.paths import flatten, path_parts
+from lowrank_optax._src.leaves.paths import Path, flatten, labels, path_parts
 from lowrank_optax._src.parts.codec import BlockInt8Code, CastCode, PackedInt4Code
 from lowrank_optax._src.parts.low_rank import LowRankCode
 from lowrank_optax._src.parts.transfer import FIRST_MOMENTS, SECOND_MOMENTS
@@ -288,21 +288,25 @@ def state_metrics(
         )
     metrics, asked, weights, unused = {}, {}, [], []
     seen = {} if tx is None else _seen_by(tx, grads)
-    before = {} if earlier is None else {path: p for path, p, _ in bases(earlier)}
-    for path, basis, n in bases(opt_state):
+    before = {} if earlier is None else {parts: p for parts, p, _ in bases(earlier)}
+    found = list(bases(opt_state))
+    names = labels([parts for parts, _, _ in found])
+    for path, (parts, basis, n) in zip(names, found, strict=True):
         used = jnp.sum(jnp.any(basis != 0, axis=-2), axis=-1).astype(jnp.float32)
         metrics[f"rank/{path}"] = jnp.mean(used)
         weights.append(used.size * (basis.shape[-2] + n))
         unused.append(basis.shape[-1] - metrics[f"rank/{path}"])
-        for x in (x for x in seen.get(path, []) if x.shape[:-1] == basis.shape[:-1]):
+        for x in (x for x in seen.get(parts, []) if x.shape[:-1] == basis.shape[:-1]):
             captured = jnp.mean(captured_energy(x, basis))
             asked.setdefault(f"captured_energy/{path}", captured)
-        if path in before:
+        if parts in before:
             share = basis.shape[-1] / jnp.maximum(used, 1)
-            overlap = share * subspace_overlap(basis, before[path])
+            overlap = share * subspace_overlap(basis, before[parts])
             asked[f"overlap/{path}"] = jnp.mean(overlap)
     if moments:
-        for path, s in _moments(opt_state):
+        spectra = list(_moments(opt_state))
+        names = labels([path for path, _ in spectra])
+        for path, (_, s) in zip(names, spectra, strict=True):
             asked[f"effective_rank/{path}"] = jnp.mean(_entropy_rank(s))
             asked[f"stable_rank/{path}"] = jnp.mean(_stable_rank(s))
     if not metrics:
@@ -318,39 +322,35 @@ def state_metrics(
 
 def _seen_by(
     tx: optax.GradientTransformation, grads: Any
-) -> dict[str, list[Float[Array, "*b m n"]]]:
+) -> dict[Path, list[Float[Array, "*b m n"]]]:
     """The gradient of each matrix, in every way that the transformation sees it."""
     with record_views() as views:
         boxed_state(tx, grads)
     paths, leaves, _ = flatten(grads)
-    leaf_at = dict(zip(map("/".join, paths), leaves, strict=True))
-    seen: dict[str, list[Array]] = {}
+    leaf_at = dict(zip(paths, leaves, strict=True))
+    seen: dict[Path, list[Array]] = {}
     for view in views:
-        if isinstance(view, MatrixView):
-            x = view.matrix(value_of(leaf_at[view.path]))
-            seen.setdefault(view.path, []).append(x)
+        if isinstance(view, MatrixView) and is_box(view.source):
+            x = view.matrix(value_of(leaf_at[view.source.path]))
+            seen.setdefault(view.source.path, []).append(x)
     return seen
 
 
-def _moments(opt_state: Any) -> Iterator[tuple[str, Float[Array, "*b s"]]]:
+def _moments(opt_state: Any) -> Iterator[tuple[Path, Float[Array, "*b s"]]]:
     """Field and parameter of each moment with rows and columns; singular values."""
 
-    def whole(x):
-        return isinstance(x, _CODES) or is_variable(x)
-
-    for key, x in jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=whole)[0]:
+    for key, x in _entries(opt_state):
         names = [k.name if isinstance(k, jax.tree_util.GetAttrKey) else "" for k in key]
         start = next((i for i, k in enumerate(names) if k in _MOMENTS), None)
-        if start is None:
+        if start is None or "basis" in names[:start]:
             continue
-        path = "/".join(path_parts(key)[start:])
+        path = path_parts(key)[start:]
         if isinstance(x, LowRankCode):
             left, right = map(value_of, x)
             q, p = linalg.orthonormalize(left), linalg.orthonormalize(right.mT)
             core = linalg.matmul(linalg.matmul(q.mT, left), linalg.matmul(right, p))
             yield path, _singular_values(core)
         elif not isinstance(x, _CODES):
-            x = value_of(x)
             if getattr(x, "ndim", 0) >= 2:
                 yield path, _singular_values(x)
 
@@ -359,7 +359,7 @@ _MOMENTS = FIRST_MOMENTS | SECOND_MOMENTS
 _CODES = (LowRankCode, CastCode, BlockInt8Code, PackedInt4Code)
 
 
-def bases(opt_state: Any) -> Iterator[tuple[str, Array, int]]:
+def bases(opt_state: Any) -> Iterator[tuple[Path, Array, int]]:
     """Path, basis and n of each matrix; n of a moment that stands at the same path.
 
     Only of bases that are stored as such: there is nothing to see in what is drawn
@@ -372,18 +372,24 @@ def bases(opt_state: Any) -> Iterator[tuple[str, Array, int]]:
     for state in jax.tree.leaves(opt_state, is_leaf=is_engine):
         if not is_engine(state):
             continue
-        moments = jax.tree_util.tree_flatten_with_path(state.inner_state)[0]
-        found = jax.tree_util.tree_flatten_with_path(
-            state.basis,
-            is_leaf=lambda x, root=state.basis: x is not root and hasattr(x, "_fields"),
-        )
-        for key, basis in found[0]:
+        moments = _entries(state.inner_state)
+        for key, basis in _entries(state.basis):
             if getattr(basis, "ndim", 0) < 2:
                 continue
             widths = [
                 x.shape[-1]
                 for k, x in moments
                 if k[len(k) - len(key) :] == key
-                and x.shape[-2:-1] == (basis.shape[-1],)
+                and getattr(x, "shape", ())[-2:-1] == (basis.shape[-1],)
             ]
-            yield "/".join(path_parts(key)), basis, max(widths, default=0)
+            yield path_parts(key), basis, max(widths, default=0)
+
+
+def _entries(tree: Any) -> list[tuple[Any, Any]]:
+    """Key and array, out of its box, of each entry; codes whole."""
+
+    def whole(x):
+        return isinstance(x, _CODES) or is_variable(x)
+
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=whole)
+    return [(key, value_of(x)) for key, x in flat]

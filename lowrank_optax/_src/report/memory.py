@@ -12,7 +12,7 @@ from lowrank_optax._src.leaves.box import is_box, value_of
 from lowrank_optax._src.leaves.context import record_views
 from lowrank_optax._src.leaves.fields import boxed_state
 from lowrank_optax._src.leaves.matrix import DenseLeaf, MatrixView
-from lowrank_optax._src.leaves.paths import flatten
+from lowrank_optax._src.leaves.paths import flatten, labels
 from lowrank_optax._src.report.sharding import state_shardings
 
 
@@ -105,14 +105,15 @@ def describe(tx: Any, params: Any) -> Table:
     with record_views() as seen:
         state = boxed_state(tx, params)
     boxes = [x for x in jax.tree.leaves(state, is_leaf=is_box) if is_box(x)]
-    views = {v.path: v for v in seen if isinstance(v, MatrixView)}
-    why = {v.path: v.why for v in seen if isinstance(v, DenseLeaf)}
+    owned = [(v, v.source.path) for v in seen if is_box(v.source)]
+    views = {path: v for v, path in owned if isinstance(v, MatrixView)}
+    why = {path: v.why for v, path in owned if isinstance(v, DenseLeaf)}
+    paths, leaves, _ = flatten(params)
     rows = []
-    for parts, leaf in zip(*flatten(params)[:2], strict=True):
-        path = "/".join(parts)
+    for parts, path, leaf in zip(paths, labels(paths), leaves, strict=True):
         x = value_of(leaf)
-        own = [box.value for box in boxes if box.path == path]
-        view = views.get(path)
+        own = [box.value for box in boxes if box.path == parts]
+        view = views.get(parts)
         rows.append(
             Row(
                 path=path,
@@ -122,7 +123,7 @@ def describe(tx: Any, params: Any) -> Table:
                 side=_side(view),
                 rank=_rank(view, own),
                 state_bytes=sum(_bytes(s) for s in own),
-                why="" if view else why.get(path, "no low-rank method sees it"),
+                why="" if view else why.get(parts, "no low-rank method sees it"),
             )
         )
     return Table(rows)

@@ -104,7 +104,7 @@ def _check_state(state: Any, params: Any) -> None:
     entries = jax.tree.leaves(state, is_leaf=lambda x: _is_sum(x) or is_box(x))
     for x in entries[: next(i for i, x in enumerate(entries) if _is_sum(x))]:
         if is_box(x):
-            other = f"moments of '{x.path}' that come before the projection"
+            other = f"moments of '{'/'.join(x.path)}' that come before the projection"
             raise refused(other, "that only the projection depends on the gradients")
     summed = {
         box.path
@@ -113,8 +113,8 @@ def _check_state(state: Any, params: Any) -> None:
         if is_box(box)
     }
     for parts in flatten(params)[0]:
-        path = "/".join(parts)
-        if path not in summed:
+        if parts not in summed:
+            path = "/".join(parts)
             need = "every parameter inside of project_gradients"
             remedy = "Accumulate the parts of a mask or a partition each by itself."
             raise refused(f"the parameter '{path}' outside of it", need, remedy)

@@ -9,6 +9,7 @@ import optax
 
 from lowrank_optax._src.leaves.choose import quietly
 from lowrank_optax._src.leaves.context import limited_ranks
+from lowrank_optax._src.leaves.paths import Path, flatten
 from lowrank_optax._src.parts.checks import check_rank
 from lowrank_optax._src.report.diagnostics import bases
 
@@ -54,8 +55,11 @@ def shrink(
     >>> updates, state = tx.update(params, state)
     """
     check_rank(multiple_of, "multiple_of")
-    ranks: dict[str, int] = {}
+    ranks: dict[Path, int] = {}
+    own = set(flatten(params)[0])
     for path, basis, _ in bases(opt_state):
+        if path not in own:  # a part of a code
+            continue
         used = np.any(np.asarray(basis) != 0, axis=tuple(range(basis.ndim - 1)))
         # Columns stay in their places: up to the last one that is used.
         last = int(np.max(np.flatnonzero(used), initial=-1)) + 1 or basis.shape[-1]

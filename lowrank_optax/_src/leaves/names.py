@@ -1,0 +1,67 @@
+"""What the names of a path say of a leaf: the words that models of JAX use.
+
+The tables are read by the default rule alone, see `default_matrices`.
+"""
+
+import re
+
+from lowrank_optax._src.leaves.paths import Path, words
+
+# The last word of a leaf's name, or of its module's: there is one such vector a layer,
+# so that two axes are a stack, or split heads.
+VECTORS = frozenset("bias biases scale gamma beta offset norm norms ln bn".split())
+
+_ENDS_OF_VECTORS = ("norm", "normalization")
+
+# A word anywhere in a path: tables that are looked up, and weights tied to them.
+EMBEDDINGS = frozenset(
+    "emb embs embd unembed unembedding wte wpe vocab vocabulary table".split()
+)
+
+_START_OF_EMBEDDINGS = "embed"
+
+# A word anywhere in a path: what is read out.
+HEADS = frozenset("logits classifier pooler readout".split())
+
+# A whole part of a path, and one that is the leaf or its module.
+HEAD_PARTS = frozenset("predictions qa_outputs".split())
+
+HEAD_MODULES = frozenset("score shared output".split())
+
+_ATTENTION = frozenset("att attn attention selfattention crossattention mha".split())
+
+
+def pieces(parts: Path) -> Path:
+    """Parts of a path, split where one holds several, as of Keras and Haiku."""
+    return tuple(p for part in parts for p in re.split(r"[./]", part) if p)
+
+
+def named_dense(path: Path) -> str | None:
+    """The reason why the default rule keeps a leaf at full rank, by its pieces."""
+    for piece in path[-2:]:
+        if _is_vector(piece):
+            return f"'{piece}' names a bias or a norm"
+    attends = False
+    for i, piece in enumerate(path):
+        own = words(piece)
+        if any(w in EMBEDDINGS or w.startswith(_START_OF_EMBEDDINGS) for w in own):
+            return f"'{piece}' names an embedding or a head"
+        attends = attends or not _ATTENTION.isdisjoint(own)
+        if _is_head(piece.lower(), own, last=i >= len(path) - 2, attends=attends):
+            return f"'{piece}' names a head"
+    return None
+
+
+def _is_vector(piece: str) -> bool:
+    # A letter alone tells parts apart, as in `ln_f` and `bias_k`.
+    own = [word for word in words(piece) if len(word) > 1]
+    return bool(own) and (own[-1] in VECTORS or own[-1].endswith(_ENDS_OF_VECTORS))
+
+
+def _is_head(piece: str, own: list[str], last: bool, attends: bool) -> bool:
+    if any(word in HEADS for word in own) or piece in HEAD_PARTS:
+        return True
+    if attends:  # its heads and its output are those of the attention
+        return False
+    # An `output` that holds further modules is a block's output, not the head.
+    return own[-1:] in (["head"], ["heads"]) or (last and piece in HEAD_MODULES)

@@ -1,0 +1,37 @@
+"""What the state of a matrix takes, beside what it would take at full rank."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from lowrank_optax._src.leaves.matrix import MatrixView
+
+# How many numbers the state of a matrix has, and how many at full rank, for one of a
+# stack. A rule of `leafwise` may have such a method.
+Words = Callable[[MatrixView], tuple[int, int]]
+
+
+def projected(rank: int, subspace: Any) -> Words:
+    """Of Adam's two moments in a subspace, and of the basis where one is kept."""
+    stored = getattr(subspace, "stored", True)
+    return lambda v: (v.rank(rank) * (stored * v.m + 2 * v.n), 2 * v.m * v.n)
+
+
+def coded(codecs: Iterable[Any]) -> Words | None:
+    """Of the moments whose codecs have a rank."""
+    ranks = [codec.rank for codec in codecs if hasattr(codec, "rank")]
+    if not ranks:
+        return None
+    return lambda v: (
+        sum(v.rank(rank) for rank in ranks) * (v.m + v.n),
+        len(ranks) * v.m * v.n,
+    )
+
+
+def waste(view: MatrixView, words: Words) -> str:
+    """Why a low rank saves nothing there; empty where it does."""
+    own, full = words(view)
+    if own < full:
+        return ""
+    each = math.prod(view.batch_shape) * view.compute_dtype.itemsize
+    return f"its state would take {own * each} bytes, at full rank {full * each}"

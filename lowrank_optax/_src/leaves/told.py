@@ -1,0 +1,88 @@
+"""What is said once, at init, of leaves that stay at full rank."""
+
+import re
+import warnings
+from collections.abc import Callable, Sequence
+
+from lowrank_optax._src.leaves.matrix import DenseLeaf, MatrixAxes, MatrixView
+from lowrank_optax._src.leaves.paths import Path, words
+
+Leaf = MatrixView | DenseLeaf
+
+
+def warn_of_waste(idle: Sequence[DenseLeaf]) -> None:
+    """Name what the default rule leaves dense as the rank is too large to save."""
+    if idle:
+        warnings.warn(
+            "Kept at full rank, as this rank saves nothing there: "
+            f"{_named(_alike(idle), _why)}. Choose a smaller rank, or name them in "
+            "`matrices` to have them at this one all the same.",
+            stacklevel=3,
+        )
+
+
+def warn_of_nameless(paths: Sequence[Path]) -> None:
+    """Say that the default rule goes by names, of which a list has none."""
+    if len(paths) > 1 and not any(words("/".join(path)) for path in paths):
+        warnings.warn(
+            f"No name tells which of these {len(paths)} parameters are embeddings, "
+            "heads, norms or attention, as they stand in a list: all of two axes are "
+            "taken for matrices. Give `matrices` a list of MatrixAxes and None, one "
+            "for each; `default_matrices` says how to make it of Keras' variables.",
+            stacklevel=3,
+        )
+
+
+def _why(leaf: Leaf) -> str:
+    return f" ({leaf.why})" if isinstance(leaf, DenseLeaf) else ""
+
+
+def warn_of_stacks(unknown: Sequence[Leaf]) -> None:
+    """Name what is left dense as nothing tells its rows and columns, and a remedy."""
+    alike = _alike(unknown)
+    if not alike:
+        return
+    likely = {f"^{pattern}$": _likely_axes(own[0]) for pattern, own in alike.items()}
+    rules = ", ".join(
+        f"{pattern!r}: {axes and f'lro.{axes}'}" for pattern, axes in likely.items()
+    )
+    warnings.warn(
+        "Kept at full rank, as they have three axes or more and nothing tells which "
+        f"are rows and columns: {_named(alike)}. If this is how they lie, pass "
+        f"matrices=lro.matrix_rules({{{rules}}}); None leaves a leaf as it is.",
+        stacklevel=3,
+    )
+
+
+def _alike(leaves: Sequence[Leaf]) -> dict[str, list[Leaf]]:
+    """Leaves by a regular expression for their paths, one for those of all layers."""
+    found: dict[str, list[Leaf]] = {}
+    for leaf in leaves:
+        pattern = re.sub(r"[0-9]+", lambda _: "[0-9]+", re.escape(leaf.path))
+        found.setdefault(pattern, []).append(leaf)
+    return found
+
+
+def _named(
+    alike: dict[str, list[Leaf]], what: Callable[[Leaf], str] = lambda leaf: ""
+) -> str:
+    return ", ".join(
+        f"'{leaf.path}' {leaf.shape}{what(leaf)}"
+        + (f" and {len(more)} like it" if more else "")
+        for leaf, *more in alike.values()
+    )
+
+
+def _likely_axes(leaf: Leaf) -> MatrixAxes | None:
+    """How a leaf of three axes and more most often lies, where its name says little."""
+    ndim, shape = len(leaf.shape), leaf.shape
+    if min(shape[-2:]) == 1:  # of a depthwise convolution
+        return None
+    convolution = any(word.startswith("conv") for word in words(leaf.path))
+    if ndim > 3 and shape[-1] == shape[-2] < min(shape[:2]):  # of PyTorch and Equinox
+        return MatrixAxes(0, tuple(range(1, ndim)))
+    if convolution or (ndim > 3 and shape[0] == shape[1] < min(shape[2:])):
+        return MatrixAxes(tuple(range(ndim - 1)), ndim - 1)
+    # A stack stands in front or, as MaxText has it, behind the rows.
+    rows = max(range(ndim - 1), key=lambda a: (shape[a], a))
+    return MatrixAxes() if rows == ndim - 2 else MatrixAxes(rows, ndim - 1)
