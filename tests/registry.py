@@ -92,8 +92,9 @@ def _flora(learning_rate, b1):
 _ADAM = optax.scale_by_adam()
 _MLORC_ADAM = optax.scale_by_adam(b1=0.8)
 _GALORE = dict(rank=RANK, update_every=PERIOD)
-# At any size of the matrices, as no test can give it `matrices` where it is inside.
-_GALORE_OF_ALL = lro.galore_project(_ADAM, matrices=lro.MatrixAxes(), **_GALORE)
+# Inside of others; and the same for matrices at which it saves nothing.
+GALORE = lro.galore_project(_ADAM, **_GALORE)
+GALORE_OF_ALL = lro.galore_project(_ADAM, matrices=lro.MatrixAxes(), **_GALORE)
 
 METHODS = [
     Method(
@@ -288,7 +289,7 @@ METHODS = [
     Method(
         "quantize_state",
         lro.quantize_state,
-        dict(inner=_GALORE_OF_ALL),
+        dict(inner=GALORE),
         ("mu", "nu"),
         _ADAM,
     ),
@@ -400,7 +401,7 @@ METHODS = [
     Method(
         "accumulate_gradients",
         lro.accumulate_gradients,
-        dict(tx=_GALORE_OF_ALL, every=1),
+        dict(tx=GALORE, every=1),
         ("mu", "nu", "total"),
         _ADAM,
     ),

@@ -17,7 +17,7 @@ import pytest
 from absl.testing import parameterized
 from flax import nnx
 from jax._src import core
-from registry import METHODS, PERIOD, example_params
+from registry import GALORE, GALORE_OF_ALL, METHODS, PERIOD, example_params
 from running import assert_close, norm, random_grads, random_like, run, run_eagerly
 
 import lowrank_optax as lro
@@ -336,6 +336,7 @@ def test_matrices_smaller_than_the_rank(method):
         changes = {"codecs": {"mu": lro.LowRank(4)}}
     if "matrices" in inspect.signature(method.factory).parameters:
         changes |= {"matrices": lro.MatrixAxes()}  # else they stay at full rank
+    changes |= {k: GALORE_OF_ALL for k, x in method.kwargs.items() if x is GALORE}
     tx = method.make(**changes)
     update = jax.jit(tx.update)
     shapes = {"row": (1, 5), "column": (5, 1), "number": (1, 1), "small": (2, 3)}
