@@ -279,7 +279,7 @@ class FirstMean(RowMomentum):
         return jnp.all(state.rows == 0)
 
     def begin(self, grad, state):
-        return state._replace(rows=grad.mean(-1))
+        return {"rows": grad.mean(-1)}
 
 
 def test_a_rule_may_begin_with_its_first_usable_gradient():
