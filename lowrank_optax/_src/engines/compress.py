@@ -207,8 +207,8 @@ class _Compression:
         if all(map(is_elementwise, codec_of.values())):
             views = view_dense(tree, creating)
         else:
-            words = saving.coded(codec_of.values())
-            views = view_leaves(tree, self.matrices, "short", creating, words)
+            sizes = saving.coded(codec_of.values())
+            views = view_leaves(tree, self.matrices, "short", creating, sizes)
         coded = {
             (name, i): (codec_of[name], view)
             for (name, i), x in moments.items()

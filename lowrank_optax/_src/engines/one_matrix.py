@@ -19,7 +19,13 @@ from lowrank_optax._src.leaves.matrix import MatrixView
 from lowrank_optax._src.linalg import matmul, orthonormalize, project
 from lowrank_optax._src.linalg.products import Lying
 from lowrank_optax._src.linalg.random import filler
-from lowrank_optax._src.parts.laws import Recovery, Refresh, Subspace, Transfer
+from lowrank_optax._src.parts.laws import (
+    Observer,
+    Recovery,
+    Refresh,
+    Subspace,
+    Transfer,
+)
 from lowrank_optax._src.parts.part import compiled
 
 Moments = dict[str, Any]  # by the field of the inner optimizer's state
@@ -112,12 +118,6 @@ class Matrix(NamedTuple):
         # A basis that has not seen a usable gradient yet is zero: it is always due.
         return due | jnp.all(self.own.basis[..., 0] == 0)
 
-    def observes(self, first: Any) -> jax.Array | bool:
-        """Whether the recovery is to look at the moments, see `Recovery`."""
-        rule = self.parts.recovery
-        ready = hasattr(rule, "ready") and rule.ready(self.own.recovery)
-        return first & jnp.asarray(ready)
-
     def renewed(self, now: Renewal, due: jax.Array) -> "Matrix":
         own = self.own._replace(basis=now.basis, recovery=now.recovery)
         return self._replace(own=own, due=due, share=now.share, size=now.size)
@@ -189,14 +189,20 @@ def renew_due(
 
     Before that, recoveries look at the moments where they are to.
     """
-    looks = {i: x.observes(first) for i, x in matrices.items()}
+    looks = {
+        i: first & rule.ready(x.own.recovery)
+        for i, x in matrices.items()
+        if isinstance(rule := x.parts.recovery, Observer)
+    }
 
     def renew_each():
         order, renewals = Order(), {}
         for i, x in matrices.items():
             grad = order.start(x.grad)
-            own = _observe(x.parts, looks[i], x.own, x.seed, moments[i])
-            renewals[i] = _renew(x.parts, due[i], step, grad, own, x.seed, moments[i])
+            parts, own, seed = x.parts, x.own, x.seed
+            if i in looks:
+                own = _observe(parts, looks[i], own, seed, moments[i])
+            renewals[i] = _renew(parts, due[i], step, grad, own, seed, moments[i])
             order.end(renewals[i].share)
         return renewals
 
@@ -217,12 +223,9 @@ def _kept(own: Own, moments: Moments) -> Renewal:
 
 @compiled
 def _observe(parts, looks, own, seed, moments):
-    rule = parts.recovery
-    if not hasattr(rule, "observe"):
-        return own
-
     def look():
-        return rule.observe(parts.basis(own, seed), moments, own.recovery)
+        basis = parts.basis(own, seed)
+        return parts.recovery.observe(basis, moments, own.recovery)
 
     return own._replace(recovery=jax.lax.cond(looks, look, lambda: own.recovery))
 

@@ -40,7 +40,13 @@ from lowrank_optax._src.leaves.paths import flatten, full_precision
 from lowrank_optax._src.leaves.saving import projected
 from lowrank_optax._src.parts import compatible
 from lowrank_optax._src.parts.checks import check_number, check_rank
-from lowrank_optax._src.parts.laws import Recovery, Refresh, Subspace, Transfer
+from lowrank_optax._src.parts.laws import (
+    Observer,
+    Recovery,
+    Refresh,
+    Subspace,
+    Transfer,
+)
 from lowrank_optax._src.parts.recovery import Drop
 from lowrank_optax._src.parts.refresh import Every, spread
 from lowrank_optax._src.parts.subspace import TopSingular
@@ -176,9 +182,12 @@ class _Projection:
             user, other = compatible.name(subspace), f"side={side!r}"
             raise compatible.cannot_use(user, other, user, need, "that")
 
+    def _views(self, tree: Any, creating: bool = False) -> list[Any]:
+        sizes = projected(self.rank, self.subspace)
+        return view_leaves(tree, self.matrices, self.side, creating, sizes)
+
     def init(self, params):
-        words = projected(self.rank, self.subspace)
-        views = view_leaves(params, self.matrices, self.side, True, words)
+        views = self._views(params, creating=True)
         treedef = flatten(params)[2]
 
         def tree(at_matrix, elsewhere=lambda view: optax.MaskedNode()):
@@ -232,8 +241,7 @@ class _Projection:
     def _leaves(self, updates: Any, state: ProjectState) -> "_Leaves":
         """The leaves of an update, and what belongs to those that are matrices."""
         treedef = jax.tree.structure(updates)
-        words = projected(self.rank, self.subspace)
-        views = view_leaves(updates, self.matrices, self.side, words=words)
+        views = self._views(updates)
         grads, *own = (
             treedef.flatten_up_to(x)
             for x in (updates, state.basis, state.refresh, state.recovery)
@@ -388,7 +396,7 @@ def _check_moments(transfer, recovery, view, rank, moments) -> None:
 
     def use(moments):
         transfer.carry(moments, jnp.zeros((*view.batch_shape, rank, rank)))
-        if hasattr(recovery, "observe"):
+        if isinstance(recovery, Observer):
             basis = view.zeros("m", rank)
             recovery.observe(basis, moments, recovery.init(view))
 

@@ -99,9 +99,12 @@ class _Leafwise:
         names = {field_name(name): name for name in self.fields.layout(one).names}
         return {f: names[f] for f in self.kind._fields if f in names}
 
+    def _views(self, tree, creating=False):
+        sizes = getattr(self.rule, "state_sizes", None)
+        return view_leaves(tree, self.matrices, self.side, creating, sizes)
+
     def init(self, params):
-        words = getattr(self.rule, "words", None)
-        views = view_leaves(params, self.matrices, self.side, True, words)
+        views = self._views(params, creating=True)
         _, leaves, treedef = flatten(params)
         found = enumerate(views)
         states = {i: self.rule.init(v) for i, v in found if isinstance(v, MatrixView)}
@@ -139,9 +142,8 @@ class _Leafwise:
 
     def update(self, updates, state, params=None, **extra):
         treedef = jax.tree.structure(updates)
-        words = getattr(self.rule, "words", None)
-        views = view_leaves(updates, self.matrices, self.side, words=words)
-        views = {i: v for i, v in enumerate(views) if isinstance(v, MatrixView)}
+        seen = enumerate(self._views(updates))
+        views = {i: v for i, v in seen if isinstance(v, MatrixView)}
         grads, layout = treedef.flatten_up_to(updates), self.fields.layout(updates)
         old = self._load(state, layout, treedef, views)
         at_matrix, new = self._rule(views, grads, state.step, old)

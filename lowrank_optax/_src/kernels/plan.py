@@ -108,8 +108,8 @@ def _footprint(cut: Plan, ins: Sequence[str], outs: Sequence[str], dtype: Any) -
     """Bytes of shared memory or VMEM, counted high.
 
     On GPU all that is multiplied passes through shared memory, but for thin factors and
-    sums, which stay in registers. On TPU each block is there twice, as the
-    next one is fetched meanwhile, in whole registers of (8, 128).
+    sums, which stay in registers. On TPU each block is there twice, as the next one is
+    fetched meanwhile, in whole registers of (8, 128).
     """
     on_tpu = cut.platform == "tpu"
     total = (_VALUES if on_tpu else 2) * 4 * cut.block["m"] * cut.block["n"]

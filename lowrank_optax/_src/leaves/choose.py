@@ -20,7 +20,7 @@ from lowrank_optax._src.leaves.matrix import (
     view_by,
 )
 from lowrank_optax._src.leaves.paths import flatten
-from lowrank_optax._src.leaves.saving import Words, waste
+from lowrank_optax._src.leaves.saving import StateSizes, waste
 from lowrank_optax._src.leaves.specs import choices, placeholders
 from lowrank_optax._src.leaves.told import (
     warn_of_nameless,
@@ -34,7 +34,7 @@ def view_leaves(
     matrices: Matrices = None,
     side: Side | Callable[[str], Side] = "short",
     creating: bool = False,
-    words: Words | None = None,
+    state_sizes: StateSizes | None = None,
 ) -> list[MatrixView | DenseLeaf]:
     """One view for each leaf of a tree of parameters or gradients, in their order.
 
@@ -49,8 +49,8 @@ def view_leaves(
         matrices by their rows), "long", "left" (rows) or "right"; or a function from
         a leaf's path to these.
       creating: whether state is about to be created beside the leaves (at init).
-      words: see `Words`. A leaf that it saves nothing of stays at full rank, unless
-        `matrices` names it.
+      state_sizes: see `StateSizes`. A leaf that a low rank saves nothing of stays at
+        full rank, unless `matrices` names it.
 
     Raises:
       ValueError: for an unknown side, a spec that matches nothing or does not fit.
@@ -72,7 +72,7 @@ def view_leaves(
         else:
             own = side(path) if callable(side) else side
             view = view_by(path, shape, dtype, choice.axes, own, source)
-            if words and not choice.asked and (why := waste(view, words)):
+            if state_sizes and not choice.asked and (why := waste(view, state_sizes)):
                 view = DenseLeaf(path, shape, dtype, why, source)
                 idle.append(view)
             elif creating:

@@ -8,16 +8,16 @@ from lowrank_optax._src.leaves.matrix import MatrixView
 
 # How many numbers the state of a matrix has, and how many at full rank, for one of a
 # stack. A rule of `leafwise` may have such a method.
-Words = Callable[[MatrixView], tuple[int, int]]
+StateSizes = Callable[[MatrixView], tuple[int, int]]
 
 
-def projected(rank: int, subspace: Any) -> Words:
+def projected(rank: int, subspace: Any) -> StateSizes:
     """Of Adam's two moments in a subspace, and of the basis where one is kept."""
     stored = getattr(subspace, "stored", True)
     return lambda v: (v.rank(rank) * (stored * v.m + 2 * v.n), 2 * v.m * v.n)
 
 
-def coded(codecs: Iterable[Any]) -> Words | None:
+def coded(codecs: Iterable[Any]) -> StateSizes | None:
     """Of the moments whose codecs have a rank."""
     ranks = [codec.rank for codec in codecs if hasattr(codec, "rank")]
     if not ranks:
@@ -28,9 +28,9 @@ def coded(codecs: Iterable[Any]) -> Words | None:
     )
 
 
-def waste(view: MatrixView, words: Words) -> str:
+def waste(view: MatrixView, sizes: StateSizes) -> str:
     """Why a low rank saves nothing there; empty where it does."""
-    own, full = words(view)
+    own, full = sizes(view)
     if own < full:
         return ""
     each = math.prod(view.batch_shape) * view.compute_dtype.itemsize

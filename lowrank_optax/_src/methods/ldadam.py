@@ -117,7 +117,7 @@ class LDAdam:
     error_feedback: bool
 
     @property
-    def words(self):  # without the error, which the paper keeps in the gradient
+    def state_sizes(self):  # without the error, which the paper keeps in the gradient
         return projected(self.rank, self)
 
     def init(self, view):
@@ -142,8 +142,7 @@ class LDAdam:
         a, old = self._terms(grad, state), state.basis
         # B^T P and B (B^T P) by their products; B is not formed. P^T P = 1, or near it
         # where P is stored in bytes: what matters here is its range.
-        seen = sum(x.project(old) for x in a)
-        z = self.rho * mu_hat + (1 - self.rho) * seen
+        z = self.rho * mu_hat + (1 - self.rho) * sum(x.project(old) for x in a)
         z = linalg.near_one(z).mT
         y = self.rho * matmul(old, matmul(mu_hat, z))
         return None, y + (1 - self.rho) * sum(x.sketch(z) for x in a)
@@ -189,7 +188,7 @@ class LDAdam:
 
         A product of each reads less than their sum would, which had to be stored.
         """
-        return [grad, Lying(state.error, False)][: 1 + self.error_feedback]
+        return [grad, Lying(state.error, False)] if self.error_feedback else [grad]
 
     def _correction(self, step, dtype):
         """Of the first moment; it starts at zero, where that would be 0 / 0."""

@@ -122,10 +122,9 @@ def mlorc_scale_by_adam(
     leaves that are not matrices are trained, where it skips them (ML-8); epsilon is
     added to the corrected root, there to the uncorrected one and in the paper inside of
     it (ML-2), for which there is ``mlorc_compress(optax.scale_by_adam(eps_root=...))``;
-    arithmetic is in float32 at least, there in the parameters' dtype. No entry of a
-    direction is larger than Adam's moments allow, ``(1 - b1) / sqrt((1 - b2) (1 - b1^2
-    / b2))``, which is 10.5 by default: after an outlier the compressed V has lost what
-    it was elsewhere, and steps would be a thousand times the usual.
+    arithmetic is in float32 at least, there in the parameters' dtype. Entries are cut
+    off at the most that Adam's moments allow, 10.5 by default, as the compressed V has
+    lost what it was where an outlier was not.
 
     References:
       Shen et al., MLorc: Momentum Low-rank Compression for Memory Efficient Large
@@ -238,7 +237,7 @@ class MLorcAdam:
         return ((self.update, self.finish),)
 
     @property
-    def words(self):
+    def state_sizes(self):
         return saving.coded((self.mu, self.nu))
 
     def init(self, view):
@@ -299,7 +298,7 @@ class MLorcLion:
         return ((self.update, self.finish),)
 
     @property
-    def words(self):
+    def state_sizes(self):
         return saving.coded((self.mu,))
 
     def init(self, view):

@@ -89,13 +89,7 @@ class Transfer(Protocol):
 
 @runtime_checkable
 class Recovery(Protocol):
-    """What is done with what the projection leaves out.
-
-    It may have ``observe(basis, moments, state) -> state``, which is given the inner
-    optimizer's moments as in `Transfer.carry`, and with it ``ready(state)``, a scalar
-    predicate: whether to do so, before this update. As renewals are, that is meant to
-    be rare, and it shares their conditional.
-    """
+    """What is done with what the projection leaves out; it may be an `Observer`."""
 
     def init(self, view: MatrixView) -> Any:
         """A NamedTuple of arrays, or ``optax.MaskedNode()`` for none."""
@@ -120,6 +114,24 @@ class Recovery(Protocol):
         gradient; what is made of it number by number moves less memory if it is made of
         ``grad.array``, and returned as ``grad.of(...)``.
         """
+        ...
+
+
+@runtime_checkable
+class Observer(Recovery, Protocol):
+    """A recovery that looks at the inner optimizer's moments before some updates.
+
+    As renewals are, these are meant to be rare: they share one conditional.
+    """
+
+    def ready(self, state: Any) -> Bool[Array, ""]:
+        """Whether to look now."""
+        ...
+
+    def observe(
+        self, basis: Float[Array, "*b m r"], moments: dict[str, Array], state: Any
+    ) -> Any:
+        """The state after a look at the moments, named as in `Transfer.carry`."""
         ...
 
 

@@ -229,8 +229,7 @@ class SparseResidual:
 
     V is the second moment of the gradient itself (GP-2), which the paper puts together
     from ``P V'``, no second moment (GP-1), and a residual that can be negative. Values
-    stay over refreshes (GP-9). No m x n array is
-    formed but the update (GP-16).
+    stay over refreshes (GP-9). No m x n array is formed but the update (GP-16).
 
     Args:
       density: share of the entries that is kept; a Python float, as it decides shapes.
