@@ -1,12 +1,16 @@
 """Checkpoints under faults: the newest whole one is used, and said."""
 
 import shutil
+import sys
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
+from examples.common.checkpoints import save
 from examples.common.errors import BadFile
 from examples.common.interrupt import Interrupted, StopRequest
 from examples.common.loop import Task, Timetable, train
@@ -221,6 +225,20 @@ def test_metrics_that_were_changed_are_refused(edit, copy):
         run(copy)
     assert f"{path} is not as it was written up to step 5" in str(caught.value)
     assert contents(copy) == before
+
+
+def test_writes_that_outlast_a_failed_one_say_nothing(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    with ocp.CheckpointManager(tmp_path / "run") as manager:
+        for step in (1, 2):
+            with full_disk(1000), pytest.raises(OSError, match="Cannot write"):
+                save(manager, step, {"x": START})
+    late = SimpleNamespace(exc_value=RuntimeError("Event loop is closed"))
+    other = SimpleNamespace(exc_value=RuntimeError("another"))
+    for error in (late, other):
+        sys.unraisablehook(error)
+    assert told == [other]
 
 
 def test_a_checkpoint_that_does_not_fit_on_the_disk_loses_nothing(copy, capsys):

@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -161,10 +162,9 @@ def save(
         if failed is not None:
             # What failed beside it is told when it is collected: here, to nobody.
             gc.collect()
-    if failed is not None:
-        for part in path.parent.glob(f"{step}.orbax-checkpoint-tmp*"):
-            shutil.rmtree(part, ignore_errors=True)
-        raise OSError(f"Cannot write the checkpoint {path}: {failed}")
+            for part in path.parent.glob(f"{step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(part, ignore_errors=True)
+            raise OSError(f"Cannot write the checkpoint {path}: {failed}")
 
 
 @contextmanager
@@ -175,13 +175,38 @@ def _one_error() -> Iterator[None]:
     and the others would be logged and printed with pages of their traces.
     """
     log = logging.getLogger("absl")
-    before = log.disabled, threading.excepthook, sys.unraisablehook
+    disabled, threads, unraisable = (
+        log.disabled,
+        threading.excepthook,
+        sys.unraisablehook,
+    )
     log.disabled = True
     threading.excepthook = sys.unraisablehook = lambda args: None
     try:
         yield
+    except OSError:
+        if not isinstance(unraisable, _WithoutLatecomers):
+            unraisable = _WithoutLatecomers(unraisable)
+        raise
     finally:
-        log.disabled, threading.excepthook, sys.unraisablehook = before
+        log.disabled, threading.excepthook = disabled, threads
+        sys.unraisablehook = unraisable
+
+
+@dataclass(frozen=True)
+class _WithoutLatecomers:
+    """Tells of what could not be raised, but for writes that outlast a failed one.
+
+    Tensorstore cannot be waited for: each write that was on its way tells its end to
+    the event loop that had begun it, long after that was closed.
+    """
+
+    tell: Callable[["sys.UnraisableHookArgs"], object]
+
+    def __call__(self, args: "sys.UnraisableHookArgs") -> None:
+        error = args.exc_value
+        if not isinstance(error, RuntimeError) or str(error) != "Event loop is closed":
+            self.tell(args)
 
 
 def warn(message: str) -> None:
