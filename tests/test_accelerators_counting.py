@@ -107,6 +107,49 @@ def test_a_loop_of_unknown_length_is_refused_by_name():
         counting.check_bounded(Cost(), once)
 
 
+COUNTED = """
+%body (p: (s32[], f32[10])) -> (s32[], f32[10]) {{
+  %one = s32[] constant({step})
+  %p = (s32[], f32[10]{{0}}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %v = f32[10]{{0}} get-tuple-element(%p), index=1
+  %j = s32[] {grow}(%i, %one)
+  %n = f32[10]{{0}} cosine(%v)
+  ROOT %t = (s32[], f32[10]{{0}}) tuple(%j, %n)
+}}
+
+%test (q: (s32[], f32[10])) -> pred[] {{
+  %six = s32[] constant(6)
+  %q = (s32[], f32[10]{{0}}) parameter(0)
+  %k = s32[] get-tuple-element(%q), index={place}
+  ROOT %go = pred[] compare(%k, %six), direction={direction}
+}}
+
+ENTRY %main (x: f32[10]) -> (s32[], f32[10]) {{
+  %x = f32[10]{{0}} parameter(0)
+  %two = s32[] constant(2)
+  %from = s32[] copy(%two)
+  %both = (s32[], f32[10]{{0}}) tuple(%from, %x)
+  ROOT %w = (s32[], f32[10]{{0}}) while(%both), condition=%test, body=%body
+}}
+"""
+FORM = {"step": 1, "grow": "add", "place": 0, "direction": "LT"}
+
+
+def test_a_loop_with_a_counter_counts_as_often_as_that_says():
+    counted = cost(COUNTED.format(**FORM))
+    # From 2 to 5: each reads ten numbers and writes ten, and counts in 12 bytes.
+    assert not counted.unbounded
+    assert counted.bytes == 4 * (80 + 12) + 8  # and once copies the counter
+
+
+@pytest.mark.parametrize(
+    "other", [{"step": 2}, {"grow": "multiply"}, {"place": 1}, {"direction": "NE"}]
+)
+def test_what_does_not_count_by_one_to_a_number_is_unknown(other):
+    assert cost(COUNTED.format(**FORM | other)).unbounded == {"body"}
+
+
 FUSION = """
 %copies (v: f32[64,8]) -> f32[64,8] {
   %v = f32[64,8]{1,0} parameter(0)

@@ -138,10 +138,11 @@ class Counter:
             return self.conditional(x)
         if x.opcode == "while":
             body = self.computation(x.called("body")[0])
-            if x.trips is None:
+            trips = self.module.trips(around, x)
+            if trips is None:
                 test = self.computation(x.called("condition")[0])
                 return body + test + Cost(unbounded=frozenset(x.called("body")))
-            return body.times(x.trips)
+            return body.times(trips)
         if x.opcode in ("call", "async-start"):
             inner = x.called("to_apply") or x.called("calls")
             return self.computation(inner[0])

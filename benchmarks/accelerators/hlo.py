@@ -12,6 +12,7 @@ _SHAPE = re.compile(
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"([\w\-]+)\(")
+_OF_A_LOOP = ("condition", "body")
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,16 @@ class Instruction:
         return found[1] if found else ""
 
     @property
-    def trips(self) -> int | None:
-        """How often a loop runs, if XLA knows."""
-        found = re.search(r'known_trip_count"?:\{"n":"(\d+)"', self.rest)
-        return int(found[1]) if found else None
+    def element(self) -> int | None:
+        """Which element of a tuple it takes, if that is what it does."""
+        found = re.search(r"index=(\d+)", self.rest)
+        return int(found[1]) if found and self.opcode == "get-tuple-element" else None
+
+    @property
+    def number(self) -> int | None:
+        """The whole number that it is, if it is one."""
+        whole = self.opcode == "constant" and self.inside.isdigit()
+        return int(self.inside) if whole else None
 
     def called(self, *attributes: str) -> list[str]:
         """The computations that attributes of these names call, in order."""
@@ -152,6 +159,13 @@ class Computation:
     def root(self) -> Instruction:
         return next(x for x in self.instructions if x.root)
 
+    def item(self, pack: Instruction, place: int) -> Instruction:
+        """What a tuple has at a place, copies left out."""
+        found = self.by_name[pack.operands[place]] if pack.opcode == "tuple" else pack
+        while found.opcode == "copy":
+            found = self.by_name[found.operands[0]]
+        return found
+
     def operands(self, instruction: Instruction) -> Iterator[Instruction]:
         """The instructions that one takes, each once."""
         for name in dict.fromkeys(instruction.operands):
@@ -165,6 +179,29 @@ class Module:
 
     computations: dict[str, Computation]
     entry: str
+
+    def trips(self, around: Computation, loop: Instruction) -> int | None:
+        """How often a loop runs: as XLA says, or as its counter does."""
+        known = re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.rest)
+        if known:
+            return int(known[1])
+        test, body = (self.computations[loop.called(x)[0]] for x in _OF_A_LOOP)
+        if "direction=LT" not in test.root.rest or len(test.root.operands) != 2:
+            return None
+        counter, end = (test.by_name[name] for name in test.root.operands)
+        place = counter.element
+        if place is None:
+            return None
+        # XLA forgets the count where it has moved constants into the body.
+        start = around.item(around.by_name[loop.operands[0]], place)
+        after = body.item(body.root, place)
+        if after.opcode != "add":
+            return None
+        before, step = (body.by_name[name] for name in after.operands)
+        numbers = [x.number for x in (start, step, end)]
+        if before.element != place or None in numbers or numbers[1] != 1:
+            return None
+        return max(0, numbers[2] - numbers[0])
 
 
 def parse(text: str) -> Module:
