@@ -162,6 +162,10 @@ class Computation:
     def item(self, pack: Instruction, place: int) -> Instruction:
         """What a tuple has at a place, copies left out."""
         found = self.by_name[pack.operands[place]] if pack.opcode == "tuple" else pack
+        return self.origin(found)
+
+    def origin(self, found: Instruction) -> Instruction:
+        """What an instruction copies, or itself."""
         while found.opcode == "copy":
             found = self.by_name[found.operands[0]]
         return found
@@ -197,7 +201,7 @@ class Module:
         after = body.item(body.root, place)
         if after.opcode != "add":
             return None
-        before, step = (body.by_name[name] for name in after.operands)
+        before, step = (body.origin(body.by_name[name]) for name in after.operands)
         numbers = [x.number for x in (start, step, end)]
         if before.element != place or None in numbers or numbers[1] != 1:
             return None
