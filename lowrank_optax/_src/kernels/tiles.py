@@ -71,11 +71,7 @@ class Pass:
             other = self.turned
             return other(*map(upright, other.ins, arrays))
         batch = arrays[0].shape[:-2]
-        # Of MLorc-AdamW on a v5e, with gradients in bfloat16, XLA moves 2.0 words a
-        # weight and kernels 2.5; in float32, 7.0 and 5.0.
-        narrow = arrays[0].dtype.itemsize < 4
-        auto = ("cuda",) if narrow else ("cuda", "tpu")
-        results = by_platform(self.on, self.at_once, *map(flat, arrays), auto=auto)
+        results = by_platform(self.on, self.at_once, *map(flat, arrays))
         return [x.reshape(*batch, *x.shape[1:]) for x in results]
 
     def on(self, platform: str, interpret: bool, *arrays: Array) -> Sequence[Array]:

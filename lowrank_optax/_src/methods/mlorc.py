@@ -257,24 +257,26 @@ class MLorcAdam:
         v_old = low_rank_product(state.nu, grad.turned)
         v = b2 * clamp_negative(v_old, zeta) + (1 - b2) * g**2
         m_hat, v_hat = m * (1 / (1 - b1**t)), v * (1 / (1 - b2**t))
-        found = self._kernels(grad, state, *given)
-        if found is None:
-            moments = Average(b1, state.mu, grad, kept), grad.of(v)
-            found = sketches((self.mu, self.nu), omegas, moments, state)
+        moments = Average(b1, state.mu, grad, kept), grad.of(v)
+        found = self._sketches(grad, moments, state, given)
         most = most_of_adam(b1, b2)  # which a V that has lost an entry's part exceeds
         update = jnp.clip(m_hat / (jnp.sqrt(v_hat) + self.eps), -most, most)
         return grad.of(update), found
 
-    def _kernels(self, grad, state, omegas, kept, zeta):
-        """The sketches by kernels, which never store V; None for XLA."""
+    def _sketches(self, grad, moments, state, given):
+        """The sketches of both; by kernels where those are wanted, which store no V."""
+        codecs, omegas = (self.mu, self.nu), given[0]
+
+        def plain():
+            return sketches(codecs, omegas, moments, state)
+
         if not active():
-            return None
+            return plain()
         from lowrank_optax._src.kernels import mlorc
 
-        if not mlorc.suits(grad, (self.mu, self.nu), omegas):
-            return None
-        decays = self.b1, self.b2
-        return mlorc.adam_sketches(*decays, grad, state.nu, zeta, omegas, kept)
+        if not mlorc.suits(grad, codecs, omegas):
+            return plain()
+        return mlorc.adam_sketches((self.b1, self.b2), grad, state, given, plain)
 
     def finish(self, found, states, count):
         mus, nus = ([s[k] for s in states] for k in (0, 1))

@@ -147,18 +147,29 @@ def sketches(
     `with_kept` adds.
     """
     ys = [_range(*x) for x in zip(codecs, omegas, matrices, olds, strict=True)]
-    if len({y.shape for y in ys}) == 1:  # scaled in one pass over all
-        ys = list(linalg.near_one(jnp.stack(ys)))
-    else:
-        ys = [linalg.near_one(y) for y in ys]
-    for i, (y, old) in enumerate(zip(ys, olds, strict=True)):
-        if omegas[i] is not None and y.shape[-1] == old.right.shape[-2]:
-            ys[i] = linalg.range_basis(y)  # the faint directions count too
+    ys = scaled(ys, omegas, olds)
     zs = [
         x.last(y) if isinstance(x, Average) else x.project(y)
         for y, x in zip(ys, matrices, strict=True)
     ]
     return list(zip(ys, zs, strict=True))
+
+
+def scaled(
+    ys: Sequence[Array], omegas: Sequence[Array | None], olds: Sequence[LowRankCode]
+) -> list[Array]:
+    """First products ``A Omega``, ready for the second ones with A."""
+    if len({y.shape for y in ys}) == 1:  # in one pass over all
+        ys = list(linalg.near_one(jnp.stack(ys)))
+    else:
+        ys = [linalg.near_one(y) for y in ys]
+    # Where no column is spare, the faint directions count too.
+    return [
+        linalg.range_basis(y)
+        if omega is not None and y.shape[-1] == old.right.shape[-2]
+        else y
+        for y, omega, old in zip(ys, omegas, olds, strict=True)
+    ]
 
 
 def _range(
