@@ -5,20 +5,22 @@ stores both. Of Adam, known by its numbers, every pass forms them again: scales,
 and update are each made of the gradient and the old codes.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from lowrank_optax._src.engines.order import wait
-from lowrank_optax._src.kernels.adam import Adam, adam_step
+from lowrank_optax._src.kernels.adam import Adam, all_finite, renewed, step_in_blocks
 from lowrank_optax._src.kernels.dispatch import active
 from lowrank_optax._src.leaves.matrix import MatrixView
+from lowrank_optax._src.parts import int8_map
 from lowrank_optax._src.parts.codec import BlockInt8, BlockInt8Code
 from lowrank_optax._src.parts.part import compiled
 
 Array = jax.Array
+T = TypeVar("T")
 
 
 def leaves_in_bytes(coded: Mapping[tuple[str, int], tuple[Any, MatrixView]]) -> dict:
@@ -56,40 +58,46 @@ def adam_in_bytes(
       count: of Adam's updates before.
     """
     adam, block = parts
+    codecs = BlockInt8(True, block), BlockInt8(False, block)
+    codes = list(zip(codecs, (mu, nu), strict=True))
+    given = (
+        codecs[0].cut(grad),
+        *(codec.cut(x.index, int8_map.zero(codec.signed)) for codec, x in codes),
+        *(x.largest[..., None] for _, x in codes),
+    )
+    numbers = adam.numbers(count)
+
+    def plain():
+        return _in_passes(given, numbers)
+
     if active():
         from lowrank_optax._src.kernels.int8 import adam_in_blocks
 
-        return adam_in_blocks(adam, block, grad, mu, nu, count)
-    codecs = BlockInt8(True, block), BlockInt8(False, block)
+        cols = grad.shape[-1] if grad.shape[-1] % block == 0 else block
+        results = adam_in_blocks(given, cols, numbers, plain)
+    else:
+        results = plain()
+    direction, *index = (codecs[0].join(x, grad.shape) for x in results[:3])
+    new_mu, new_nu = map(BlockInt8Code, index, (x[..., 0] for x in results[3:]))
+    return direction, new_mu, new_nu
 
-    def step(grad, mu, nu):
-        moments = (c.decode(x) for c, x in zip(codecs, (mu, nu), strict=True))
-        return adam_step(grad.astype(jnp.float32), *moments, *adam.numbers(count))
 
-    def scales(grad, *codes):
-        moments = step(grad, *codes)[1:]
-        return [c.measure(x) for c, x in zip(codecs, moments, strict=True)]
-
-    given = grad, mu, nu
-    direction = step(*given)[0].astype(grad.dtype)
-    largest = scales(*_again(given))
-    given, largest = _again((given, largest))
+def _in_passes(given: tuple[Array, ...], numbers: Sequence[Any]) -> list[Array]:
+    """Direction, bytes and scales, of blocks as `step_in_blocks` takes."""
+    direction = step_in_blocks(*given, *numbers)[0].astype(given[0].dtype)
+    moments = step_in_blocks(*_again(given), *numbers)[1:]
+    given, largest = _again((given, [int8_map.largest_of(x) for x in moments]))
     # On CPU the direction comes first, or codes could not take the place of the old.
-    ok = wait((largest[0] < jnp.inf) & (largest[1] < jnp.inf), [direction])
-    moments = step(*given)[1:]
-    mu, nu = (
-        codec.accept(ok, codec.encode_by(scale, x), old)
-        for codec, scale, x, old in zip(
-            codecs, largest, moments, given[1:], strict=True
-        )
-    )
-    return direction, mu, nu
+    ok = wait(all_finite(largest), [direction])
+    moments = step_in_blocks(*given, *numbers)[1:]
+    return [direction, *renewed(moments, largest, ok, given[1:])]
 
 
-def _again(tree):
+def _again(tree: T) -> T:
     """The same, of which XLA's GPU backend forms anew what it would store.
 
-    On a v5e that makes 45 words of 35, as every pass cuts the matrix to blocks anew.
+    Not on TPU: every pass cuts the matrix to blocks anew there, and a step moves 45
+    words a weight on a v5e instead of 35.
     """
     return jax.lax.platform_dependent(
         tree, cuda=jax.lax.optimization_barrier, default=lambda x: x

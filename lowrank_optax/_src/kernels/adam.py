@@ -1,11 +1,14 @@
 """Adam, known by its numbers: what passes that know the optimizer need to see of it."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from lowrank_optax._src.parts import int8_map
 
 Array = jax.Array
 
@@ -35,3 +38,28 @@ def adam_step(g, mu, nu, *numbers) -> tuple[Array, Array, Array]:
     mu = b1 * mu + a1 * g
     nu = b2 * nu + a2 * g * g
     return (mu / c1) / (jnp.sqrt(nu / c2 + eps_root) + eps), mu, nu
+
+
+def step_in_blocks(g, mu_index, nu_index, mu_largest, nu_largest, *numbers):
+    """`adam_step` on blocks (..., block) of moments in bytes, their scales (..., 1)."""
+    return adam_step(
+        g.astype(jnp.float32),
+        int8_map.decode(mu_index, True) * mu_largest,
+        int8_map.decode(nu_index, False) * nu_largest,
+        *numbers,
+    )
+
+
+def all_finite(largest: Sequence[Array]) -> Array:
+    """Of which blocks both moments are finite, by their scales."""
+    mu, nu = largest
+    return (mu < jnp.inf) & (nu < jnp.inf)
+
+
+def renewed(
+    moments: Sequence[Array], largest: Sequence[Array], ok: Array, old: Sequence[Array]
+) -> list[Array]:
+    """New bytes and scales of both moments where ``ok``, else the old ones."""
+    signs = zip(moments, largest, (True, False), strict=True)
+    new = *(int8_map.nearest(*x) for x in signs), *largest
+    return [jnp.where(ok, x, y) for x, y in zip(new, old, strict=True)]

@@ -13,12 +13,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton
 
-from lowrank_optax._src.kernels.adam import Adam, adam_step
+from lowrank_optax._src.kernels.adam import all_finite, renewed, step_in_blocks
 from lowrank_optax._src.kernels.dispatch import by_platform, warn_of_xla
 from lowrank_optax._src.kernels.plan import BUDGET, power_of_two
 from lowrank_optax._src.kernels.tiles import flat
 from lowrank_optax._src.parts import int8_map
-from lowrank_optax._src.parts.codec import BlockInt8Code
 
 Array = jax.Array
 _GPU_PARAMS = triton.CompilerParams(num_warps=4, num_stages=1)
@@ -28,83 +27,46 @@ _VALUES = 24  # arrays of 32 bits, of one block of each row, that the arithmetic
 
 
 def adam_in_blocks(
-    adam: Adam, block: int, grad: Array, mu: BlockInt8Code, nu: BlockInt8Code, count
-) -> tuple[Array, BlockInt8Code, BlockInt8Code]:
-    """Adam's direction, in the gradient's dtype, and the new codes of both moments.
+    blocks: Sequence[Array],
+    cols: int,
+    numbers: Sequence[Any],
+    plain: Callable[[], list[Array]],
+) -> list[Array]:
+    """Adam's direction, in the gradient's dtype, the new bytes and the new scales.
 
     Args:
-      adam: the optimizer's numbers.
-      block: of the codes.
-      grad: (*batch, m, n), float32 or narrower.
-      mu, nu: a signed and an unsigned code.
-      count: of Adam's updates before.
+      blocks: as `step_in_blocks` takes: gradient and bytes (..., block), scales
+        (..., 1).
+      cols: of a row of whole blocks.
+      numbers: Adam's, see `Adam.numbers`.
+      plain: makes them without a kernel.
     """
-    padded = (
-        (grad, 0.0),
-        (mu.index, int8_map.zero(True)),
-        (nu.index, int8_map.zero(False)),
-    )
-    rows = [_in_rows(x, block, zero) for x, zero in padded]
-    largest = [x.largest.reshape(len(rows[0]), -1) for x in (mu, nu)]
-    arrays = [*rows, *largest, *map(flat, adam.numbers(count))]
+    block, dtype = blocks[0].shape[-1], blocks[0].dtype
+    scalars = list(map(flat, numbers))
 
-    def on(platform, interpret, *arrays):
-        return _on(platform, interpret, block, *arrays)
+    def on(platform, interpret, *_):
+        taken = rows_at_once(platform, cols, block, dtype)
+        rows = blocks[0].reshape(-1, cols).shape
+        if not taken:
+            warn_of_xla(platform, f"adam_int8 of blocks of {block}", rows)
+            return plain()
+        if platform == "tpu":
+            results = _on_tpu(taken, interpret, block, *_rows(blocks, cols), *scalars)
+        else:
+            # XLA makes the update where it adds it to the weights, of the old codes.
+            direction = step_in_blocks(*blocks, *numbers)[0].astype(dtype)
+            codes = _on_gpu(taken, interpret, *_rows(blocks, block), *scalars)
+            results = [direction, *codes]
+        return [x.reshape(b.shape) for x, b in zip(results, blocks, strict=True)]
 
-    def plain(*arrays):
-        return _in_single_blocks(adam_on_blocks, block, *arrays)
-
-    *wide, mu_largest, nu_largest = by_platform(on, plain, *arrays)
-    update, mu_index, nu_index = (_from_rows(x, grad.shape) for x in wide)
-    return (
-        update,
-        BlockInt8Code(mu_index, mu_largest.reshape(mu.largest.shape)),
-        BlockInt8Code(nu_index, nu_largest.reshape(nu.largest.shape)),
-    )
+    return by_platform(on, plain)
 
 
-def _in_rows(x: Array, block: int, zero: float) -> Array:
-    """Rows of whole blocks: those of x, or single blocks where they run over rows.
-
-    What fills the last of them is ``zero``, in a code the number that stands for it.
-    """
-    *batch, m, n = x.shape
-    if n % block == 0:
-        return x.reshape(-1, n)
-    x = x.reshape(*batch, m * n)
-    pad = [(0, 0)] * len(batch) + [(0, -m * n % block)]
-    return jnp.pad(x, pad, constant_values=zero).reshape(-1, block)
-
-
-def _from_rows(x: Array, shape: tuple[int, ...]) -> Array:
-    *batch, m, n = shape
-    return x.reshape(*batch, -1)[..., : m * n].reshape(shape)
-
-
-def _on(platform: str, interpret: bool, block: int, *arrays: Array) -> list[Array]:
-    taken = rows_at_once(platform, arrays[0].shape[1], block, arrays[0].dtype)
-    if not taken:
-        warn_of_xla(platform, f"adam_int8 of blocks of {block}", arrays[0].shape)
-    if taken and platform == "tpu":
-        return _on_tpu(taken, interpret, block, *arrays)
-
-    def run(*blocks):
-        # XLA makes the update where it adds it to the weights, of the old codes.
-        update, *codes = adam_on_blocks(*blocks)
-        return update, *(_on_gpu(taken, interpret, *blocks) if taken else codes)
-
-    return _in_single_blocks(run, block, *arrays)
-
-
-def _in_single_blocks(
-    run: Callable[..., Sequence[Array]], block: int, *arrays: Array
-) -> list[Array]:
-    """``run`` on rows of one block each."""
-    single = [x.reshape(-1, block) for x in arrays[:3]]
-    single += [x.reshape(-1, 1) for x in arrays[3:5]]
-    results = run(*single, *(x[0] for x in arrays[5:]))
-    shapes = [x.shape for x in arrays[:5]]
-    return [x.reshape(s) for x, s in zip(results, shapes, strict=True)]
+def _rows(blocks: Sequence[Array], cols: int) -> list[Array]:
+    """Rows of so many numbers, and of their scales."""
+    scales = cols // blocks[0].shape[-1]
+    wide = [x.reshape(-1, cols) for x in blocks[:3]]
+    return wide + [x.reshape(-1, scales) for x in blocks[3:]]
 
 
 def rows_at_once(platform: str, cols: int, block: int, dtype: Any) -> int:
@@ -128,26 +90,12 @@ def tpu_bytes(rows: int, cols: int, block: int, dtype: Any) -> int:
     return rows * (2 * (cols * wide + scales) + _VALUES * 4 * block)
 
 
-def adam_on_blocks(g, mu_index, nu_index, mu_largest, nu_largest, *numbers):
-    """Adam on some blocks ``(rows, block)`` with their scales ``(rows, 1)``.
-
-    A block whose new moments are not finite keeps the old ones.
-
-    Returns:
-      ``(update, mu_index, nu_index, mu_largest, nu_largest)``.
-    """
-    old = mu_index, nu_index, mu_largest, nu_largest
-    update, mu, nu = adam_step(
-        g.astype(jnp.float32),
-        int8_map.decode(mu_index, True) * mu_largest,
-        int8_map.decode(nu_index, False) * nu_largest,
-        *numbers,
-    )
-    coded = int8_map.encode(mu, True), int8_map.encode(nu, False)
-    codes, scales = zip(*coded, strict=True)
-    ok = (scales[0] < jnp.inf) & (scales[1] < jnp.inf)
-    new = (jnp.where(ok, x, y) for x, y in zip((*codes, *scales), old, strict=True))
-    return update.astype(g.dtype), *new
+def _on_blocks(*given):
+    """The results of some blocks, see `adam_in_blocks`, from them and the numbers."""
+    direction, *moments = step_in_blocks(*given)
+    largest = [int8_map.largest_of(x) for x in moments]
+    codes = renewed(moments, largest, all_finite(largest), given[1:5])
+    return direction.astype(given[0].dtype), *codes
 
 
 def _specs(taken: int, wide: int, scales: int, numbers: int) -> list[pl.BlockSpec]:
@@ -179,7 +127,7 @@ def _on_tpu(taken: int, interpret: bool, block: int, *arrays: Array) -> list[Arr
                 jnp.sum(jnp.where(here, x[...], 0.0), axis=1, keepdims=True)
                 for x in scale
             ]
-            out = adam_on_blocks(
+            out = _on_blocks(
                 *(x[:, part] for x in wide), *old, *(x[...] for x in numbers)
             )
             for ref, x in zip(results, out[:3], strict=False):
@@ -217,11 +165,10 @@ def _on_gpu(taken: int, interpret: bool, *arrays: Array) -> list[Array]:
             triton.load(x, mask=jnp.broadcast_to(inside, x.shape), other=0)
             for x in sources
         ]
-        _, *out = adam_on_blocks(*blocks, *(x[...] for x in numbers))
+        _, *out = _on_blocks(*blocks, *(x[...] for x in numbers))
         for ref, x in zip(results, out, strict=True):
             triton.store(ref, x, mask=jnp.broadcast_to(inside, ref.shape))
 
-    arrays = *arrays[:5], *(x[None] for x in arrays[5:])
     ins = _specs(taken, block, 1, len(arrays) - 5)
     return pl.pallas_call(
         kernel,

@@ -109,34 +109,27 @@ class BlockInt8:
 
     def measure(self, x: Array) -> Array:
         """The scales of a matrix, without which it cannot be encoded."""
-        return int8_map.largest_of(self._cut(x))[..., 0].astype(jnp.float32)
+        return int8_map.largest_of(self.cut(x))[..., 0].astype(jnp.float32)
 
     def encode_by(self, largest: Array, x: Array) -> BlockInt8Code:
         """`encode` with the scales known."""
-        index = int8_map.nearest(self._cut(x), largest[..., None], self.signed)
-        return BlockInt8Code(self._join(index, x.shape), largest)
+        index = int8_map.nearest(self.cut(x), largest[..., None], self.signed)
+        return BlockInt8Code(self.join(index, x.shape), largest)
 
     def decode(self, code):
-        unit = int8_map.decode(self._cut(code.index), self.signed)
-        return self._join(unit * code.largest[..., None], code.index.shape)
+        unit = int8_map.decode(self.cut(code.index), self.signed)
+        return self.join(unit * code.largest[..., None], code.index.shape)
 
-    def accept(
-        self, ok: Array, new: BlockInt8Code, old: BlockInt8Code
-    ) -> BlockInt8Code:
-        """The new blocks where ``ok``, shaped as the scales, else the old ones."""
-        cut = self._cut(new.index), self._cut(old.index)
-        index = self._join(jnp.where(ok[..., None], *cut), new.index.shape)
-        return BlockInt8Code(index, jnp.where(ok, new.largest, old.largest))
-
-    def _cut(self, x: Array) -> Array:
-        """``(*batch, ..., block)``; where blocks run over rows, the last is padded."""
+    def cut(self, x: Array, fill: int = 0) -> Array:
+        """``(*batch, ..., block)``; where blocks run over rows, the last is filled."""
         *batch, m, n = x.shape
         if n % self.block == 0:  # no row is left, so no axis need be gathered
             return x.reshape(*batch, m, n // self.block, self.block)
         pad = [(0, 0)] * len(batch) + [(0, -m * n % self.block)]
-        return jnp.pad(x.reshape(*batch, m * n), pad).reshape(*batch, -1, self.block)
+        x = jnp.pad(x.reshape(*batch, m * n), pad, constant_values=fill)
+        return x.reshape(*batch, -1, self.block)
 
-    def _join(self, blocks: Array, shape: tuple[int, ...]) -> Array:
+    def join(self, blocks: Array, shape: tuple[int, ...]) -> Array:
         """The matrices of a shape that were cut to blocks."""
         *batch, m, n = shape
         if n % self.block == 0:

@@ -91,12 +91,6 @@ def largest_of(x: Array) -> Array:
     return jax.lax.bitcast_convert_type(largest, jnp.float32)
 
 
-def encode(x: Array, signed: bool) -> tuple[Array, Array]:
-    """Index of the nearest number of the map, and the largest magnitude of each row."""
-    largest = largest_of(x)
-    return nearest(x, largest, signed), largest
-
-
 def nearest(x: Array, largest: Array, signed: bool) -> Array:
     """Index of the number of the map that is nearest to ``x / largest``."""
     # Beside a large number a small one would vanish, and a second moment that is not
