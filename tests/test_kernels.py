@@ -155,24 +155,6 @@ def test_auto_takes_kernels_on_one_accelerator(name, on_a_gpu, monkeypatch):
         assert relative(x, y) < 1e-5
 
 
-@pytest.mark.parametrize(
-    "platform, dtype, calls",
-    [("cuda", "float32", 2), ("cuda", "bfloat16", 2), ("tpu", "float32", 2)]
-    + [("tpu", "bfloat16", 0)],
-)
-def test_auto_takes_what_moves_less(platform, dtype, calls, on_a_gpu, monkeypatch):
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    tx, shape = METHODS["mlorc"](4), (4096, 4096)
-    params = {"w": jax.ShapeDtypeStruct(shape, dtype)}
-    args = params, jax.eval_shape(tx.init, params), params
-    unchecked = [jax.export.DisabledSafetyCheck.custom_call(CALLS["cuda"])]
-    export = jax.export.export(
-        jax.jit(tx.update), platforms=[platform], disabled_checks=unchecked
-    )
-    text = export(*args).mlir_module()
-    assert text.count(f"@{CALLS[platform]}(") == calls
-
-
 def test_auto_takes_kernels_on_a_mesh_within_shard_map_alone(on_a_gpu):
     tx, params = METHODS["mlorc"](2), {"w": jnp.ones((24, 40))}
     state = tx.init(params)

@@ -1,7 +1,7 @@
 """The one-matrix engine: what a rule is given, and where its state is kept."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -177,6 +177,7 @@ class RowMomentumInStages:
 
     calls: list = dataclasses.field(default_factory=list, hash=False, compare=False)
     seen: bool = False
+    dense: ClassVar[bool] = False
 
     def init(self, view):
         return RowMomentum().init(view)

@@ -195,7 +195,7 @@ class _Leafwise:
 
     def _staged(self, rule: StagedRule, views, grads, step, old, keys) -> Any:
         """Thin and wide stages in turn; an order among the wide ones."""
-        order, out = Order(dense=True), {}
+        order, out = Order(rule.dense), {}
         states = list(old.values())
         given = rule.start(list(keys.values()), states, step)
         for k, (_, finish) in enumerate(rule.stages):

@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
@@ -24,11 +24,11 @@ def dispatch(tier: Tier) -> contextlib.AbstractContextManager[None]:
     Args:
       tier: "pallas" for the kernels, on GPU (by Triton) and TPU, where a pass has one
         that fits its shapes. "xla" for none. "auto", the default, for the kernels where
-        they move less memory than XLA's loops, by the counts of the compilers for H100
-        and TPU v5e: everywhere but for MLorc-AdamW's on TPU with gradients narrower
-        than float32. XLA cannot partition a kernel over several devices: where there
-        are several, "auto" takes kernels within a `jax.shard_map` or `jax.pmap` only,
-        and "pallas" should be chosen there only.
+        XLA can take them: on one device, and within a `jax.shard_map` or `jax.pmap`,
+        as it cannot partition a kernel over several. They move less memory than its
+        loops for a layer of LLaMA-7B, by the counts of the compilers for H100 and TPU
+        v5e. Where there are several devices, "pallas" should be chosen within those
+        two only.
 
     Returns:
       A context manager.
@@ -78,7 +78,6 @@ def by_platform(
     run: Callable[..., Any],
     plain: Callable[..., Any],
     *arrays: Any,
-    auto: Collection[str] = ("cuda", "tpu"),
 ) -> list[Any]:
     """The list of ``run(platform, interpret, *arrays)`` for what is compiled for.
 
@@ -86,7 +85,6 @@ def by_platform(
       run: the kernel.
       plain: of the arrays alone, for platforms without kernels.
       arrays: operands.
-      auto: the platforms on which "auto" takes the kernel.
     """
 
     def on(platform, interpret=False):
@@ -98,12 +96,10 @@ def by_platform(
     _, _, platform = _tier.value.partition("interpret ")
     if platform:
         return on(platform, True)(*arrays)
-    if _tier.value == "auto":
-        kernels = {platform: on(platform) for platform in auto}
-        return jax.lax.platform_dependent(*arrays, **kernels, default=without)
-    # Elsewhere kernels are not silently left out: Pallas says what is wrong.
-    tpu = on("tpu")
-    return jax.lax.platform_dependent(*arrays, cuda=on("cuda"), tpu=tpu, default=tpu)
+    kernels = {platform: on(platform) for platform in ("cuda", "tpu")}
+    # With "pallas", kernels are not silently left out: Pallas says what is wrong.
+    default = without if _tier.value == "auto" else kernels["tpu"]
+    return jax.lax.platform_dependent(*arrays, **kernels, default=default)
 
 
 def warn_of_xla(platform: str, name: str, shape: tuple[int, ...]) -> None:

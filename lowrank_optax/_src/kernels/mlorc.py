@@ -78,10 +78,7 @@ def adam_sketches(
         zs = PROJECTIONS(*source, *ys, turned=grad.turned)
         return list(zip(ys, zs, strict=True))
 
-    # On a v5e, with gradients in bfloat16, XLA moves 2.0 words a weight and kernels
-    # 2.5; in float32, 7.0 and 5.0.
-    auto = ("cuda", "tpu") if source[0].dtype.itemsize == 4 else ("cuda",)
-    return by_platform(passes, plain, auto=auto)
+    return by_platform(passes, plain)
 
 
 def mlorc_sketches(g, left, right, zeta, b2, fresh, mu_omega, nu_omega):

@@ -117,8 +117,15 @@ class Lying:
 
     def column_norms(self) -> Array:
         """``(*batch, 1, n)``."""
-        axis = -1 if self.turned else -2
-        return self.order(jnp.linalg.norm(self.array, axis=axis, keepdims=True))
+        return self.order(jnp.linalg.norm(self.array, axis=self._rows, keepdims=True))
+
+    def column_means(self) -> Array:
+        """``(*batch, 1, n)``."""
+        return self.order(jnp.mean(self.array, axis=self._rows, keepdims=True))
+
+    @property
+    def _rows(self) -> int:
+        return -1 if self.turned else -2
 
     def sketch(self, w: Array) -> Array:
         """``A w``."""

@@ -102,14 +102,13 @@ def scale_by_adam_mini(
         t = increment(state.step)
         out, order = [], Order()
         for i, view in enumerate(views):
-            g = view.matrix(order.start(grads[i]))
-            mu = view.matrix(mus[i]) * b1 + g * (1 - b1)
-            nu = b2 * nus[i] + (1 - b2) * jnp.mean(g**2, axis=-2, keepdims=True)
+            g, old = view.lying(order.start(grads[i])), view.lying(mus[i])
+            mu = b1 * old.array + (1 - b1) * g.array
+            nu = b2 * nus[i] + (1 - b2) * g.of(g.array**2).column_means()
             size = jnp.sqrt(nu / (1 - b2**t)) + eps
-            out.append(view.leaf(mu / (1 - b1**t) / size))
-            old = view.matrix(mus[i]), nus[i]
-            mu, nus[i] = accept_leaf((mu, nu), old, out[i])
-            mus[i] = view.leaf(mu, mus[i].dtype)
+            out.append(view.leaf(g.order(jnp.divide(mu, 1 - b1**t)) / size))
+            mu, nus[i] = accept_leaf((mu, nu), (old.array, nus[i]), out[i])
+            mus[i] = view.leaf(g.order(mu), mus[i].dtype)
             order.end((out[i], mus[i], nus[i]))
         state = AdamMiniState(t, treedef.unflatten(mus), treedef.unflatten(nus))
         return treedef.unflatten(out), state

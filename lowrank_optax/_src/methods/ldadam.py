@@ -1,7 +1,7 @@
 """LDAdam (Robert et al. 2024): Adam in a subspace that turns at every step."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +95,8 @@ class LDAdamState(NamedTuple):
 
     Attributes:
       basis: (*batch, m, r).
-      error: (*batch, m, n), or ``MaskedNode()`` without error feedback.
+      error: (*batch, m, n), or (*batch, n, m) where the leaf lies so in memory, or
+        ``MaskedNode()`` without error feedback.
       mu, nu: (*batch, r, n).
     """
 
@@ -115,6 +116,7 @@ class LDAdam:
     rho: Any
     eps: Any
     error_feedback: bool
+    dense: ClassVar[bool] = False
 
     @property
     def state_sizes(self):  # without the error, which the paper keeps in the gradient
@@ -122,9 +124,10 @@ class LDAdam:
 
     def init(self, view):
         r = view.rank(self.rank)
+        lying = ("n", "m") if view.turned else ("m", "n")
         return LDAdamState(
             basis=view.zeros("m", r),
-            error=view.zeros("m", "n") if self.error_feedback else optax.MaskedNode(),
+            error=view.zeros(*lying) if self.error_feedback else optax.MaskedNode(),
             mu=view.zeros(r, "n"),
             nu=view.zeros(r, "n"),
         )
@@ -165,7 +168,9 @@ class LDAdam:
             ratio = b1 / (1 - b1)
             bases = jnp.concatenate([old, basis], axis=-1)
             kept = jnp.concatenate([ratio * mu, -(r + ratio * carried)], axis=-2)
-            error = sum(x.matrix for x in a) + matmul(bases, kept)
+            error = grad.order(matmul(bases, kept))
+            for x in a:  # one after the other, or XLA's GPU backend stores the product
+                error = error + x.array
 
         # (C o C) V and the correction by (C o C) M^2 in one product too.
         seen = 1 - b2**step
@@ -188,7 +193,9 @@ class LDAdam:
 
         A product of each reads less than their sum would, which had to be stored.
         """
-        return [grad, Lying(state.error, False)] if self.error_feedback else [grad]
+        if not self.error_feedback:
+            return [grad]
+        return [grad, Lying(state.error, grad.turned)]
 
     def _correction(self, step, dtype):
         """Of the first moment; it starts at zero, where that would be 0 / 0."""

@@ -1,7 +1,7 @@
 """MLorc (Shen et al. 2025): optimizers whose momentum is stored at low rank."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -231,6 +231,7 @@ class MLorcAdam:
     eps: ArrayLike
     mu: LowRank
     nu: LowRank
+    dense: ClassVar[bool] = True  # V
 
     @property
     def stages(self):
@@ -294,6 +295,7 @@ class MLorcLion:
     b1: ArrayLike
     b2: ArrayLike
     mu: LowRank
+    dense: ClassVar[bool] = False
 
     @property
     def stages(self):

@@ -9,7 +9,7 @@ the others beyond their laws, or lacks itself, it may say: see `compatible`.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -206,6 +206,10 @@ class StagedRule(Protocol):
 
     @property
     def stages(self) -> tuple[tuple[Callable[..., Any], Callable[..., Any]], ...]: ...
+
+    # Whether a wide stage makes a matrix of full size and reads it twice: leaves are
+    # then taken one after the other, see `Order`.
+    dense: ClassVar[bool]
 
     def init(self, view: MatrixView) -> NamedTuple:
         """As of `Rule`."""
