@@ -203,9 +203,9 @@ def text_of(counted: list[dict[str, Any]], timed: list[dict[str, Any]]) -> str:
         lines += [
             "No GPU or TPU was at hand: the kernels were never run on one. They were "
             "lowered by `jax.export`, and their results compared with XLA's by "
-            "interpreting them on a CPU (`tests/test_kernels.py`). Whether they "
-            "compile on a device, and how fast they are there, is not known; "
-            '`kernels.dispatch("auto")` therefore does not choose them.',
+            "interpreting them on a CPU (`tests/test_kernels.py`). That the compilers "
+            "for H100 and TPU v5e take them, and what they move there, is in "
+            "[accelerators.md](accelerators.md); how fast they are is not known.",
         ]
     lines += [
         "",

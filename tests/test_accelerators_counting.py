@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -546,6 +547,10 @@ def test_the_subset_of_ci_has_every_method_and_some_on_each_platform():
     }
     assert len(set(found)) == len(found) < 60
     assert programs.shapes("leaf-ordinary") == programs.shapes("leaf")
+    assert any(k.shapes == "turned" for k in found)  # what lies as a leaf does not
+    stacked = KEY._replace(shapes="7b-stacked")
+    recorded = Table(Path("none"), {stacked: ROW, stacked._replace(target="v6e"): ROW})
+    assert set(check.whole(recorded)) == {*found, stacked}
 
 
 def test_a_plan_has_kernels_for_own_methods_only():

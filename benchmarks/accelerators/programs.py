@@ -16,7 +16,7 @@ from benchmarks.accelerators.counting import opens_refresh
 
 Params = dict[str, dict[str, jax.ShapeDtypeStruct]]
 
-SHAPES = ("leaf", "leaf-ordinary", "7b", "7b-stacked", "60m")
+SHAPES = ("leaf", "leaf-ordinary", "turned", "7b", "7b-stacked", "60m")
 _ORDINARY = "-ordinary"
 
 
@@ -25,8 +25,9 @@ def shapes(name: str) -> dict[str, tuple[int, ...]]:
 
     Args:
       name: "7b" is one layer of LLaMA-7B, "7b-stacked" all 32 in seven stacks, "60m"
-        all eight of LLaMA-60M, "leaf" one matrix of LLaMA-7B. With "-ordinary" they are
-        the same, see `is_ordinary`.
+        all eight of LLaMA-60M, "leaf" one matrix of LLaMA-7B, "turned" one whose
+        columns are its short side and one that belongs to heads. With "-ordinary" they
+        are the same, see `is_ordinary`.
     """
     name = name.removesuffix(_ORDINARY)
     d, hidden, layers = (512, 1376, 8) if name == "60m" else (4096, 11008, 1)
@@ -35,6 +36,8 @@ def shapes(name: str) -> dict[str, tuple[int, ...]]:
     matrices = {f"{x}_proj": (d, d) for x in "qkvo"}
     matrices |= {"gate_proj": (d, hidden), "up_proj": (d, hidden)}
     matrices |= {"down_proj": (hidden, d)}
+    if name == "turned":
+        return {f"layer0/{k}": matrices[k] for k in ("q_proj", "down_proj")}
     if name == "7b-stacked":
         return {f"layers/{k}": (32, *shape) for k, shape in matrices.items()}
     return {
