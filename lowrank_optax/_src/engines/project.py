@@ -25,7 +25,6 @@ from lowrank_optax._src.engines.one_matrix import (
 )
 from lowrank_optax._src.engines.order import Order
 from lowrank_optax._src.leaves import matrix
-from lowrank_optax._src.leaves.box import transformation
 from lowrank_optax._src.leaves.choose import view_leaves
 from lowrank_optax._src.leaves.fields import (
     Layout,
@@ -38,6 +37,7 @@ from lowrank_optax._src.leaves.keys import leaf_seed
 from lowrank_optax._src.leaves.matrix import MatrixView, nameless
 from lowrank_optax._src.leaves.paths import flatten, full_precision
 from lowrank_optax._src.leaves.saving import projected
+from lowrank_optax._src.leaves.transformation import transformation
 from lowrank_optax._src.parts import compatible
 from lowrank_optax._src.parts.checks import check_number, check_rank
 from lowrank_optax._src.parts.laws import (

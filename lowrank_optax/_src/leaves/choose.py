@@ -10,6 +10,7 @@ import numpy as np
 
 from lowrank_optax._src.leaves.box import value_of
 from lowrank_optax._src.leaves.context import limits, note_views, record_views
+from lowrank_optax._src.leaves.default import Choice
 from lowrank_optax._src.leaves.matrix import (
     SIDES,
     DenseLeaf,
@@ -66,6 +67,8 @@ def view_leaves(
     for parts, leaf in zip(paths, leaves, strict=True):
         x, choice = value_of(leaf), chosen[parts]
         path, shape, dtype = "/".join(parts), tuple(np.shape(x)), x.dtype
+        if 0 in shape:
+            choice = Choice(None, "it has no numbers")
         source = leaf if creating else None
         if choice.axes is None:
             result.append(DenseLeaf(path, shape, dtype, choice.why, source))

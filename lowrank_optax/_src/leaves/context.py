@@ -66,6 +66,11 @@ def limits() -> tuple[tuple[Path, int], ...]:
     return _limits.get()
 
 
+def around() -> tuple[Any, ...]:
+    """What the shapes of a state depend on, besides parameters and transformation."""
+    return limits(), accumulating() is not None, layer_depth()
+
+
 def limited_ranks(
     limits: Mapping[Path, int],
 ) -> contextlib.AbstractContextManager[Any]:

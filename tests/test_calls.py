@@ -1,0 +1,143 @@
+"""What is not fit for an update: an error that says what, or the update without it."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from registry import METHODS, example_params
+from running import assert_close, random_grads, random_like
+
+import lowrank_optax as lro
+
+BY_NAME = {method.name: method for method in METHODS}
+
+
+TRANSFORMATIONS = [m.name for m in METHODS if not m.is_optimizer]
+
+
+@pytest.fixture(params=BY_NAME)
+def method(request):
+    return BY_NAME[request.param]
+
+
+def make(tx, params):
+    """A state of zeros: what is looked at here are shapes."""
+    shapes = jax.eval_shape(tx.init, params)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_where_there_is_no_gradient_nothing_happens(name):
+    tx, moments = BY_NAME[name].tx, BY_NAME[name].moments
+    params = example_params()
+    grads = random_grads(params, 1)[0]
+    state = tx.init(params)
+    some = {**grads, "down": None, "embed": None}
+    # Weights may hold what is no array there, as a whole Equinox model does.
+    updates, new = tx.update(some, state, params | {"embed": jax.nn.relu})
+    assert updates.pop("embed") is None and updates.pop("down") is None
+    part, given = {"up": params["up"]}, {"up": grads["up"]}
+    want, last = tx.update(given, tx.init(part), part)
+    assert_close(updates, want)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+    for field in moments:
+        before, after, own = (optax.tree.get(x, field) for x in (state, new, last))
+        assert_close(after, {**before, "up": own["up"]})
+
+
+def test_a_hole_keeps_the_types_of_the_state(method):
+    params = example_params()
+    state = jax.eval_shape(method.tx.init, params)
+    for hole in ({"up": None}, {"down": {"kernel": None}, "embed": {"table": None}}):
+        grads = params | hole
+        updates, new = jax.eval_shape(method.tx.update, grads, state, params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(updates, grads)
+        chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+
+
+def test_a_gradient_of_another_shape_is_refused_by_its_path(method):
+    params = example_params()
+    state = make(method.tx, params)
+    for leaf, shape in ((("up", "kernel"), (4, 7)), (("up", "bias"), (1,))):
+        grads = example_params()
+        grads[leaf[0]][leaf[1]] = jnp.ones(shape)
+        match = rf"'up/{leaf[1]}' of shape .* by a gradient of shape \({shape[0]},"
+        with pytest.raises(ValueError, match=match):
+            jax.eval_shape(method.tx.update, grads, state, params)
+    with pytest.raises(ValueError, match="parameters alone has 'up/bias'.*give None"):
+        jax.eval_shape(
+            method.tx.update, params | {"up": {"kernel": grads}}, state, params
+        )
+
+
+def test_only_arrays_can_be_optimized(method):
+    params = example_params()
+    for other in (1.0, "name", jax.nn.relu):
+        with pytest.raises(TypeError, match="'up/bias'.*must be an array"):
+            method.tx.init(params | {"up": params["up"] | {"bias": other}})
+    grads = params | {"embed": {"table": 0.0}}
+    with pytest.raises(TypeError, match="'embed/table'.*must be an array, got 0.0"):
+        method.tx.update(grads, make(method.tx, params), params)
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_matrices_without_numbers_change_nothing(name):
+    tx, params = BY_NAME[name].tx, example_params()
+    empty = {k: jnp.zeros(s) for k, s in (("a", (0, 6)), ("b", (4, 0)), ("c", (0, 0)))}
+    updates, state = tx.update(params | empty, tx.init(params | empty), params | empty)
+    assert all(updates.pop(k).shape == x.shape for k, x in empty.items())
+    assert_close(updates, tx.update(params, tx.init(params), params)[0])
+    chex.assert_tree_all_finite(state)
+
+
+# States
+
+RANKED = [
+    (name, rank)
+    for name in BY_NAME
+    for rank in ("rank", "max_rank")
+    if rank in BY_NAME[name].kwargs
+]
+
+
+@pytest.mark.parametrize(("name", "rank"), RANKED)
+@pytest.mark.parametrize(("made", "used"), [(2, 4), (4, 2)])
+def test_a_state_of_another_rank_is_refused(name, rank, made, used):
+    params = random_like({"up": {"kernel": (8, 12)}, "bias": (3,)}, 0)
+    old, new = (BY_NAME[name].make(**{rank: r}) for r in (made, used))
+    state = make(old, params)
+    fields = "basis|mu|nu|trace|ema"
+    match = rf"'up/kernel' .*'.*({fields}).*' has shape \(.*\b{made}\b.*\), and must"
+    match += rf" have \(.*\b{used}\b.*\).*shrink"
+    with pytest.raises(ValueError, match=match):
+        jax.eval_shape(new.update, params, state, params)
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_a_state_of_another_method_is_refused(name):
+    params = example_params()
+    state = make(optax.contrib.schedule_free_adamw(0.1), params)
+    with pytest.raises(ValueError, match="state of another transformation.*tx.init"):
+        jax.eval_shape(BY_NAME[name].tx.update, params, state, params)
+
+
+def test_a_shrunk_state_asks_for_the_transformation_that_fits():
+    params = random_like({"w": (8, 12)}, 0)
+    params["w"] = params["w"][:, :1] * jnp.ones((1, 12))  # of rank 1
+    tx = lro.adaptive_rank(optax.scale_by_adam(), max_rank=4)
+    _, state = tx.update(params, tx.init(params), params)
+    new, cut = lro.rank.shrink(tx, state, params, multiple_of=2)
+    assert cut.basis["w"].shape == (12, 2)
+    want = new.update(params, cut, params)
+    with pytest.raises(ValueError, match="'w'.*'basis'.*rank.fit"):
+        tx.update(params, cut, params)
+    for again in (
+        lro.rank.fit(tx, cut),
+        lro.rank.shrink(tx, cut, params, multiple_of=8)[0],
+    ):
+        chex.assert_trees_all_equal(again.update(params, cut, params), want)
+        chex.assert_trees_all_equal_shapes_and_dtypes(again.init(params), cut)
