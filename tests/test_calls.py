@@ -1,11 +1,13 @@
 """What is not fit for an update: an error that says what, or the update without it."""
 
+import inspect
+
 import chex
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from registry import METHODS, example_params
+from registry import METHODS, PERIOD, example_params
 from running import assert_close, random_grads, random_like
 
 import lowrank_optax as lro
@@ -141,3 +143,116 @@ def test_a_shrunk_state_asks_for_the_transformation_that_fits():
     ):
         chex.assert_trees_all_equal(again.update(params, cut, params), want)
         chex.assert_trees_all_equal_shapes_and_dtypes(again.init(params), cut)
+
+
+# Numbers of other widths
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_under_64_bits_every_type_stays(method, dtype):
+    # Of these shapes and names, residuals and codes have states too.
+    shapes = {"q_proj": (6, 8), "tall": (4096, 6), "bias": (6,), "embed": (5, 4)}
+    with jax.enable_x64(True):
+        params = {k: jax.ShapeDtypeStruct(s, dtype) for k, s in shapes.items()}
+        tx = method.make()
+        state = jax.eval_shape(tx.init, params)
+        updates, new = jax.eval_shape(tx.update, params, state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+
+
+@pytest.mark.parametrize("name", [m.name for m in METHODS if "inner" in m.kwargs])
+def test_narrow_moments_stay_narrow_and_are_carried_in_float32(name):
+    method, params = BY_NAME[name], example_params()
+    if method.moments != ("mu", "nu"):
+        inner = optax.trace(0.9, accumulator_dtype=jnp.bfloat16)
+    else:
+        inner = optax.scale_by_adam(mu_dtype=jnp.bfloat16)
+    tx = method.make(inner=inner)
+    state = tx.init(params)
+    updates, new = jax.eval_shape(tx.update, params, state, params)
+    assert any(x.dtype == "bfloat16" for x in jax.tree.leaves(new))
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+
+
+# The end of what is counted
+
+
+def last_steps(state):
+    """The state as if all that counts updates were about to end."""
+
+    def late(path, x):
+        name = getattr(path[-1], "name", "")
+        counts = x.dtype == jnp.int32 and name in ("step", "count")
+        return jnp.full_like(x, 2**31 - 2) if counts else x
+
+    return jax.tree_util.tree_map_with_path(late, state)
+
+
+PERIODIC = [n for n in TRANSFORMATIONS if "update_every" in BY_NAME[n].kwargs]
+
+
+@pytest.mark.parametrize("name", PERIODIC)
+def test_refreshes_go_on_after_the_largest_step(name):
+    tx, params = BY_NAME[name].tx, example_params()
+    update, state = jax.jit(tx.update), tx.init(params)
+    bases = []
+    for t, g in enumerate(random_grads(params, 3 * PERIOD)):
+        state = last_steps(state) if t == 1 else state
+        _, state = update(g, state, params)
+        bases.append(optax.tree.get(state, "basis")["up"]["kernel"])
+    later = bases[PERIOD:]
+    changes = sum(bool(jnp.any(x != y)) for x, y in zip(later, later[1:], strict=False))
+    assert changes in (1, 2)  # one period in which the count starts anew
+    assert not any(jnp.any(x < 0) for x in jax.tree.leaves(state) if x.dtype == "int32")
+
+
+def test_the_age_of_a_residual_does_not_wrap():
+    params = {"q_proj": random_like({"w": (6, 8)}, 0)["w"]}
+    tx = BY_NAME["galore_plus_project"].tx
+    state = tx.init(params)
+    kept = state.recovery["q_proj"]._replace(age=jnp.int32(2**31 - 1))
+    updates, new = tx.update(params, state._replace(recovery={"q_proj": kept}), params)
+    assert new.recovery["q_proj"].age == 2**31 - 1
+    chex.assert_tree_all_finite(updates)
+
+
+# Generators of random numbers
+
+
+KEYED = [
+    name
+    for name in TRANSFORMATIONS
+    if {"matrices", "key"} <= set(inspect.signature(BY_NAME[name].factory).parameters)
+]
+
+
+@pytest.mark.parametrize("name", KEYED)
+def test_keys_of_any_kind_draw_for_stacks(name):
+    params = random_like({"w": (3, 4, 6), "stacks": (2, 3, 4, 6)}, 0)
+
+    def update(key):
+        tx = BY_NAME[name].make(matrices=lro.MatrixAxes(), key=key)
+        return tx.update(params, tx.init(params), params)
+
+    want = jax.eval_shape(update, jax.random.key(0))
+    for key in (jax.random.PRNGKey(0), jax.random.key(0, impl="unsafe_rbg")):
+        assert jax.eval_shape(update, key) == want
+
+
+def test_seeds_do_not_depend_on_the_default_generator():
+    def bases(key):
+        tx = lro.golore_project(
+            optax.identity(), rank=2, switch_step=0, key=key, matrices=lro.MatrixAxes()
+        )
+        params = random_like({"w": (3, 4, 6)}, 0)
+        return tx.update(params, tx.init(params), params)[1].basis["w"]
+
+    want = bases(0)
+    chex.assert_trees_all_equal(bases(jax.random.PRNGKey(0)), want)
+    with jax.default_prng_impl("unsafe_rbg"):
+        chex.assert_trees_all_equal(bases(0), want)
+    one, other = (bases(jax.random.key(i, impl="unsafe_rbg")) for i in range(2))
+    for x, y in ((one[0], one[1]), (one, other)):
+        assert not jnp.allclose(x, y)
