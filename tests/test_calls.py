@@ -256,3 +256,34 @@ def test_seeds_do_not_depend_on_the_default_generator():
     one, other = (bases(jax.random.key(i, impl="unsafe_rbg")) for i in range(2))
     for x, y in ((one[0], one[1]), (one, other)):
         assert not jnp.allclose(x, y)
+
+
+# Adam-mini has blocks of real numbers, and refuses others by their path.
+COMPLEX = [m.name for m in METHODS if "adam_mini" not in m.name]
+
+
+@pytest.mark.parametrize("name", COMPLEX)
+def test_a_complex_gradient_turned_turns_its_update(name):
+    method, turn = BY_NAME[name], jnp.exp(0.7j).astype(jnp.complex64)
+    parts = random_like({"re": (4, 6), "im": (4, 6)}, 0)
+    params = {"c": parts["re"] + 1j * parts["im"]}
+    state = method.tx.init(params)
+    one, new = method.tx.update(params, state, params)
+    other, _ = method.tx.update({"c": turn * params["c"]}, state, params)
+    if "lion" not in name:  # the sign of a complex number is not Lion's
+        assert_close(other["c"], turn * one["c"])
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+
+
+# Traces
+
+
+def test_nothing_keeps_what_was_traced(method):
+    params = example_params()
+    with jax.checking_leaks():
+        tx = method.make()
+        lro.describe(tx, params)
+        state = tx.init(params)
+        jax.eval_shape(tx.update, params, state, params)
+        lro.rank.shrink(tx, state, params)
+        lro.diagnostics.state_metrics(state)

@@ -98,7 +98,8 @@ def view_leaves(
         if any(c.axes is not None and not c.asked for c in chosen.values()):
             warn_of_nameless(paths)
         warn_of_waste(idle)
-        note_views(result)
+        # Without the leaves, which may be traced and must not outlive that.
+        note_views([dataclasses.replace(view, source=None) for view in result])
     return result
 
 
