@@ -61,6 +61,18 @@ def test_a_hole_keeps_the_types_of_the_state(method):
         chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
 
 
+def test_matrices_stay_what_they_are_beside_what_has_no_gradient():
+    # Queries tell the axes of the output.
+    params = random_like({"query": {"kernel": (32, 4, 8)}, "out": (4, 8, 32)}, 0)
+    part = {"query": None, "out": params["out"]}
+    for name in TRANSFORMATIONS:
+        tx = BY_NAME[name].tx
+        state = jax.eval_shape(tx.init, params)
+        updates, new = jax.eval_shape(tx.update, part, state, params)
+        assert updates["query"] is None and updates["out"].shape == (4, 8, 32)
+        chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+
+
 def test_a_gradient_of_another_shape_is_refused_by_its_path(method):
     params = example_params()
     state = make(method.tx, params)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_optax._src.leaves.box import value_of
+from lowrank_optax._src.leaves.box import is_box, value_of
 from lowrank_optax._src.leaves.context import limits, note_views, record_views
 from lowrank_optax._src.leaves.default import Choice
 from lowrank_optax._src.leaves.matrix import (
@@ -20,9 +20,9 @@ from lowrank_optax._src.leaves.matrix import (
     Side,
     view_by,
 )
-from lowrank_optax._src.leaves.paths import flatten
+from lowrank_optax._src.leaves.paths import flatten, placeholders
 from lowrank_optax._src.leaves.saving import StateSizes, waste
-from lowrank_optax._src.leaves.specs import choices, placeholders
+from lowrank_optax._src.leaves.specs import choices
 from lowrank_optax._src.leaves.told import (
     warn_of_nameless,
     warn_of_stacks,
@@ -98,9 +98,14 @@ def view_leaves(
         if any(c.axes is not None and not c.asked for c in chosen.values()):
             warn_of_nameless(paths)
         warn_of_waste(idle)
-        # Without the leaves, which may be traced and must not outlive that.
-        note_views([dataclasses.replace(view, source=None) for view in result])
+        # Leaves may be traced, and must not outlive that.
+        note_views([dataclasses.replace(v, source=_box(v.source)) for v in result])
     return result
+
+
+def _box(source: Any) -> Any:
+    """Whose leaf it is, if that is known, without the leaf."""
+    return source.replace(None) if is_box(source) else None
 
 
 def view_dense(tree: Any, creating: bool = False) -> list[DenseLeaf]:

@@ -1,5 +1,6 @@
 """The calls of a transformation: what comes in is checked here, and nowhere else."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,9 +10,9 @@ import optax
 
 from lowrank_optax._src.leaves.box import unbox, with_auto_axes
 from lowrank_optax._src.leaves.choose import quietly
-from lowrank_optax._src.leaves.context import around
+from lowrank_optax._src.leaves.context import around, without_gradient
 from lowrank_optax._src.leaves.fields import field_of
-from lowrank_optax._src.leaves.paths import flatten, path_parts
+from lowrank_optax._src.leaves.paths import Path, flatten, path_parts
 
 
 def transformation(
@@ -37,14 +38,16 @@ def transformation(
     def update_fn(updates, state, params=None, **extra):
         grads, old, weights, extra = map(unbox, (updates, state, params, extra))
         _check_arrays(grads)
+        frozen: dict[Path, jax.ShapeDtypeStruct] = {}
         if weights is not None:
-            weights = _weights(grads, weights)
-        part, places = _part(old, states.like(grads), grads)
+            weights, frozen = _weights(grads, weights)
 
         def run(grads, state, weights, extra):
             return update(grads, state, weights, **extra)
 
-        new = with_auto_axes(run, grads, part, weights, extra)
+        with without_gradient(frozen):
+            part, places = _part(old, states.like(grads), grads)
+            new = with_auto_axes(run, grads, part, weights, extra)
         for result, given in zip(new, (grads, part), strict=True):
             if jax.tree.structure(result) != jax.tree.structure(given):
                 raise ValueError(
@@ -86,7 +89,7 @@ class _States:
 def _check_arrays(tree: Any) -> None:
     paths, leaves, _ = flatten(tree)
     for parts, x in zip(paths, map(unbox, leaves), strict=True):
-        if not (hasattr(x, "shape") and hasattr(x, "dtype")):
+        if not _is_array(x):
             raise TypeError(
                 f"Cannot optimize '{'/'.join(parts)}': it must be an array, got {x!r} "
                 f"of type {type(x).__name__}. Make it one by jnp.asarray, or leave it "
@@ -94,21 +97,32 @@ def _check_arrays(tree: Any) -> None:
             )
 
 
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
 def _is_none(x: Any) -> bool:
     return x is None
 
 
-def _weights(grads: Any, weights: Any) -> Any:
-    """The parameters that have a gradient, each of its shape."""
-    there = jax.tree.structure(grads)
-    if there != jax.tree.structure(weights):
-        try:
-            weights = jax.tree.map(
-                lambda g, w: None if g is None else w, grads, weights, is_leaf=_is_none
-            )
-        except ValueError:
-            pass  # said below, by paths
-    if there != jax.tree.structure(weights):
+def _weights(grads: Any, weights: Any) -> tuple[Any, dict[Path, jax.ShapeDtypeStruct]]:
+    """The parameters that have a gradient, each of its shape; and shapes of others."""
+    frozen = {}
+
+    def keep(path, grad, weight):
+        if grad is not None:
+            return weight
+        for below, x in jax.tree_util.tree_flatten_with_path(weight)[0]:
+            if _is_array(x):
+                shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+                frozen[path_parts((*path, *below))] = shape
+        return None
+
+    with contextlib.suppress(ValueError):  # said below, by paths
+        weights = jax.tree_util.tree_map_with_path(
+            keep, grads, weights, is_leaf=_is_none
+        )
+    if jax.tree.structure(grads) != jax.tree.structure(weights):
         difference = _difference(grads, weights, "gradients", "parameters")
         raise ValueError(
             f"Cannot update parameters by gradients of another tree: {difference}. "
@@ -121,7 +135,7 @@ def _weights(grads: Any, weights: Any) -> Any:
                 f"Cannot update parameter '{_name(path)}' of shape {np.shape(w)} by a "
                 f"gradient of shape {np.shape(g)}: the shapes must be equal."
             )
-    return weights
+    return weights, frozen
 
 
 _REMEDY = (
