@@ -270,6 +270,75 @@ def test_seeds_do_not_depend_on_the_default_generator():
         assert not jnp.allclose(x, y)
 
 
+# Numbers of other kinds
+
+
+def assert_kept(method, params):
+    """An update by shapes alone, of what an update by arrays then must be."""
+    state = jax.eval_shape(method.tx.init, params)
+    updates, new = jax.eval_shape(method.tx.update, params, state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+    for name, x in params.items():
+        # Optax scales integers by a learning rate to floats.
+        if jnp.issubdtype(x.dtype, jnp.floating) or not method.is_optimizer:
+            assert updates[name].dtype == x.dtype
+    return state
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_floats_of_eight_bits(method, dtype):
+    shapes = {"q_proj": (6, 8), "bias": (6,), "embed": (5, 4)}
+    params = {k: jax.ShapeDtypeStruct(s, dtype) for k, s in shapes.items()}
+    state = assert_kept(method, params)
+    assert {x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim > 1} <= {4}
+    table = lro.describe(method.tx, params)
+    assert {row.dtype for row in table} == {dtype}
+    assert lro.state_bytes(method.tx, params) > 0
+
+
+def test_floats_of_eight_bits_move_as_those_of_sixteen():
+    tx = BY_NAME["galore_adamw"].tx
+    params = {"w": jnp.round(random_like({"w": (4, 6)}, 0)["w"] * 4) / 4}
+    found = []
+    for dtype in (jnp.float8_e4m3fn, jnp.bfloat16):
+        own = jax.tree.map(lambda x, d=dtype: x.astype(d), params)
+        updates, _ = tx.update(own, tx.init(own), own)
+        found.append(updates["w"].astype(jnp.float32))
+    assert_close(*found, rtol=2**-3, atol=2**-9)  # the smallest number
+
+
+NUMBERS = {"ids": jnp.arange(24).reshape(4, 6), "on": jnp.ones(3, bool)}
+
+
+def test_integers_and_booleans_keep_their_types(method):
+    assert_kept(method, random_like({"w": (6, 8), "bias": (6,)}, 0) | NUMBERS)
+
+
+@pytest.mark.parametrize("name", ["galore_project", "accumulate_gradients"])
+def test_integers_and_booleans_do_not_move(name):
+    tx, params = BY_NAME[name].tx, example_params()
+    both = params | NUMBERS
+
+    def loss(params):
+        return sum(jnp.sum(x * x) for x in jax.tree.leaves(params) if x.dtype == "f4")
+
+    grads = jax.grad(loss, allow_int=True)(both)  # of a type of its own where int
+    want, _ = tx.update(jax.grad(loss)(params), tx.init(params), params)
+    for given in (grads, grads | NUMBERS):
+        updates, _ = tx.update(given, tx.init(both), both)
+        new = optax.apply_updates(both, updates)
+        chex.assert_trees_all_equal({k: new[k] for k in NUMBERS}, NUMBERS)
+        assert_close({k: updates[k] for k in params}, want)
+
+
+def test_an_integer_is_no_gradient_of_a_float(method):
+    params = random_like({"w": (6, 8), "bias": (6,)}, 0)
+    grads = params | {"bias": jnp.arange(6)}
+    state = jax.eval_shape(method.tx.init, params)
+    with pytest.raises(TypeError, match="'bias' of dtype float32 by .* dtype int32"):
+        jax.eval_shape(method.tx.update, grads, state, params)
+
+
 # Adam-mini has blocks of real numbers, and refuses others by their path.
 COMPLEX = [m.name for m in METHODS if "adam_mini" not in m.name]
 
@@ -299,3 +368,36 @@ def test_nothing_keeps_what_was_traced(method):
         jax.eval_shape(tx.update, params, state, params)
         lro.rank.shrink(tx, state, params)
         lro.diagnostics.state_metrics(state)
+
+
+# Derivatives
+
+
+def after_two_updates(method, params):
+    def loss(params):
+        return sum(jnp.sum(jnp.tanh(x) ** 2) for x in jax.tree.leaves(params))
+
+    state = method.tx.init(params)
+    for _ in range(2):
+        updates, state = method.tx.update(jax.grad(loss)(params), state, params)
+        params = optax.apply_updates(params, method.descend(updates, 0.1))
+    return loss(params)
+
+
+def test_updates_have_derivatives_in_reverse_mode(method):
+    params = random_like({"w": (4, 6), "bias": (6,)}, 0)
+    grads = jax.eval_shape(jax.grad(lambda p: after_two_updates(method, p)), params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(grads, params)
+
+
+@pytest.mark.parametrize("name", ["galore_project-trace", "mlorc_compress"])
+def test_derivatives_are_those_of_differences(name):
+    params, along = (random_like({"w": (4, 6), "bias": (6,)}, i) for i in (0, 1))
+
+    @jax.jit
+    def at(t):
+        moved = jax.tree.map(lambda x, d: x + t * d, params, along)
+        return after_two_updates(BY_NAME[name], moved)
+
+    want = (at(1e-2) - at(-1e-2)) / 2e-2
+    assert_close(jax.grad(at)(0.0), want, rtol=2e-2)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from lowrank_optax._src.leaves.box import is_box, value_of
@@ -142,7 +143,8 @@ def view_blocks(
     for view, named in zip(seen, asked, strict=True):
         whole = (view.path, view.shape, view.dtype)
         if isinstance(view, DenseLeaf) or not named:
-            if not named and len(view.shape) > 1:
+            countable = not jnp.issubdtype(view.dtype, jnp.inexact)
+            if not named and len(view.shape) > 1 and not countable:
                 view = view_by(*whole, MatrixAxes(), "short_left", view.source)
             else:
                 axes = tuple(range(len(view.shape)))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -23,7 +24,7 @@ def transformation(
     ``update`` never sees boxes, and on a mesh of explicit axes runs with automatic
     ones; what it returns has the structure, boxes and shardings of what came in. Nor
     does it see what has no gradient: where there is None for it, the update is None and
-    the state stays.
+    the state stays. So does that of integers and booleans, whose update is zero.
 
     Raises:
       TypeError, ValueError: for leaves that are not arrays, gradients that do not fit
@@ -36,11 +37,12 @@ def transformation(
         return init(params)
 
     def update_fn(updates, state, params=None, **extra):
-        grads, old, weights, extra = map(unbox, (updates, state, params, extra))
-        _check_arrays(grads)
+        given, old, weights, extra = map(unbox, (updates, state, params, extra))
+        _check_arrays(given)
+        grads = _trained(given)
         frozen: dict[Path, jax.ShapeDtypeStruct] = {}
         if weights is not None:
-            weights, frozen = _weights(grads, weights)
+            weights, frozen = _weights(given, weights)
 
         def run(grads, state, weights, extra):
             return update(grads, state, weights, **extra)
@@ -48,17 +50,22 @@ def transformation(
         with without_gradient(frozen):
             part, places = _part(old, states.like(grads), grads)
             new = with_auto_axes(run, grads, part, weights, extra)
-        for result, given in zip(new, (grads, part), strict=True):
-            if jax.tree.structure(result) != jax.tree.structure(given):
+        for made, like in zip(new, (grads, part), strict=True):
+            if jax.tree.structure(made) != jax.tree.structure(like):
                 raise ValueError(
                     "A transformation changed the structure of its updates or state: "
-                    f"{jax.tree.structure(given)} became {jax.tree.structure(result)}."
+                    f"{jax.tree.structure(like)} became {jax.tree.structure(made)}."
                 )
         kept = jax.tree.leaves(old)
         for place, x in zip(places, jax.tree.leaves(new[1]), strict=True):
             kept[place] = x
+        found = iter(jax.tree.leaves(new[0]))
+        out = [
+            next(found) if _is_trained(x) else _nothing(x)
+            for x in jax.tree.leaves(given)
+        ]
         return (
-            jax.tree.unflatten(jax.tree.structure(updates), jax.tree.leaves(new[0])),
+            jax.tree.unflatten(jax.tree.structure(updates), out),
             jax.tree.unflatten(jax.tree.structure(state), kept),
         )
 
@@ -101,17 +108,42 @@ def _is_array(x: Any) -> bool:
     return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
+def _is_trained(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _trained(grads: Any) -> Any:
+    """The gradients, with None for integers and booleans, which have none."""
+    return jax.tree.map(lambda x: x if _is_trained(x) else None, grads)
+
+
+def _nothing(x: Any) -> jax.Array:
+    """An update that changes nothing; JAX gives what has no gradient a type of its own.
+
+    No array of that type can be added to a parameter.
+    """
+    if x.dtype == jax.dtypes.float0:
+        return jnp.zeros(x.shape, bool)
+    return jnp.zeros_like(x)
+
+
 def _is_none(x: Any) -> bool:
     return x is None
 
 
 def _weights(grads: Any, weights: Any) -> tuple[Any, dict[Path, jax.ShapeDtypeStruct]]:
     """The parameters that have a gradient, each of its shape; and shapes of others."""
-    frozen = {}
+    frozen: dict[Path, jax.ShapeDtypeStruct] = {}
+    trained = _trained(grads)
 
     def keep(path, grad, weight):
-        if grad is not None:
+        if grad is not None and _is_trained(grad):
             return weight
+        if grad is not None and _is_array(weight) and _is_trained(weight):
+            raise TypeError(
+                f"Cannot update parameter '{_name(path)}' of dtype {weight.dtype} by a "
+                f"gradient of dtype {grad.dtype}: it must be floating or complex."
+            )
         for below, x in jax.tree_util.tree_flatten_with_path(weight)[0]:
             if _is_array(x):
                 shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
@@ -122,13 +154,13 @@ def _weights(grads: Any, weights: Any) -> tuple[Any, dict[Path, jax.ShapeDtypeSt
         weights = jax.tree_util.tree_map_with_path(
             keep, grads, weights, is_leaf=_is_none
         )
-    if jax.tree.structure(grads) != jax.tree.structure(weights):
+    if jax.tree.structure(trained) != jax.tree.structure(weights):
         difference = _difference(grads, weights, "gradients", "parameters")
         raise ValueError(
             f"Cannot update parameters by gradients of another tree: {difference}. "
             "Where a parameter has no gradient, give None."
         )
-    flat, _ = jax.tree_util.tree_flatten_with_path(grads)
+    flat, _ = jax.tree_util.tree_flatten_with_path(trained)
     for (path, g), w in zip(flat, jax.tree.leaves(weights), strict=True):
         if np.shape(g) != np.shape(w):
             raise ValueError(
