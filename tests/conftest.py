@@ -56,7 +56,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("few")
 
-_OF_ALL_METHODS = ("test_common.py", "test_sharding.py")
+_OF_ALL_METHODS = ("test_calls.py", "test_common.py", "test_sharding.py")
 
 
 def pytest_addoption(parser):

@@ -283,6 +283,11 @@ def test_what_cannot_be_taken_apart_is_refused(params):
     inner = optax.chain(optax.trace(0.9), optax.clip_by_block_rms(1.0))
     inside = lro.galore_project(inner, rank=2, matrices=matrices)
     check(name + "optax.clip_by_block_rms", inside, params)
+    for noisy in (
+        optax.add_noise(0.1, 0.55, key=jax.random.key(0)),
+        optax.noisy_sgd(0.1, key=jax.random.key(0)),
+    ):
+        check(name + "optax.add_noise.*the same noise", noisy, params)
     # A number of the whole model, made of all gradients.
     whole = optax.contrib.prodigy()
     check(name + "the state field 'estim_lr'.*not depend on the others", whole, params)

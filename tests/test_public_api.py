@@ -118,8 +118,10 @@ def test_parts_are_frozen_and_not_callable():
 
 
 def is_factory(x):
-    annotation = str(inspect.signature(x).return_annotation)
-    return "GradientTransformation" in annotation and "Callable" not in annotation
+    signature = inspect.signature(x)
+    annotation = str(signature.return_annotation)
+    made = "GradientTransformation" in annotation and "Callable" not in annotation
+    return made and "opt_state" not in signature.parameters  # else it fits one to that
 
 
 def test_every_transformation_is_in_the_registry():
@@ -268,6 +270,7 @@ FROZEN = {
     "quantize_state": "(inner, *, bits=8, block=256, fields=None, key=0)",
     "adamw_8bit": f"(learning_rate, *, {ADAM}, block=256, {DECAY}, key=0)",
     "galore_adamw_8bit": f"({LOW_RANK}, *, {ADAM}, block=256, {GALORE}, {ALIAS_END})",
+    "rank.fit": "(tx, opt_state)",
     "rank.shrink": "(tx, opt_state, params, multiple_of=8)",
     "diagnostics.singular_value_ratio": "(x, k=8)",
     "diagnostics.effective_rank": "(x, *, energy=None)",

@@ -189,6 +189,8 @@ class _Loop:
             if start is not None:
                 checkpoints.check_metrics(folder / str(start), self.metrics)
                 state = self._restored(manager, start, state)
+                # Its ranks may have shrunk since the start.
+                self.tx = lro.rank.fit(self.tx, state.opt_state)
             if start == self.timetable.steps:
                 return state
             with MetricsLog(self.metrics, keep=start) as log:

@@ -5,14 +5,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from lowrank_optax._src.engines.order import wait
 
 
 def increment(step: jax.Array) -> jax.Array:
-    """The next step; stays at the largest int32 instead of wrapping around."""
-    return jnp.asarray(optax.safe_increment(step))
+    """The next step; after the largest int32 comes the middle of its range.
+
+    So what is periodic goes on, and what has begun does not begin again.
+    """
+    last = jnp.iinfo(step.dtype).max
+    return jnp.where(step < last, step + 1, last // 2)
 
 
 def tree_where(accept: jax.Array, new: Any, old: Any) -> Any:

@@ -7,6 +7,7 @@ import jax
 import optax
 from jax.extend import core
 
+from lowrank_optax._src.engines.decay import adds_weights
 from lowrank_optax._src.leaves.fields import Layout, by_field, by_leaf
 
 Leaves = Mapping[int, Any]  # by the number of the parameter's leaf
@@ -69,6 +70,7 @@ class ByLeaves:
         self._jaxpr = closed.jaxpr
         self._inputs = structure.unflatten(closed.jaxpr.invars)
         made = jax.tree.unflatten(jax.tree.structure(shapes), closed.jaxpr.outvars)
+        self._results = jax.tree.structure(shapes)
         self._directions, self._entries = made
         self._group = self._meet()
         first = sorted(set(self._group.values()))
@@ -106,6 +108,16 @@ class ByLeaves:
             key = None if i is None else group[i]
             self._equations.setdefault(key, []).append(equation)
         return group
+
+    def adding_weights(self) -> list[int]:
+        """The leaves to whose directions their weights are added, as by decay."""
+        updates, entries, weights = self._inputs
+        owned = [x for w, x in zip(self._layout.where, entries, strict=True) if w]
+        found = adds_weights(
+            self._jaxpr, jax.tree.leaves((updates, owned)), jax.tree.leaves(weights)
+        )
+        directions, _ = jax.tree.unflatten(self._results, found)
+        return [i for i in updates if directions[i]]
 
     def step(
         self, updates: Leaves, moments: Moments, params: Leaves

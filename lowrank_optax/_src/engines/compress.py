@@ -31,7 +31,6 @@ from lowrank_optax._src.leaves import matrix, saving
 from lowrank_optax._src.leaves.box import (
     is_variable,
     leaf_spec,
-    transformation,
     value_of,
 )
 from lowrank_optax._src.leaves.choose import view_dense, view_leaves
@@ -47,6 +46,7 @@ from lowrank_optax._src.leaves.fields import (
 from lowrank_optax._src.leaves.keys import leaf_seed
 from lowrank_optax._src.leaves.matrix import MatrixView
 from lowrank_optax._src.leaves.paths import flatten, full_precision
+from lowrank_optax._src.leaves.transformation import transformation
 from lowrank_optax._src.parts import compatible
 from lowrank_optax._src.parts.laws import Codec
 from lowrank_optax._src.parts.transfer import FIRST_MOMENTS, SECOND_MOMENTS

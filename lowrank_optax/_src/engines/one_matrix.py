@@ -250,6 +250,8 @@ def _renew(parts, due, step, grad, own, seed, moments):
         # Where no gradient was usable nothing was chosen, and there is no overlap.
         share = jnp.where(jnp.any(usable), jnp.sum(overlap**2) / used, 0.0)
         carried = parts.transfer.carry(moments, overlap)
+        # Carried in float32 and stored as they were.
+        carried = {name: x.astype(moments[name].dtype) for name, x in carried.items()}
         share, size = jnp.float32(share), jnp.float32(size)
         return Renewal(kept, carried, share, size, own.recovery)
 

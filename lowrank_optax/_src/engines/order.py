@@ -47,7 +47,9 @@ def wait(x: jax.Array, arrays: list[jax.Array], dense: bool = False) -> jax.Arra
 
     def added(x, *arrays):
         # The sum of all numbers: a single one would be made apart from the others.
-        return functools.reduce(after, [jnp.sum(y, dtype="float32") for y in arrays], x)
+        return functools.reduce(
+            after, [jnp.sum(y.real, dtype="float32") for y in arrays], x
+        )
 
     def behind(x, *arrays):
         return jax.lax.optimization_barrier((x, *arrays))[0] if dense else x

@@ -25,7 +25,6 @@ from lowrank_optax._src.engines.one_matrix import (
 )
 from lowrank_optax._src.engines.order import Order
 from lowrank_optax._src.leaves import matrix
-from lowrank_optax._src.leaves.box import transformation
 from lowrank_optax._src.leaves.choose import view_leaves
 from lowrank_optax._src.leaves.fields import (
     Layout,
@@ -38,6 +37,7 @@ from lowrank_optax._src.leaves.keys import leaf_seed
 from lowrank_optax._src.leaves.matrix import MatrixView, nameless
 from lowrank_optax._src.leaves.paths import flatten, full_precision
 from lowrank_optax._src.leaves.saving import projected
+from lowrank_optax._src.leaves.transformation import transformation
 from lowrank_optax._src.parts import compatible
 from lowrank_optax._src.parts.checks import check_number, check_rank
 from lowrank_optax._src.parts.laws import (
@@ -97,7 +97,8 @@ def project_gradients(
     Leaves that are not matrices go through the same inner optimizer at full rank. The
     inner optimizer stands inside because it must see R: what is chained after this
     transformation sees full-size updates and saves no memory. It is given ``P^T W`` as
-    the parameters at matrix leaves; weight decay belongs outside, in full space.
+    the parameters at matrix leaves; weight decay belongs outside, in full space, and is
+    refused inside.
 
     Args:
       inner: any Optax transformation; it is called on one leaf after the other, or
@@ -123,7 +124,8 @@ def project_gradients(
         function (see `inject_hyperparams`), an unknown side, or
         ``matrices`` that do not fit the parameters; for parts that do not go
         together, at init where it takes the parameters or the inner optimizer's
-        moments to tell.
+        moments to tell. In an update, for an inner optimizer that adds weights to the
+        updates of matrices, as weight decay does.
 
     >>> import jax.numpy as jnp, optax, lowrank_optax as lro
     >>> tx = lro.project_gradients(optax.scale_by_adam(), rank=2)
@@ -328,6 +330,7 @@ class _Projection:
             None if weights is None else low,
             extra,
         )
+        _check_decay(leaves, inner)
         order, out, own, new = Order(), {}, {}, {}
         for group in inner.groups:
             # These wait for the group before; what is kept is that of `leaves`.
@@ -401,6 +404,20 @@ def _check_moments(transfer, recovery, view, rank, moments) -> None:
             recovery.observe(basis, moments, recovery.init(view))
 
     jax.eval_shape(use, moments)
+
+
+def _check_decay(leaves: _Leaves, inner: ByLeaves) -> None:
+    """Refuse weight decay that would see no more of the weights than is projected."""
+    decayed = [i for i in inner.adding_weights() if i in leaves.matrices]
+    if decayed:
+        paths, _, _ = flatten(leaves.treedef.unflatten(leaves.grads))
+        raise ValueError(
+            f"Cannot decay the weights of '{'/'.join(paths[decayed[0]])}' of shape "
+            f"{leaves.grads[decayed[0]].shape} in the inner optimizer: only their part "
+            "in the subspace would shrink. Leave it out there, and chain "
+            "optax.add_decayed_weights after the projection and before the learning "
+            "rate, as the aliases with `weight_decay` do (lro.galore_adamw)."
+        )
 
 
 def _at(view: MatrixView, part: Any) -> Any:

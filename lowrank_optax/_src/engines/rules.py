@@ -19,12 +19,12 @@ from lowrank_optax._src.engines.accept import (
 from lowrank_optax._src.engines.compress import CompressState
 from lowrank_optax._src.engines.order import Order, wait
 from lowrank_optax._src.leaves import matrix
-from lowrank_optax._src.leaves.box import transformation
 from lowrank_optax._src.leaves.choose import view_leaves
 from lowrank_optax._src.leaves.fields import StateFields, by_field, by_leaf, field_name
 from lowrank_optax._src.leaves.keys import leaf_seed, matrix_keys
 from lowrank_optax._src.leaves.matrix import MatrixView, nameless
 from lowrank_optax._src.leaves.paths import flatten, full_precision
+from lowrank_optax._src.leaves.transformation import transformation
 from lowrank_optax._src.parts.laws import Rule, StagedRule
 from lowrank_optax._src.parts.part import compiled
 

@@ -5,11 +5,10 @@ its source.
 """
 
 import dataclasses
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any
 
 import jax
-import optax
 from jax.sharding import NamedSharding
 
 
@@ -42,41 +41,12 @@ def is_box(x: Any) -> bool:
     return isinstance(x, ParamBox)
 
 
-def transformation(
-    init: Callable[..., Any], update: Callable[..., tuple[Any, Any]]
-) -> optax.GradientTransformationExtraArgs:
-    """An optax transformation from an ``init`` and an ``update`` over plain arrays.
-
-    ``update`` never sees boxes, and on a mesh of explicit axes runs with automatic
-    ones; what it returns has the structure, boxes and shardings of what came in.
-    """
-
-    def update_fn(updates, state, params=None, **extra):
-        plain = [_unbox(x) for x in (updates, state, params, extra)]
-
-        def run(updates, state, params, extra):
-            return update(updates, state, params, **extra)
-
-        new = _with_auto_axes(run, *plain)
-        for result, given in zip(new, plain[:2], strict=True):
-            if jax.tree.structure(result) != jax.tree.structure(given):
-                raise ValueError(
-                    "A transformation changed the structure of its updates or state: "
-                    f"{jax.tree.structure(given)} became {jax.tree.structure(result)}."
-                )
-        return tuple(
-            jax.tree.unflatten(jax.tree.structure(old), jax.tree.leaves(x))
-            for old, x in zip((updates, state), new, strict=True)
-        )
-
-    return optax.GradientTransformationExtraArgs(init, update_fn)
-
-
-def _unbox(tree: Any) -> Any:
+def unbox(tree: Any) -> Any:
+    """The tree of what is in the boxes."""
     return jax.tree.map(value_of, tree, is_leaf=is_variable)
 
 
-def _with_auto_axes(run: Any, *args: Any) -> Any:
+def with_auto_axes(run: Any, *args: Any) -> Any:
     """``run(*args)``, its two results sharded as the first two arguments came in."""
     shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, args[:2])
     if any(explicit_axes(s.mesh) for s in jax.tree.leaves(shardings)):

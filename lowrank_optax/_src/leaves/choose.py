@@ -6,10 +6,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from lowrank_optax._src.leaves.box import value_of
+from lowrank_optax._src.leaves.box import is_box, value_of
 from lowrank_optax._src.leaves.context import limits, note_views, record_views
+from lowrank_optax._src.leaves.default import Choice
 from lowrank_optax._src.leaves.matrix import (
     SIDES,
     DenseLeaf,
@@ -19,9 +21,9 @@ from lowrank_optax._src.leaves.matrix import (
     Side,
     view_by,
 )
-from lowrank_optax._src.leaves.paths import flatten
+from lowrank_optax._src.leaves.paths import flatten, placeholders
 from lowrank_optax._src.leaves.saving import StateSizes, waste
-from lowrank_optax._src.leaves.specs import choices, placeholders
+from lowrank_optax._src.leaves.specs import choices
 from lowrank_optax._src.leaves.told import (
     warn_of_nameless,
     warn_of_stacks,
@@ -66,6 +68,8 @@ def view_leaves(
     for parts, leaf in zip(paths, leaves, strict=True):
         x, choice = value_of(leaf), chosen[parts]
         path, shape, dtype = "/".join(parts), tuple(np.shape(x)), x.dtype
+        if 0 in shape:
+            choice = Choice(None, "it has no numbers")
         source = leaf if creating else None
         if choice.axes is None:
             result.append(DenseLeaf(path, shape, dtype, choice.why, source))
@@ -95,8 +99,14 @@ def view_leaves(
         if any(c.axes is not None and not c.asked for c in chosen.values()):
             warn_of_nameless(paths)
         warn_of_waste(idle)
-        note_views(result)
+        # Leaves may be traced, and must not outlive that.
+        note_views([dataclasses.replace(v, source=_box(v.source)) for v in result])
     return result
+
+
+def _box(source: Any) -> Any:
+    """Whose leaf it is, if that is known, without the leaf."""
+    return source.replace(None) if is_box(source) else None
 
 
 def view_dense(tree: Any, creating: bool = False) -> list[DenseLeaf]:
@@ -133,7 +143,8 @@ def view_blocks(
     for view, named in zip(seen, asked, strict=True):
         whole = (view.path, view.shape, view.dtype)
         if isinstance(view, DenseLeaf) or not named:
-            if not named and len(view.shape) > 1:
+            countable = not jnp.issubdtype(view.dtype, jnp.inexact)
+            if not named and len(view.shape) > 1 and not countable:
                 view = view_by(*whole, MatrixAxes(), "short_left", view.source)
             else:
                 axes = tuple(range(len(view.shape)))

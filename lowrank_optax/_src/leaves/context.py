@@ -20,6 +20,7 @@ T = TypeVar("T")
 _phase: ContextVar[Phase | None] = ContextVar("phase", default=None)
 _layer: ContextVar[tuple[jax.Array | int, int]] = ContextVar("layer", default=(0, 1))
 _limits: ContextVar[tuple[tuple[Path, int], ...]] = ContextVar("limits", default=())
+_beside: ContextVar[tuple[tuple[Path, Any], ...]] = ContextVar("beside", default=())
 _log: ContextVar[list[Any] | None] = ContextVar("log", default=None)
 
 
@@ -66,6 +67,11 @@ def limits() -> tuple[tuple[Path, int], ...]:
     return _limits.get()
 
 
+def around() -> tuple[Any, ...]:
+    """What the shapes of a state depend on, besides parameters and transformation."""
+    return limits(), accumulating() is not None, layer_depth(), _beside.get()
+
+
 def limited_ranks(
     limits: Mapping[Path, int],
 ) -> contextlib.AbstractContextManager[Any]:
@@ -73,6 +79,22 @@ def limited_ranks(
     known = dict(_limits.get())
     smallest = known | {p: min(r, known.get(p, r)) for p, r in limits.items()}
     return _within(_limits, tuple(sorted(smallest.items())))
+
+
+def without_gradient(
+    shapes: dict[Path, jax.ShapeDtypeStruct],
+) -> contextlib.AbstractContextManager[Any]:
+    """Let the leaves within be chosen as if those were beside them that are left out.
+
+    Which axes an output of attention has is told by its queries, and these may be
+    frozen.
+    """
+    return _within(_beside, tuple((dict(_beside.get()) | shapes).items()))
+
+
+def beside() -> dict[Path, jax.ShapeDtypeStruct]:
+    """The parameters that are left out of an update, see `without_gradient`."""
+    return dict(_beside.get())
 
 
 def record_views() -> contextlib.AbstractContextManager[list[Any]]:

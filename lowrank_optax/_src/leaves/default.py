@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from lowrank_optax._src.leaves.attention import attention_axes
 from lowrank_optax._src.leaves.box import value_of
+from lowrank_optax._src.leaves.context import beside
 from lowrank_optax._src.leaves.matrix import MatrixAxes
 from lowrank_optax._src.leaves.names import named_dense, pieces
-from lowrank_optax._src.leaves.paths import Path, flatten
+from lowrank_optax._src.leaves.paths import Path, flatten, placeholders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +40,15 @@ def by_default(tree: Any, stacks: MatrixAxes | None = None) -> dict[Path, Choice
         kernels too unless it is ``MatrixAxes()``; None for those of two axes.
     """
     paths, leaves, _ = flatten(tree)
-    values = dict(zip(paths, map(value_of, leaves), strict=True))
+    own = dict(zip(paths, map(value_of, leaves), strict=True))
+    left_out = [path for path, x in placeholders(tree).items() if x is None]
+    values = own | {
+        path: x
+        for path, x in beside().items()
+        if any(path[: len(start)] == start for start in left_out)
+    }
     heads = attention_axes({path: tuple(x.shape) for path, x in values.items()})
-    return {p: _choose(p, x, values, heads.get(p), stacks) for p, x in values.items()}
+    return {p: _choose(p, x, values, heads.get(p), stacks) for p, x in own.items()}
 
 
 def _choose(

@@ -16,7 +16,7 @@ from lowrank_optax._src.leaves.box import (
     value_of,
 )
 from lowrank_optax._src.leaves.choose import quietly
-from lowrank_optax._src.leaves.context import accumulating, layer_depth, limits
+from lowrank_optax._src.leaves.context import around
 from lowrank_optax._src.leaves.paths import flatten, path_parts
 
 Where = tuple[str, int]  # a field of a state, and the number of a parameter's leaf
@@ -40,8 +40,7 @@ class StateFields:
         flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_variable)
         values = [value_of(x) for _, x in flat]
         shapes = tuple((tuple(x.shape), jnp.dtype(x.dtype)) for x in values)
-        within = accumulating() is not None, layer_depth()
-        seen = (treedef, shapes, limits(), *within)
+        seen = treedef, shapes, around()
         if seen not in self._layouts:
             boxes = [
                 ParamBox(jax.ShapeDtypeStruct(*shape), path=i)
@@ -64,14 +63,14 @@ class StateFields:
             leaves = {tuple(path): i for i, (path, _) in enumerate(flat)}
             self._layouts[seen] = Layout(
                 structure,
-                [_field(k, x, leaves) for k, x in found],
+                [field_of(k, x, leaves) for k, x in found],
                 {i: x for i, (_, x) in enumerate(found)},
                 _masked_fields(state, set(leaves)),
             )
         return self._layouts[seen]
 
 
-def _field(key_path: Any, entry: Any, leaves: Mapping[Any, int]) -> Where | None:
+def field_of(key_path: Any, entry: Any, leaves: Mapping[Any, int]) -> Where | None:
     """Which field of which parameter an entry is, by the place at which it stands.
 
     A number that is kept for a parameter, such as an age, is in no box; it stands below

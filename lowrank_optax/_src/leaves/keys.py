@@ -28,9 +28,25 @@ class Seed(NamedTuple):
 
 def leaf_seed(key: int | jax.Array, path: str) -> Seed:
     """The seed of the leaf at a path, for a key or an int that stands for one."""
+    name = np.uint32(zlib.crc32(path.encode()))
+    return Seed(_threefry(key), name, layer_place())
+
+
+def _threefry(key: int | jax.Array) -> jax.Array:
+    """A key of the generator whose numbers do not depend on the keys beside it.
+
+    Others, which may be the default, draw for a stack of keys from the first one.
+    """
+    impl = "threefry2x32"
     if not isinstance(key, jax.Array):
-        key = jax.random.key(operator.index(key))
-    return Seed(key, np.uint32(zlib.crc32(path.encode())), layer_place())
+        return jax.random.key(operator.index(key), impl=impl)
+    words = key
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        words = jax.random.key_data(key)
+    made = jax.random.wrap_key_data(words[..., :2], impl=impl)
+    for i in range(2, words.shape[-1]):
+        made = jax.random.fold_in(made, words[..., i])
+    return made
 
 
 def matrix_keys(

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank_optax._src.leaves.box import is_variable, leaf_spec, value_of
-from lowrank_optax._src.linalg.products import Lying
+from lowrank_optax._src.linalg.products import Lying, wide
 
 Side = Literal["short", "short_left", "long", "left", "right"]
 
@@ -92,7 +92,7 @@ class MatrixView:
     @property
     def compute_dtype(self) -> Any:
         """What arithmetic and state are in: float32, or the leaf's if wider."""
-        return jnp.promote_types(jnp.float32, self.dtype)
+        return wide(self.dtype)
 
     def rank(self, rank: int) -> int:
         """The effective rank, ``min(rank, m, n)``, and at most the limit."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from lowrank_optax._src import linalg
 from lowrank_optax._src.leaves.box import is_variable
@@ -54,3 +55,13 @@ def flatten(tree: Any) -> tuple[list[Path], list[Any], Any]:
     """Paths, leaves (boxes kept whole) and tree definition."""
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_variable)
     return [path_parts(k) for k, _ in flat], [x for _, x in flat], treedef
+
+
+def placeholders(tree: Any) -> dict[Path, Any]:
+    """What stands where another transformation has left out the parameter."""
+
+    def left_out(x):
+        return x is None or isinstance(x, optax.MaskedNode)
+
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=left_out)
+    return {path_parts(key): x for key, x in flat if left_out(x)}

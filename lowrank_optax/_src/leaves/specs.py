@@ -11,7 +11,7 @@ import optax
 from lowrank_optax._src.leaves.box import is_variable, value_of
 from lowrank_optax._src.leaves.default import Choice, by_default, default_matrices
 from lowrank_optax._src.leaves.matrix import Matrices, MatrixAxes
-from lowrank_optax._src.leaves.paths import Path, flatten, path_parts
+from lowrank_optax._src.leaves.paths import Path, flatten, path_parts, placeholders
 
 
 def choices(matrices: Matrices, tree: Any) -> dict[Path, Choice]:
@@ -64,16 +64,6 @@ def _specs(specs: Any) -> dict[Path, MatrixAxes | None]:
                 "MatrixAxes or None."
             )
     return result
-
-
-def placeholders(tree: Any) -> dict[Path, Any]:
-    """What stands where another transformation has left out the parameter."""
-
-    def left_out(x):
-        return x is None or isinstance(x, optax.MaskedNode)
-
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=left_out)
-    return {path_parts(key): x for key, x in flat if left_out(x)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,3 +23,4 @@ from lowrank_optax._src.linalg.products import project as project
 from lowrank_optax._src.linalg.products import sketch as sketch
 from lowrank_optax._src.linalg.products import unit_columns as unit_columns
 from lowrank_optax._src.linalg.products import unit_scale as unit_scale
+from lowrank_optax._src.linalg.products import wide as wide

@@ -1,6 +1,7 @@
 """Products with thin matrices, and scales that keep squares in range."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +33,17 @@ def sketch(a: Array, w: Array) -> Array:
     return matmul(a, jax.lax.optimization_barrier(w))
 
 
+def wide(dtype: Any) -> Any:
+    """float32, or the dtype where it is wider."""
+    # JAX promotes floats of eight bits to nothing.
+    narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+    return jnp.float32 if narrow else jnp.promote_types(jnp.float32, dtype)
+
+
 def at_least_float32(x: Array) -> Array:
     """``x`` in float32, or in its own dtype where that is wider."""
     x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(jnp.float32, x.dtype))
+    return x.astype(wide(x.dtype))
 
 
 def unit_scale(a: Array) -> tuple[Array, Array]:

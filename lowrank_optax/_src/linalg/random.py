@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax._src.linalg.products import wide
+
 
 def draw(
     sample: Callable[..., jax.Array], key: jax.Array, shape: tuple[int, ...], dtype: Any
@@ -85,7 +87,7 @@ def normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Normal entries, independent up to the hash; keys as of `bits`."""
     # The middles of 2^23 intervals of (-1, 1), exact in float32: never an end.
     place = (bits(key, shape) >> 9).astype(jnp.int32)
-    place = place.astype(jnp.promote_types(jnp.float32, dtype))
+    place = place.astype(wide(dtype))
     x = jax.lax.erf_inv((place + 0.5) * 2.0**-22 - 1.0)
     return (2**0.5 * x).astype(dtype)
 

@@ -10,10 +10,10 @@ from jax.typing import ArrayLike
 from lowrank_optax._src.engines.accept import accept_leaf, increment
 from lowrank_optax._src.engines.order import Order
 from lowrank_optax._src.leaves import matrix
-from lowrank_optax._src.leaves.box import transformation
 from lowrank_optax._src.leaves.choose import view_dense, view_leaves
 from lowrank_optax._src.leaves.matrix import Matrices, MatrixView, Side
 from lowrank_optax._src.leaves.paths import flatten
+from lowrank_optax._src.leaves.transformation import transformation
 from lowrank_optax._src.methods.galore import galore_project
 from lowrank_optax._src.methods.optimizer import Mask, optimizer
 from lowrank_optax._src.parts.laws import Subspace, Transfer
@@ -119,7 +119,7 @@ def scale_by_adafactor(
         out, order = [], Order()
         for i, (view, *old) in enumerate(zip(views, *moments, strict=True)):
             g = view.matrix(order.start(grads[i]))
-            square = g**2 + _EPS
+            square = _squares(g) + _EPS
             if _factored(view):
                 row = b2 * old[0] + (1 - b2) * jnp.mean(square, axis=-1)
                 col = b2 * old[1] + (1 - b2) * jnp.mean(square, axis=-2)
@@ -157,8 +157,13 @@ def clip_by_matrix_rms(
 
 
 def _clip(u: jax.Array, threshold: ArrayLike) -> jax.Array:
-    size = jnp.sqrt(jnp.mean(u**2, axis=(-2, -1), keepdims=True))
+    size = jnp.sqrt(jnp.mean(_squares(u), axis=(-2, -1), keepdims=True))
     return u / jnp.maximum(1.0, size / threshold)
+
+
+def _squares(x: jax.Array) -> jax.Array:
+    """Of magnitudes, where numbers are complex."""
+    return (x * x.conj()).real
 
 
 def _views(tree: Any, matrices: Matrices, creating: bool = False) -> list[MatrixView]:

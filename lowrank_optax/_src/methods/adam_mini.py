@@ -10,10 +10,10 @@ from jax.typing import ArrayLike
 from lowrank_optax._src.engines.accept import accept_leaf, increment
 from lowrank_optax._src.engines.order import Order
 from lowrank_optax._src.leaves import matrix
-from lowrank_optax._src.leaves.box import transformation
 from lowrank_optax._src.leaves.choose import view_blocks
 from lowrank_optax._src.leaves.matrix import Matrices, Side
 from lowrank_optax._src.leaves.paths import flatten
+from lowrank_optax._src.leaves.transformation import transformation
 from lowrank_optax._src.methods.galore import galore_project
 from lowrank_optax._src.methods.optimizer import Mask, optimizer
 from lowrank_optax._src.parts.laws import Subspace, Transfer

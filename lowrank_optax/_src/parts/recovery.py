@@ -103,7 +103,7 @@ class FiraResidual:
         age = state.age
         if self.reference is not None:
             b1, b2 = self.reference
-            age = age + 1
+            age = jnp.asarray(optax.safe_increment(age))
             t = age.astype(size.dtype)  # of wide integers, powers would be wider
             size = size * (1 - b1**t) / jnp.sqrt(1 - b2**t)
         factor, norm = _limit_growth(self.limiter, size, state.norm)
@@ -290,12 +290,12 @@ class SparseResidual:
         entry = grad.reshape(-1, m, n)[place]
         inside = _entries_of_product(basis, coeff, row, col)
 
-        age = state.age + 1
+        age = jnp.asarray(optax.safe_increment(state.age))
         t = jnp.maximum(age - self.warmup, 0)[..., None]
         mean = self.b1 * state.mean + (1 - self.b1) * (entry - inside)
         square = self.b2 * state.square + (1 - self.b2) * entry**2
         mean, square = jnp.where(t > 0, mean, 0.0), jnp.where(t > 0, square, 0.0)
-        t = jnp.maximum(t, 1)
+        t = jnp.maximum(t, 1).astype(mean.dtype)  # as in `FiraResidual`
         root = jnp.sqrt(square / (1 - self.b2**t))
         most = most_of_adam(self.b1, self.b2)
         delta = jnp.clip(mean / (1 - self.b1**t) / (root + self.eps), -most, most)

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from lowrank_optax._src.engines.project import project_gradients
-from lowrank_optax._src.leaves.box import transformation
+from lowrank_optax._src.leaves.transformation import transformation
 from lowrank_optax._src.methods.optimizer import STATIC
 
 # Types that say too little: a number, a mask or a key may be any of these.

@@ -155,13 +155,15 @@ _STATES = {
 }
 _ONE_LAYER = "an update of one layer that does not depend on the others"
 _CLIP = "For a clip by the global norm, give value_and_update its `clip`."
-# These of Optax have no state that would tell: a norm of all leaves, or of a stack.
+# These of Optax have no state that would tell: a norm of all leaves, or of a stack, or
+# random numbers for all.
 _MAKERS = {
     "clip_by_global_norm": _CLIP,
     "normalize_by_update_norm": "",
     "clip_by_block_rms": "",
     "adaptive_grad_clip": "",
     "scale_by_trust_ratio": "",
+    "add_noise": "All layers would be given the same noise.",
 }
 
 

@@ -1,5 +1,6 @@
 """Less memory for ranks that are no longer used."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -29,7 +30,8 @@ def shrink(
     beyond what is left is held there; so much does ``multiple_of`` leave for it. (And
     factored second moments average over fewer rows, which changes them for a while.)
     Drop the old state, or nothing is freed. What a checkpoint of it looks like is
-    ``jax.eval_shape(tx.init, params)`` of the new transformation.
+    ``jax.eval_shape(tx.init, params)`` of the new transformation; for what is restored
+    from one, `fit` makes that transformation again.
 
     Args:
       tx: any Optax transformation with `adaptive_rank` or the like in it; chains and
@@ -63,23 +65,12 @@ def shrink(
         used = np.any(np.asarray(basis) != 0, axis=tuple(range(basis.ndim - 1)))
         # Columns stay in their places: up to the last one that is used.
         last = int(np.max(np.flatnonzero(used), initial=-1)) + 1 or basis.shape[-1]
-        multiple = -(-last // multiple_of) * multiple_of
+        multiple = min(-(-last // multiple_of) * multiple_of, basis.shape[-1])
         ranks[path] = max(multiple, ranks.get(path, 0))
-
-    def at(ranks):
-        def init(params):
-            with limited_ranks(ranks):
-                return tx.init(params)
-
-        def update(updates, state, params=None, **extra):
-            with limited_ranks(ranks):
-                return tx.update(updates, state, params, **extra)
-
-        return optax.GradientTransformationExtraArgs(init, update)
 
     def shapes(ranks):
         with quietly():
-            return jax.eval_shape(at(ranks).init, params)
+            return jax.eval_shape(_limited(tx, ranks).init, params)
 
     def fits(ranks):
         return jax.tree.structure(shapes(ranks)) == jax.tree.structure(opt_state)
@@ -87,7 +78,46 @@ def shrink(
     if not fits(ranks):
         ranks = {path: r for path, r in ranks.items() if fits({path: r})}
     cut = jax.tree.map(_cut, opt_state, shapes(ranks))
-    return at(ranks), cut
+    return _limited(tx, ranks), cut
+
+
+def fit(
+    tx: optax.GradientTransformation, opt_state: Any
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation for a state that `shrink` has cut, as one of a checkpoint.
+
+    Args:
+      tx: that whose state was cut.
+      opt_state: the state, its arrays concrete or abstract.
+
+    Returns:
+      ``tx`` with no basis wider than in the state.
+
+    >>> import jax.numpy as jnp, optax, lowrank_optax as lro
+    >>> tx = lro.adaptive_rank(optax.scale_by_adam(), max_rank=4)
+    >>> params = {"w": jnp.ones((6, 8))}
+    >>> _, state = tx.update(params, tx.init(params))
+    >>> _, saved = lro.rank.shrink(tx, state, params, multiple_of=2)
+    >>> updates, state = lro.rank.fit(tx, saved).update(params, saved)
+    """
+    ranks: dict[Path, int] = {}
+    for path, basis, _ in bases(opt_state):
+        ranks[path] = max(basis.shape[-1], ranks.get(path, 0))
+    return _limited(tx, ranks)
+
+
+def _limited(
+    tx: optax.GradientTransformation, ranks: Mapping[Path, int]
+) -> optax.GradientTransformationExtraArgs:
+    def init(params):
+        with limited_ranks(ranks):
+            return tx.init(params)
+
+    def update(updates, state, params=None, **extra):
+        with limited_ranks(ranks):
+            return tx.update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _cut(x: jax.Array, like: Any) -> jax.Array:

@@ -1,0 +1,236 @@
+"""The calls of a transformation: what comes in is checked here, and nowhere else."""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lowrank_optax._src.leaves.box import unbox, with_auto_axes
+from lowrank_optax._src.leaves.choose import quietly
+from lowrank_optax._src.leaves.context import around, without_gradient
+from lowrank_optax._src.leaves.fields import field_of
+from lowrank_optax._src.leaves.paths import Path, flatten, path_parts
+
+
+def transformation(
+    init: Callable[..., Any], update: Callable[..., tuple[Any, Any]]
+) -> optax.GradientTransformationExtraArgs:
+    """An optax transformation from an ``init`` and an ``update`` over plain arrays.
+
+    ``update`` never sees boxes, and on a mesh of explicit axes runs with automatic
+    ones; what it returns has the structure, boxes and shardings of what came in. Nor
+    does it see what has no gradient: where there is None for it, the update is None and
+    the state stays. So does that of integers and booleans, whose update is zero.
+
+    Raises:
+      TypeError, ValueError: for leaves that are not arrays, gradients that do not fit
+        the parameters, and a state that is not of the shapes that ``init`` makes.
+    """
+    states = _States(init)
+
+    def init_fn(params):
+        _check_arrays(params)
+        return init(params)
+
+    def update_fn(updates, state, params=None, **extra):
+        given, old, weights, extra = map(unbox, (updates, state, params, extra))
+        _check_arrays(given)
+        grads = _trained(given)
+        frozen: dict[Path, jax.ShapeDtypeStruct] = {}
+        if weights is not None:
+            weights, frozen = _weights(given, weights)
+
+        def run(grads, state, weights, extra):
+            return update(grads, state, weights, **extra)
+
+        with without_gradient(frozen):
+            part, places = _part(old, states.like(grads), grads)
+            new = with_auto_axes(run, grads, part, weights, extra)
+        for made, like in zip(new, (grads, part), strict=True):
+            if jax.tree.structure(made) != jax.tree.structure(like):
+                raise ValueError(
+                    "A transformation changed the structure of its updates or state: "
+                    f"{jax.tree.structure(like)} became {jax.tree.structure(made)}."
+                )
+        kept = jax.tree.leaves(old)
+        for place, x in zip(places, jax.tree.leaves(new[1]), strict=True):
+            kept[place] = x
+        found = iter(jax.tree.leaves(new[0]))
+        out = [
+            next(found) if _is_trained(x) else _nothing(x)
+            for x in jax.tree.leaves(given)
+        ]
+        return (
+            jax.tree.unflatten(jax.tree.structure(updates), out),
+            jax.tree.unflatten(jax.tree.structure(state), kept),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class _States:
+    """The states that an ``init`` makes, by their shapes alone."""
+
+    def __init__(self, init: Callable[..., Any]):
+        self._init = init
+        self._known: dict[Any, Any] = {}
+
+    def like(self, tree: Any) -> Any:
+        """That of parameters such as these."""
+        leaves, treedef = jax.tree.flatten(tree)
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+        seen = treedef, tuple((x.shape, x.dtype) for x in shapes), around()
+        if seen not in self._known:
+            with quietly():
+                # A function of its own, or JAX would answer for other limits.
+                self._known[seen] = jax.eval_shape(
+                    lambda params: self._init(params), treedef.unflatten(shapes)
+                )
+        return self._known[seen]
+
+
+def _check_arrays(tree: Any) -> None:
+    paths, leaves, _ = flatten(tree)
+    for parts, x in zip(paths, map(unbox, leaves), strict=True):
+        if not _is_array(x):
+            raise TypeError(
+                f"Cannot optimize '{'/'.join(parts)}': it must be an array, got {x!r} "
+                f"of type {type(x).__name__}. Make it one by jnp.asarray, or leave it "
+                "out of the parameters, with None in its place."
+            )
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def _is_trained(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _trained(grads: Any) -> Any:
+    """The gradients, with None for integers and booleans, which have none."""
+    return jax.tree.map(lambda x: x if _is_trained(x) else None, grads)
+
+
+def _nothing(x: Any) -> jax.Array:
+    """An update that changes nothing; JAX gives what has no gradient a type of its own.
+
+    No array of that type can be added to a parameter.
+    """
+    if x.dtype == jax.dtypes.float0:
+        return jnp.zeros(x.shape, bool)
+    return jnp.zeros_like(x)
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def _weights(grads: Any, weights: Any) -> tuple[Any, dict[Path, jax.ShapeDtypeStruct]]:
+    """The parameters that have a gradient, each of its shape; and shapes of others."""
+    frozen: dict[Path, jax.ShapeDtypeStruct] = {}
+    trained = _trained(grads)
+
+    def keep(path, grad, weight):
+        if grad is not None and _is_trained(grad):
+            return weight
+        if grad is not None and _is_array(weight) and _is_trained(weight):
+            raise TypeError(
+                f"Cannot update parameter '{_name(path)}' of dtype {weight.dtype} by a "
+                f"gradient of dtype {grad.dtype}: it must be floating or complex."
+            )
+        for below, x in jax.tree_util.tree_flatten_with_path(weight)[0]:
+            if _is_array(x):
+                shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+                frozen[path_parts((*path, *below))] = shape
+        return None
+
+    with contextlib.suppress(ValueError):  # said below, by paths
+        weights = jax.tree_util.tree_map_with_path(
+            keep, grads, weights, is_leaf=_is_none
+        )
+    if jax.tree.structure(trained) != jax.tree.structure(weights):
+        difference = _difference(grads, weights, "gradients", "parameters")
+        raise ValueError(
+            f"Cannot update parameters by gradients of another tree: {difference}. "
+            "Where a parameter has no gradient, give None."
+        )
+    flat, _ = jax.tree_util.tree_flatten_with_path(trained)
+    for (path, g), w in zip(flat, jax.tree.leaves(weights), strict=True):
+        if np.shape(g) != np.shape(w):
+            raise ValueError(
+                f"Cannot update parameter '{_name(path)}' of shape {np.shape(w)} by a "
+                f"gradient of shape {np.shape(g)}: the shapes must be equal."
+            )
+    return weights, frozen
+
+
+_REMEDY = (
+    "Use the transformation that made the state, or begin with tx.init(params); for a "
+    "state that lowrank_optax.rank.shrink has cut, the transformation that it returned "
+    "or that of lowrank_optax.rank.fit."
+)
+
+
+def _part(state: Any, expected: Any, grads: Any) -> tuple[Any, list[int]]:
+    """The entries of a state that are of leaves with gradients, and their places."""
+    flat, structure = jax.tree_util.tree_flatten_with_path(state)
+    wanted, part = jax.tree_util.tree_flatten_with_path(expected)
+    places = list(range(len(flat)))
+    if structure != part:
+        at = {tuple(path): i for i, (path, _) in enumerate(flat)}
+        found = [at.get(tuple(path)) for path, _ in wanted]
+        places = [i for i in found if i is not None]
+        partial = any(map(_is_none, jax.tree.leaves(grads, is_leaf=_is_none)))
+        if not partial or len(places) < len(wanted):
+            ours = "what this transformation makes"
+            difference = _difference(state, expected, "it", ours)
+            raise ValueError(
+                f"Cannot use a state of another transformation: {difference}. {_REMEDY}"
+            )
+    own = [flat[i] for i in places]
+    for (path, x), (_, y) in zip(own, wanted, strict=True):
+        if np.shape(x) != y.shape:
+            raise ValueError(_misfit(path, np.shape(x), y.shape, grads))
+    return part.unflatten([x for _, x in own]), places
+
+
+def _misfit(path: Any, shape: Any, wanted: Any, grads: Any) -> str:
+    flat, _ = jax.tree_util.tree_flatten_with_path(grads)
+    leaves: Mapping[Any, int] = {tuple(path): i for i, (path, _) in enumerate(flat)}
+    field, whose = _name(path), ""
+    if (where := field_of(path, None, leaves)) is not None:
+        field, i = where
+        name, grad = flat[i]
+        whose = f" parameter '{_name(name)}' with a gradient of shape {grad.shape}"
+    return (
+        f"Cannot update{whose}: the state's '{field}' has shape {shape}, and must have "
+        f"{wanted}. {_REMEDY}"
+    )
+
+
+def _difference(a: Any, b: Any, a_name: str, b_name: str) -> str:
+    """In which paths two trees differ, in words."""
+    flat = [jax.tree_util.tree_flatten_with_path(x)[0] for x in (a, b)]
+    ours, theirs = ({_name(path): None for path, _ in x} for x in flat)
+    said = [
+        f"{name} alone has {', '.join(map(repr, list(only)[:5]))}"
+        for name, only in (
+            (a_name, [x for x in ours if x not in theirs]),
+            (b_name, [x for x in theirs if x not in ours]),
+        )
+        if only
+    ]
+    if not said:
+        structures = jax.tree.structure(a), jax.tree.structure(b)
+        said = [f"{a_name}: {structures[0]}", f"{b_name}: {structures[1]}"]
+    return "; ".join(said)
+
+
+def _name(path: Any) -> str:
+    return "/".join(path_parts(path))
