@@ -38,12 +38,19 @@ class ParamBox:
 
 
 def is_box(x: Any) -> bool:
-    return isinstance(x, ParamBox)
+    return isinstance(x, ParamBox) and is_variable(x)
 
 
 def unbox(tree: Any) -> Any:
     """The tree of what is in the boxes."""
-    return jax.tree.map(value_of, tree, is_leaf=is_variable)
+    return jax.tree.map(value_of, tree, is_leaf=is_boxed)
+
+
+def empty(tree: Any) -> Any:
+    """The tree without the boxes whose array a mask has left out."""
+    return jax.tree.map(
+        lambda x: x if is_variable(x) else value_of(x), tree, is_leaf=is_boxed
+    )
 
 
 def with_auto_axes(run: Any, *args: Any) -> Any:
@@ -54,9 +61,18 @@ def with_auto_axes(run: Any, *args: Any) -> Any:
     return run(*args)
 
 
-def is_variable(x: Any) -> bool:
-    """Whether ``x`` is a boxed array, as a Flax NNX variable is (no flax import)."""
+def is_boxed(x: Any) -> bool:
+    """Whether ``x`` is a box, as a Flax NNX variable is (no flax import)."""
     return hasattr(x, "get_value") and hasattr(x, "get_metadata")
+
+
+def is_variable(x: Any) -> bool:
+    """Whether ``x`` is a boxed array.
+
+    A mask by a function over a tree of boxes leaves the array out and keeps the box,
+    which has no more leaves than the placeholder in it.
+    """
+    return is_boxed(x) and bool(jax.tree.leaves(x.get_value()))
 
 
 def leaf_spec(leaf: Any) -> tuple[tuple[Any, ...] | None, Any]:
@@ -92,4 +108,4 @@ def explicit_axes(mesh: Any) -> bool:
 
 
 def value_of(leaf: Any) -> Any:
-    return leaf.get_value() if is_variable(leaf) else leaf
+    return leaf.get_value() if is_boxed(leaf) else leaf

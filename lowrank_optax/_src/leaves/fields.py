@@ -10,6 +10,7 @@ import optax
 
 from lowrank_optax._src.leaves.box import (
     ParamBox,
+    empty,
     is_box,
     is_variable,
     leaf_spec,
@@ -51,12 +52,7 @@ class StateFields:
                 state = jax.eval_shape(
                     lambda params: self._inner.init(params), treedef.unflatten(boxes)
                 )
-            # An inner mask may have left out what is in the box.
-            state = jax.tree.map(
-                lambda x: x.value if is_box(x) and not hasattr(x.value, "shape") else x,
-                state,
-                is_leaf=is_box,
-            )
+            state = empty(state)
             found, structure = jax.tree_util.tree_flatten_with_path(
                 state, is_leaf=is_box
             )
@@ -129,12 +125,12 @@ class Layout:
 
     def get(self, state: Any) -> dict[Where, Any]:
         """What stands at each parameter's place in each field."""
-        entries = self.structure.flatten_up_to(state)
+        entries = self.structure.flatten_up_to(empty(state))
         return {w: x for w, x in zip(self.where, entries, strict=True) if w}
 
     def set(self, state: Any, values: dict[Where, Any]) -> Any:
         """The state with other values at some places."""
-        entries = self.structure.flatten_up_to(state)
+        entries = self.structure.flatten_up_to(empty(state))
         placed = zip(self.where, entries, strict=True)
         return self.structure.unflatten(
             [values.get(w, x) if w else x for w, x in placed]

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lowrank_optax._src.leaves.box import is_box
+from lowrank_optax._src.leaves.box import is_box, is_boxed, value_of
 from lowrank_optax._src.leaves.fields import boxed_state
 
 
@@ -39,10 +39,11 @@ def state_shardings(tx: Any, params: Any, mesh: jax.sharding.Mesh) -> Any:
 
     def place(x):
         spec = x.out_sharding if is_box(x) and x.out_sharding is not None else ()
-        shape = (x.value if is_box(x) else x).shape
+        # Of an empty box, one stands for all the arrays in it, which are none.
+        shape = getattr(value_of(x), "shape", ())
         return NamedSharding(mesh, _fitting(PartitionSpec(*spec), shape, mesh))
 
-    return jax.tree.map(place, boxed_state(tx, params), is_leaf=is_box)
+    return jax.tree.map(place, boxed_state(tx, params), is_leaf=is_boxed)
 
 
 def _fitting(spec: PartitionSpec, shape: tuple[int, ...], mesh) -> PartitionSpec:
