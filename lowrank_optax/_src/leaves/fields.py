@@ -19,6 +19,7 @@ from lowrank_optax._src.leaves.box import (
 from lowrank_optax._src.leaves.choose import quietly
 from lowrank_optax._src.leaves.context import around
 from lowrank_optax._src.leaves.paths import flatten, path_parts
+from lowrank_optax._src.leaves.roles import Role, holder_of, is_own, role_of
 
 Where = tuple[str, int]  # a field of a state, and the number of a parameter's leaf
 
@@ -57,11 +58,17 @@ class StateFields:
                 state, is_leaf=is_box
             )
             leaves = {tuple(path): i for i, (path, _) in enumerate(flat)}
+            where = [field_of(k, x, leaves) for k, x in found]
             self._layouts[seen] = Layout(
                 structure,
-                [field_of(k, x, leaves) for k, x in found],
+                where,
                 {i: x for i, (_, x) in enumerate(found)},
                 _masked_fields(state, set(leaves)),
+                {
+                    w[0]: holder_of(state, k, field_name(w[0]).partition(".")[0])
+                    for (k, _), w in zip(found, where, strict=True)
+                    if w
+                },
             )
         return self._layouts[seen]
 
@@ -111,11 +118,23 @@ class Layout:
     where: list[Where | None]
     found: dict[int, Any]
     masked: list[str]
+    holders: dict[str, type]
 
     @property
     def names(self) -> list[str]:
         """Paths of the fields within the state, such as ``"0/mu"``."""
         return list(dict.fromkeys([*(w[0] for w in self.where if w), *self.masked]))
+
+    def role(self, name: str) -> Role | None:
+        """What the field of this path is known to be."""
+        return role_of(self.holders.get(name), field_name(name))
+
+    def is_foreign(self, name: str) -> bool:
+        """Whether the field holds arrays for a state that is not of this library."""
+        if is_part_of_code(name) or is_own(self.holders.get(name, Layout)):
+            return False
+        own = (x for (field, _), x in self.abstract.items() if field == name)
+        return any(x.ndim and jnp.issubdtype(x.dtype, jnp.floating) for x in own)
 
     @property
     def abstract(self) -> dict[Where, Any]:
