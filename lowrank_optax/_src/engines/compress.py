@@ -32,6 +32,7 @@ from lowrank_optax._src.leaves import matrix, saving
 from lowrank_optax._src.leaves.box import (
     is_variable,
     leaf_spec,
+    rebox,
     value_of,
 )
 from lowrank_optax._src.leaves.choose import view_dense, view_leaves
@@ -238,7 +239,7 @@ class _Compression:
             view = coded[w][1]
             code = self._encode_at(w, coded, view.matrix(x), plain, step)
             codes[w] = jax.tree.map(
-                lambda old, new: old.replace(new) if is_variable(old) else new,
+                lambda old, new: rebox(old, new) if is_variable(old) else new,
                 codes[w],
                 code,
                 is_leaf=is_variable,

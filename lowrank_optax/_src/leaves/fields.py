@@ -10,10 +10,13 @@ import optax
 
 from lowrank_optax._src.leaves.box import (
     ParamBox,
+    annotate,
+    annotation,
     empty,
     is_box,
     is_variable,
     leaf_spec,
+    mesh_spec,
     value_of,
 )
 from lowrank_optax._src.leaves.choose import quietly
@@ -182,15 +185,15 @@ def fit_boxes(layout: Layout, state: Any, tree: Any) -> Any:
         source = leaves[where[1]]
         if not is_variable(x):
             return x
-        annotations = (y.get_metadata().get("out_sharding") for y in (x, source))
-        shape, own = x.get_value().shape, source.get_value().shape
+        annotations = {annotation(x), annotation(source)}
+        shape, own = value_of(x).shape, value_of(source).shape
         split = [a is not None for a in leaf_spec(source)[0] or ()]
         alike = len(shape) == len(own) and all(
             i == j for i, j, s in zip(shape, own, split, strict=False) if s
         )
-        if alike or len(set(annotations)) > 1:
+        if alike or len(annotations) > 1:
             return x
-        return x.replace(x.get_value(), out_sharding=None)
+        return annotate(x, value_of(x), None)
 
     return layout.set(state, {w: fit(w, x) for w, x in layout.get(state).items()})
 
@@ -210,10 +213,11 @@ def boxed_state(tx: Any, params: Any) -> Any:
     paths, leaves, treedef = flatten(params)
     boxes = []
     for parts, leaf in zip(paths, leaves, strict=True):
-        spec, _ = leaf_spec(leaf)
+        _, placed = leaf_spec(leaf)
         x = value_of(leaf)
         x = jax.ShapeDtypeStruct(x.shape, x.dtype)
-        boxes.append(ParamBox(x, parts, spec))
+        kind = None if placed is None else placed.memory_kind
+        boxes.append(ParamBox(x, parts, mesh_spec(leaf), kind))
     # A function of its own, or JAX would answer from memory what is recorded and
     # limited anew at every call.
     return jax.eval_shape(lambda params: tx.init(params), treedef.unflatten(boxes))
