@@ -72,6 +72,16 @@ def project(inner=ADAM, rank=2, **parts):
             lambda: project(subspace=lro.ImportanceSampled(pool=1)),
             "ImportanceSampled with rank 2: .* at most 1",
         ),
+    ],
+)
+def test_refused_when_it_is_made(make, message):
+    with pytest.raises(ValueError, match="Cannot use " + message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
         (
             lambda: lro.compress_state(ADAM, {"nu": lro.LowRank(2)}),
             "LowRank with the state field 'nu': it requires numbers that are never "
@@ -82,7 +92,7 @@ def project(inner=ADAM, rank=2, **parts):
             "LowRank with the state field 'mu': .* both signs",
         ),
         (
-            lambda: lro.compress_state(ADAM, {"0/mu": UINT8}),
+            lambda: lro.compress_state(optax.chain(ADAM), {"0/mu": UINT8}),
             "BlockInt8 with the state field '0/mu': .* both signs",
         ),
         (
@@ -93,11 +103,20 @@ def project(inner=ADAM, rank=2, **parts):
             lambda: lro.compress_state(project(), {"basis": lro.LowRank(2)}),
             "LowRank with the state field 'basis': .* independent",
         ),
+        (
+            lambda: lro.compress_state(optax.scale_by_adan(), {"v": UINT8}),
+            "BlockInt8 with the state field 'v': .* both signs",
+        ),
+        (
+            lambda: lro.compress_state(optax.scale_by_adan(), {"n": lro.LowRank(2)}),
+            "LowRank with the state field 'n': .* never negative",
+        ),
     ],
 )
-def test_refused_when_it_is_made(make, message):
+def test_codecs_refused_by_what_the_fields_are(make, message):
+    params = {"w": jnp.ones((16, 24))}
     with pytest.raises(ValueError, match="Cannot use " + message):
-        make()
+        make().init(params)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +200,7 @@ class Given:
         project(subspace=lro.CrossHead(2, lro.ImportanceSampled(2)), side="right"),
         project(lro.scale_by_adam_mini(), transfer=lro.Rotate()),  # a block a column
         project(lro.quantize_state(ADAM), rank=32),
+        lro.compress_state(optax.scale_by_adan(), {"v": INT8}),
         lro.compress_state(ADAM, {"mu": INT8, "nu": INT8}),  # coarser, but it has 0
         lro.mlorc_compress(optax.chain(optax.scale_by_factored_rms(), MOMENTUM)),
         lro.mlorc_compress(optax.masked(MOMENTUM, {"w": False, "b": True})),

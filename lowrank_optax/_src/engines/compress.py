@@ -1,7 +1,7 @@
 """The state-space engine: an optimizer whose moments are stored compressed."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,17 +25,20 @@ from lowrank_optax._src.engines.coded import (
     measured_by,
 )
 from lowrank_optax._src.engines.in_bytes import adam_in_bytes, leaves_in_bytes
+from lowrank_optax._src.engines.moments import Choose
 from lowrank_optax._src.engines.order import Order, wait
 from lowrank_optax._src.kernels.adam import Adam
 from lowrank_optax._src.leaves import matrix, saving
 from lowrank_optax._src.leaves.box import (
     is_variable,
     leaf_spec,
+    rebox,
     value_of,
 )
 from lowrank_optax._src.leaves.choose import view_dense, view_leaves
 from lowrank_optax._src.leaves.context import accumulating
 from lowrank_optax._src.leaves.fields import (
+    Layout,
     StateFields,
     Where,
     by_leaf,
@@ -46,17 +49,17 @@ from lowrank_optax._src.leaves.fields import (
 from lowrank_optax._src.leaves.keys import leaf_seed
 from lowrank_optax._src.leaves.matrix import MatrixView
 from lowrank_optax._src.leaves.paths import flatten, full_precision
+from lowrank_optax._src.leaves.roles import Role
 from lowrank_optax._src.leaves.transformation import transformation
 from lowrank_optax._src.parts import compatible
 from lowrank_optax._src.parts.laws import Codec
-from lowrank_optax._src.parts.transfer import FIRST_MOMENTS, SECOND_MOMENTS
 
 # What a field requires of its codec.
-_REQUIRED = {
-    **dict.fromkeys(FIRST_MOMENTS, (compatible.SIGNS,)),
-    **dict.fromkeys(SECOND_MOMENTS, (compatible.NONNEGATIVE, compatible.ALL_SIZES)),
-    "basis": (compatible.SIGNS, compatible.INDEPENDENT),
+_REQUIRED: dict[Role, tuple[str, ...]] = {
+    "first": (compatible.SIGNS,),
+    "second": (compatible.NONNEGATIVE, compatible.ALL_SIZES),
 }
+_BASIS = (compatible.SIGNS, compatible.INDEPENDENT)
 
 
 class CompressState(NamedTuple):
@@ -121,14 +124,8 @@ def compress_state(
     >>> tx = lro.compress_state(optax.scale_by_adam(), codecs)
     """
 
-    for name, codec in codecs.items():
-        for need in _REQUIRED.get(field_name(name), ()):
-            if need in getattr(codec, "lacks", ()):
-                field, kind = f"the state field '{name}'", compatible.name(codec)
-                raise compatible.cannot_use(kind, field, "it", need, kind)
-
-    def choose(names):
-        chosen = {}
+    def choose(layout, creating):
+        chosen, names = {}, layout.names
         for name, codec in codecs.items():
             found = [f for f in names if name in (f, field_name(f))]
             if not found:
@@ -138,39 +135,21 @@ def compress_state(
                     f"{', '.join(sorted(names)) or 'none'}. Name one of these."
                 )
             chosen |= dict.fromkeys(found, codec)
+        for name, codec in chosen.items():
+            is_basis = field_name(name) == "basis"
+            needs = _BASIS if is_basis else _REQUIRED.get(layout.role(name), ())
+            for need in needs:
+                if need in getattr(codec, "lacks", ()):
+                    field, kind = f"the state field '{name}'", compatible.name(codec)
+                    raise compatible.cannot_use(kind, field, "it", need, kind)
         return chosen
 
     return compress_fields(inner, choose, matrices=matrices, key=key)
 
 
-def by_moment(
-    first: Codec, second: Codec, fields: tuple[str, ...] | None
-) -> Callable[[list[str]], Mapping[str, Codec]]:
-    """A choice for `compress_fields`: one codec for first, one for second moments.
-
-    Args:
-      fields: names of the fields; None for all that are known as moments.
-    """
-
-    def choose(names):
-        wanted = FIRST_MOMENTS | SECOND_MOMENTS if fields is None else set(fields)
-        chosen = [name for name in names if {name, field_name(name)} & wanted]
-        if not chosen:
-            raise ValueError(
-                "Cannot compress the momentum of an optimizer without any: its state "
-                f"has the fields {', '.join(names)}. Name some of them in `fields`."
-            )
-        return {
-            name: second if field_name(name) in SECOND_MOMENTS else first
-            for name in chosen
-        }
-
-    return choose
-
-
 def compress_fields(
     inner: optax.GradientTransformation,
-    choose: Callable[[list[str]], Mapping[str, Codec]],
+    choose: Choose,
     *,
     matrices: matrix.Matrices,
     key: int | jax.Array,
@@ -180,7 +159,8 @@ def compress_fields(
 
     Args:
       inner, matrices, key: as of `compress_state`.
-      choose: from names of fields to their codecs.
+      choose: from the fields to the codecs of some, by name, and whether the state is
+        about to be created.
       adam: the numbers of ``inner``, if it is Adam: it stores no moments then.
     """
     inner = optax.with_extra_args_support(inner)
@@ -194,16 +174,16 @@ class _Compression:
 
     inner: optax.GradientTransformationExtraArgs
     fields: StateFields
-    choose: Callable[[list[str]], Mapping[str, Codec]]
+    choose: Choose
     matrices: matrix.Matrices
     key: int | jax.Array
     adam: Adam | None
 
     def _see(
-        self, tree: Any, names: list[str], moments: Any, creating: bool = False
+        self, tree: Any, layout: Layout, moments: Any, creating: bool = False
     ) -> tuple[list[Any], Coded]:
         """How each leaf is seen, and the codec of each coded moment with its view."""
-        codec_of = self.choose(names) if flatten(tree)[1] else {}
+        codec_of = self.choose(layout, creating) if flatten(tree)[1] else {}
         if all(map(is_elementwise, codec_of.values())):
             views = view_dense(tree, creating)
         else:
@@ -236,7 +216,7 @@ class _Compression:
         if placed:
             state = fit_boxes(layout, self.inner.init(whole), whole)
         moments = layout.get(state) if placed else layout.abstract
-        views, coded = self._see(params, layout.names, moments, creating=True)
+        views, coded = self._see(params, layout, moments, creating=True)
 
         def without_codes(state):
             moments = {w: value_of(layout.get(state)[w]) for w in coded}
@@ -259,7 +239,7 @@ class _Compression:
             view = coded[w][1]
             code = self._encode_at(w, coded, view.matrix(x), plain, step)
             codes[w] = jax.tree.map(
-                lambda old, new: old.replace(new) if is_variable(old) else new,
+                lambda old, new: rebox(old, new) if is_variable(old) else new,
                 codes[w],
                 code,
                 is_leaf=is_variable,
@@ -278,7 +258,7 @@ class _Compression:
         given = treedef.flatten_up_to(updates)
         whole = [full_precision(g) for g in given]
         layout = self.fields.layout(treedef.unflatten(whole))
-        _, coded = self._see(updates, layout.names, layout.abstract)
+        _, coded = self._see(updates, layout, layout.abstract)
         old = by_leaf(layout.get(state.inner_state), range(len(given)))
         out, new = dict(enumerate(given)), dict(old)
 

@@ -1,4 +1,4 @@
-"""Boxes of arrays, and meshes: the only code that knows NNX variables and shardings.
+"""Boxes of arrays, and meshes: the only code that knows Flax's boxes and shardings.
 
 A `ParamBox` is a boxed abstract parameter, by which optimizer state is traced back to
 its source.
@@ -26,6 +26,7 @@ class ParamBox:
     out_sharding: tuple[Any, ...] | None = dataclasses.field(
         default=None, metadata={"static": True}
     )
+    memory_kind: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     def get_value(self):
         return self.value
@@ -38,12 +39,19 @@ class ParamBox:
 
 
 def is_box(x: Any) -> bool:
-    return isinstance(x, ParamBox)
+    return isinstance(x, ParamBox) and is_variable(x)
 
 
 def unbox(tree: Any) -> Any:
     """The tree of what is in the boxes."""
-    return jax.tree.map(value_of, tree, is_leaf=is_variable)
+    return jax.tree.map(value_of, tree, is_leaf=is_boxed)
+
+
+def empty(tree: Any) -> Any:
+    """The tree without the boxes whose array a mask has left out."""
+    return jax.tree.map(
+        lambda x: x if is_variable(x) else value_of(x), tree, is_leaf=is_boxed
+    )
 
 
 def with_auto_axes(run: Any, *args: Any) -> Any:
@@ -54,26 +62,59 @@ def with_auto_axes(run: Any, *args: Any) -> Any:
     return run(*args)
 
 
+def is_boxed(x: Any) -> bool:
+    """Whether ``x`` is a box of Flax: a variable of NNX, or Linen's `nn.Partitioned`.
+
+    Told by what they have, so that Flax need not be there.
+    """
+    return _is_linen(x) or hasattr(x, "get_value") and hasattr(x, "get_metadata")
+
+
+def _is_linen(x: Any) -> bool:
+    return hasattr(x, "replace_boxed") and hasattr(x, "names")
+
+
 def is_variable(x: Any) -> bool:
-    """Whether ``x`` is a boxed array, as a Flax NNX variable is (no flax import)."""
-    return hasattr(x, "get_value") and hasattr(x, "get_metadata")
+    """Whether ``x`` is a boxed array.
+
+    A mask by a function over a tree of boxes leaves the array out and keeps the box,
+    which has no more leaves than the placeholder in it.
+    """
+    return is_boxed(x) and bool(jax.tree.leaves(value_of(x)))
+
+
+def rebox(box: Any, value: Any) -> Any:
+    """The box with another value in it."""
+    return box.replace_boxed(value) if _is_linen(box) else box.replace(value)
+
+
+def annotate(box: Any, value: Any, spec: tuple[Any, ...] | None) -> Any:
+    """The box with another value in it, and another spec, or none."""
+    if _is_linen(box):
+        return box.replace(value=value, names=spec or ())
+    return box.replace(value, out_sharding=spec)
+
+
+def annotation(box: Any) -> tuple[Any, ...] | None:
+    """The spec of a box, of mesh axes or of names that stand for these."""
+    return box.names if _is_linen(box) else box.get_metadata().get("out_sharding")
 
 
 def leaf_spec(leaf: Any) -> tuple[tuple[Any, ...] | None, Any]:
-    """A leaf's partition spec, one entry an axis, and its mesh; None where it has none.
+    """A leaf's partition spec, one entry an axis, and its sharding, if it has them.
 
-    Known for an annotated variable, for a concrete array with a `NamedSharding`, and
-    for a traced one on a mesh of explicit axes.
+    Known for an annotated box, for a concrete array with a `NamedSharding`, and for a
+    traced one on a mesh of explicit axes.
     """
     if leaf is None:
         return None, None
     if is_variable(leaf):
-        spec = leaf.get_metadata().get("out_sharding")
+        spec = annotation(leaf)
         if spec is None:
             return None, None
-        ndim = leaf.get_value().ndim
+        rest = (None,) * (value_of(leaf).ndim - len(spec))
         # nnx.vmap stacks layers in front without telling the annotation.
-        return (None,) * (ndim - len(spec)) + tuple(spec), None
+        return (*spec, *rest) if _is_linen(leaf) else (*rest, *spec), None
     sharding = getattr(leaf, "sharding", None)
     if isinstance(leaf, jax.core.Tracer):
         sharding = jax.typeof(leaf).sharding
@@ -82,7 +123,18 @@ def leaf_spec(leaf: Any) -> tuple[tuple[Any, ...] | None, Any]:
     if not isinstance(sharding, NamedSharding):
         return None, None
     spec = tuple(sharding.spec)
-    return spec + (None,) * (leaf.ndim - len(spec)), sharding.mesh
+    return spec + (None,) * (leaf.ndim - len(spec)), sharding
+
+
+def mesh_spec(leaf: Any) -> tuple[Any, ...] | None:
+    """`leaf_spec` in axes of the mesh, where Flax has rules for other names in it."""
+    spec, _ = leaf_spec(leaf)
+    if spec is None or not hasattr(leaf, "rules"):
+        return spec
+    from flax import linen  # is there, as the box is Linen's
+
+    rules = leaf.rules or linen.get_logical_axis_rules()
+    return tuple(linen.logical_to_mesh_axes(spec, rules) or ()) if rules else spec
 
 
 def explicit_axes(mesh: Any) -> bool:
@@ -92,4 +144,6 @@ def explicit_axes(mesh: Any) -> bool:
 
 
 def value_of(leaf: Any) -> Any:
-    return leaf.get_value() if is_variable(leaf) else leaf
+    if not is_boxed(leaf):
+        return leaf
+    return leaf.value if _is_linen(leaf) else leaf.get_value()

@@ -10,14 +10,19 @@ import optax
 
 from lowrank_optax._src.leaves.box import (
     ParamBox,
+    annotate,
+    annotation,
+    empty,
     is_box,
     is_variable,
     leaf_spec,
+    mesh_spec,
     value_of,
 )
 from lowrank_optax._src.leaves.choose import quietly
 from lowrank_optax._src.leaves.context import around
 from lowrank_optax._src.leaves.paths import flatten, path_parts
+from lowrank_optax._src.leaves.roles import Role, holder_of, is_own, role_of
 
 Where = tuple[str, int]  # a field of a state, and the number of a parameter's leaf
 
@@ -51,21 +56,22 @@ class StateFields:
                 state = jax.eval_shape(
                     lambda params: self._inner.init(params), treedef.unflatten(boxes)
                 )
-            # An inner mask may have left out what is in the box.
-            state = jax.tree.map(
-                lambda x: x.value if is_box(x) and not hasattr(x.value, "shape") else x,
-                state,
-                is_leaf=is_box,
-            )
+            state = empty(state)
             found, structure = jax.tree_util.tree_flatten_with_path(
                 state, is_leaf=is_box
             )
             leaves = {tuple(path): i for i, (path, _) in enumerate(flat)}
+            where = [field_of(k, x, leaves) for k, x in found]
             self._layouts[seen] = Layout(
                 structure,
-                [field_of(k, x, leaves) for k, x in found],
+                where,
                 {i: x for i, (_, x) in enumerate(found)},
                 _masked_fields(state, set(leaves)),
+                {
+                    w[0]: holder_of(state, k, field_name(w[0]).partition(".")[0])
+                    for (k, _), w in zip(found, where, strict=True)
+                    if w
+                },
             )
         return self._layouts[seen]
 
@@ -115,11 +121,23 @@ class Layout:
     where: list[Where | None]
     found: dict[int, Any]
     masked: list[str]
+    holders: dict[str, type]
 
     @property
     def names(self) -> list[str]:
         """Paths of the fields within the state, such as ``"0/mu"``."""
         return list(dict.fromkeys([*(w[0] for w in self.where if w), *self.masked]))
+
+    def role(self, name: str) -> Role | None:
+        """What the field of this path is known to be."""
+        return role_of(self.holders.get(name), field_name(name))
+
+    def is_foreign(self, name: str) -> bool:
+        """Whether the field holds arrays for a state that is not of this library."""
+        if is_part_of_code(name) or is_own(self.holders.get(name, Layout)):
+            return False
+        own = (x for (field, _), x in self.abstract.items() if field == name)
+        return any(x.ndim and jnp.issubdtype(x.dtype, jnp.floating) for x in own)
 
     @property
     def abstract(self) -> dict[Where, Any]:
@@ -129,12 +147,12 @@ class Layout:
 
     def get(self, state: Any) -> dict[Where, Any]:
         """What stands at each parameter's place in each field."""
-        entries = self.structure.flatten_up_to(state)
+        entries = self.structure.flatten_up_to(empty(state))
         return {w: x for w, x in zip(self.where, entries, strict=True) if w}
 
     def set(self, state: Any, values: dict[Where, Any]) -> Any:
         """The state with other values at some places."""
-        entries = self.structure.flatten_up_to(state)
+        entries = self.structure.flatten_up_to(empty(state))
         placed = zip(self.where, entries, strict=True)
         return self.structure.unflatten(
             [values.get(w, x) if w else x for w, x in placed]
@@ -167,15 +185,15 @@ def fit_boxes(layout: Layout, state: Any, tree: Any) -> Any:
         source = leaves[where[1]]
         if not is_variable(x):
             return x
-        annotations = (y.get_metadata().get("out_sharding") for y in (x, source))
-        shape, own = x.get_value().shape, source.get_value().shape
+        annotations = {annotation(x), annotation(source)}
+        shape, own = value_of(x).shape, value_of(source).shape
         split = [a is not None for a in leaf_spec(source)[0] or ()]
         alike = len(shape) == len(own) and all(
             i == j for i, j, s in zip(shape, own, split, strict=False) if s
         )
-        if alike or len(set(annotations)) > 1:
+        if alike or len(annotations) > 1:
             return x
-        return x.replace(x.get_value(), out_sharding=None)
+        return annotate(x, value_of(x), None)
 
     return layout.set(state, {w: fit(w, x) for w, x in layout.get(state).items()})
 
@@ -195,10 +213,11 @@ def boxed_state(tx: Any, params: Any) -> Any:
     paths, leaves, treedef = flatten(params)
     boxes = []
     for parts, leaf in zip(paths, leaves, strict=True):
-        spec, _ = leaf_spec(leaf)
+        _, placed = leaf_spec(leaf)
         x = value_of(leaf)
         x = jax.ShapeDtypeStruct(x.shape, x.dtype)
-        boxes.append(ParamBox(x, parts, spec))
+        kind = None if placed is None else placed.memory_kind
+        boxes.append(ParamBox(x, parts, mesh_spec(leaf), kind))
     # A function of its own, or JAX would answer from memory what is recorded and
     # limited anew at every call.
     return jax.eval_shape(lambda params: tx.init(params), treedef.unflatten(boxes))

@@ -15,7 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lowrank_optax._src.leaves.box import is_variable, leaf_spec, value_of
+from lowrank_optax._src.leaves.box import (
+    annotate,
+    is_variable,
+    leaf_spec,
+    rebox,
+    value_of,
+)
 from lowrank_optax._src.linalg.products import Lying, wide
 
 Side = Literal["short", "short_left", "long", "left", "right"]
@@ -131,17 +137,18 @@ class MatrixView:
         known: dict[int | str, int] = {"m": self.m, "n": self.n}
         shape = (*self.batch_shape, *(int(known.get(d, d)) for d in dims))
         value = fill(shape, dtype or self.compute_dtype)
-        spec, mesh = leaf_spec(self.source)
+        spec, placed = leaf_spec(self.source)
         if spec is None:
-            return value if not is_variable(self.source) else self.source.replace(value)
+            return rebox(self.source, value) if is_variable(self.source) else value
         names: dict[int | str, Any] = {
             "m": _merged(spec, self.left),
             "n": _merged(spec, self.right),
         }
         own = tuple(spec[a] for a in self.batch) + tuple(names.get(d) for d in dims)
         if is_variable(self.source):
-            return self.source.replace(value, out_sharding=own)
-        sharding = NamedSharding(mesh, PartitionSpec(*own))
+            return annotate(self.source, value, own)
+        kind = placed.memory_kind
+        sharding = NamedSharding(placed.mesh, PartitionSpec(*own), memory_kind=kind)
         if isinstance(value, jax.core.Tracer):
             return jax.sharding.reshard(value, sharding)
         return jax.device_put(value, sharding)

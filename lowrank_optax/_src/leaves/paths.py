@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax._src import linalg
-from lowrank_optax._src.leaves.box import is_variable
+from lowrank_optax._src.leaves.box import is_variable, value_of
 
 Path = tuple[str, ...]
 
@@ -61,7 +61,7 @@ def placeholders(tree: Any) -> dict[Path, Any]:
     """What stands where another transformation has left out the parameter."""
 
     def left_out(x):
-        return x is None or isinstance(x, optax.MaskedNode)
+        return value_of(x) is None or isinstance(value_of(x), optax.MaskedNode)
 
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=left_out)
-    return {path_parts(key): x for key, x in flat if left_out(x)}
+    return {path_parts(key): value_of(x) for key, x in flat if left_out(x)}

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import optax
 
-from lowrank_optax._src.leaves.box import is_variable, value_of
+from lowrank_optax._src.leaves.box import is_boxed, value_of
 from lowrank_optax._src.leaves.default import Choice, by_default, default_matrices
 from lowrank_optax._src.leaves.matrix import Matrices, MatrixAxes
 from lowrank_optax._src.leaves.paths import Path, flatten, path_parts, placeholders
@@ -54,7 +54,7 @@ _ASKED_TO_BE_DENSE = Choice(None, "`matrices` has None for it", asked=True)
 def _specs(specs: Any) -> dict[Path, MatrixAxes | None]:
     flat, _ = jax.tree_util.tree_flatten_with_path(
         specs,
-        is_leaf=lambda x: x is None or isinstance(x, MatrixAxes) or is_variable(x),
+        is_leaf=lambda x: x is None or isinstance(x, MatrixAxes) or is_boxed(x),
     )
     result = {path_parts(key): value_of(x) for key, x in flat}
     for path, axes in result.items():

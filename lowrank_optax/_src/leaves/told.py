@@ -21,6 +21,18 @@ def warn_of_waste(idle: Sequence[DenseLeaf]) -> None:
         )
 
 
+def warn_of_unknown(fields: Sequence[str]) -> None:
+    """Name the fields of a state that stay uncompressed as their role is unknown."""
+    if fields:
+        warnings.warn(
+            f"Stored as they are, as nothing tells their role: the state fields "
+            f"{', '.join(map(repr, fields))}. If they are moments, name all fields to "
+            "compress, `fields={name: role}`: 'first' for those with signs, 'second' "
+            "for those that are never negative.",
+            stacklevel=3,
+        )
+
+
 def warn_of_nameless(paths: Sequence[Path]) -> None:
     """Say that the default rule goes by names, of which a list has none."""
     if len(paths) > 1 and not any(words("/".join(path)) for path in paths):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lowrank_optax._src.leaves.box import unbox, with_auto_axes
+from lowrank_optax._src.leaves.box import empty, unbox, with_auto_axes
 from lowrank_optax._src.leaves.choose import quietly
 from lowrank_optax._src.leaves.context import around, without_gradient
 from lowrank_optax._src.leaves.fields import field_of
@@ -33,6 +33,7 @@ def transformation(
     states = _States(init)
 
     def init_fn(params):
+        params = empty(params)
         _check_arrays(params)
         return init(params)
 

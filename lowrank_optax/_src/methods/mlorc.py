@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from lowrank_optax._src.engines.compress import by_moment, compress_fields
+from lowrank_optax._src.engines.compress import compress_fields
+from lowrank_optax._src.engines.moments import Fields, by_moment
 from lowrank_optax._src.engines.rules import leafwise
 from lowrank_optax._src.kernels.dispatch import active
 from lowrank_optax._src.leaves import saving
@@ -33,7 +34,7 @@ def mlorc_compress(
     inner: optax.GradientTransformation,
     *,
     rank: int = 4,
-    fields: tuple[str, ...] | None = None,
+    fields: Fields = None,
     oversample: int = 4,
     power_iters: int = 0,
     warm_start: bool = True,
@@ -50,7 +51,9 @@ def mlorc_compress(
       rank: r.
       fields: names of the state fields to compress; by default all those known as
         first (``mu``, ``trace``, ...) or second moments (``nu``, ...), the latter
-        non-negative.
+        non-negative; a warning names what
+        is of unknown role in a state of other libraries. Or ``{name: role}``, the
+        roles "first" for what has signs and "second" for what is never negative.
       oversample, power_iters, warm_start: the sketch, see `LowRank`.
       matrices, key: see `project_gradients`.
 

@@ -4,7 +4,8 @@ import jax
 import optax
 from jax.typing import ArrayLike
 
-from lowrank_optax._src.engines.compress import by_moment, compress_fields
+from lowrank_optax._src.engines.compress import compress_fields
+from lowrank_optax._src.engines.moments import Fields, by_moment
 from lowrank_optax._src.kernels.adam import Adam
 from lowrank_optax._src.leaves.matrix import Matrices, Side
 from lowrank_optax._src.methods.adarankgrad import adaptive_rank
@@ -22,7 +23,7 @@ def quantize_state(
     *,
     bits: int = 8,
     block: int = 256,
-    fields: tuple[str, ...] | None = None,
+    fields: Fields = None,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Store an optimizer's moments in bytes, by block-wise dynamic quantization.
@@ -42,7 +43,9 @@ def quantize_state(
       block: numbers that share one float32 scale, see `BlockInt8`.
       fields: names of the state fields to store in bytes; by default all those known
         as first (``mu``, ``trace``, ...) or second moments (``nu``, ...), the latter
-        without a sign.
+        without a sign; a warning names what
+        is of unknown role in a state of other libraries. Or ``{name: role}``, the
+        roles "first" for what has signs and "second" for what is never negative.
       key: nothing here is random; as in all methods.
 
     Returns:
@@ -73,7 +76,7 @@ def _in_bytes(
     inner: optax.GradientTransformation,
     bits: int,
     block: int,
-    fields: tuple[str, ...] | None,
+    fields: Fields,
     key: int | jax.Array,
     adam: Adam | None = None,
 ) -> optax.GradientTransformationExtraArgs:

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax._src.leaves.fields import field_name
+from lowrank_optax._src.leaves.roles import FIRST_MOMENTS
 from lowrank_optax._src.linalg import matmul
 from lowrank_optax._src.parts import compatible
 from lowrank_optax._src.parts.bounds import most_of_adam
-from lowrank_optax._src.parts.transfer import FIRST_MOMENTS
 
 Per = Literal["channel", "tensor"]
 

@@ -6,12 +6,9 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from lowrank_optax._src.leaves.fields import field_name, is_part_of_code
+from lowrank_optax._src.leaves.roles import FIRST_MOMENTS, SECOND_MOMENTS
 from lowrank_optax._src.linalg import matmul
 from lowrank_optax._src.parts import compatible
-
-# Optax's names. First moments are linear in the gradient, second ones quadratic.
-FIRST_MOMENTS = frozenset({"mu", "trace", "ema", "m", "momentum", "exp_avg"})
-SECOND_MOMENTS = frozenset({"nu", "v", "nu_max", "sum_of_squares", "v_row", "v_col"})
 
 
 @dataclasses.dataclass(frozen=True)

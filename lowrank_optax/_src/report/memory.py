@@ -183,12 +183,16 @@ def memory_report(tx: Any, params: Any, mesh: jax.sharding.Mesh | None = None) -
     leaves = [value_of(x) for x in flatten(params)[1]]
     weights = sum(_bytes(x) for x in leaves)
     local = sum(_local_bytes(x, getattr(x, "sharding", None)) for x in leaves)
-    state = jax.tree.leaves(boxed_state(tx, params))
-    shardings = [None] * len(state)
+    state = boxed_state(tx, params)
+    total = mine = sum(map(_bytes, jax.tree.leaves(state)))
     if mesh is not None:
-        shardings = jax.tree.leaves(state_shardings(tx, params, mesh))
-    total = sum(_bytes(x) for x in state)
-    mine = sum(_local_bytes(x, s) for x, s in zip(state, shardings, strict=True))
+        shardings = state_shardings(tx, params, mesh)
+        parts = jax.tree.map(
+            lambda s, own: sum(_local_bytes(x, s) for x in jax.tree.leaves(own)),
+            shardings,
+            state,
+        )
+        mine = sum(jax.tree.leaves(parts))
     return Table(
         [
             MemoryRow("weights", weights, local),

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lowrank_optax._src.leaves.box import is_box
+from lowrank_optax._src.leaves.box import is_box, is_boxed, mesh_spec, value_of
 from lowrank_optax._src.leaves.fields import boxed_state
+from lowrank_optax._src.leaves.paths import flatten, labels
 
 
 def state_shardings(tx: Any, params: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -20,11 +21,17 @@ def state_shardings(tx: Any, params: Any, mesh: jax.sharding.Mesh) -> Any:
 
     Args:
       tx: any Optax transformation, chains and wrappers included.
-      params: arrays, or `jax.ShapeDtypeStruct` with shardings, or annotated NNX state.
-      mesh: of the result.
+      params: arrays, or `jax.ShapeDtypeStruct` with shardings, or annotated in boxes,
+        as NNX state and Linen's `nn.Partitioned` are. Logical names go by the rules of
+        the boxes or of `flax.linen.logical_axis_rules`.
+      mesh: of the result; the kind of memory is the parameter's.
 
     Returns:
       A tree like ``tx.init(params)``, for ``jax.jit(tx.init, out_shardings=...)``.
+
+    Raises:
+      ValueError: where a parameter's spec names an axis that the mesh does not have,
+        or leaves one unconstrained.
 
     >>> import jax, jax.numpy as jnp, lowrank_optax as lro
     >>> from jax.sharding import NamedSharding, PartitionSpec as P
@@ -37,12 +44,38 @@ def state_shardings(tx: Any, params: Any, mesh: jax.sharding.Mesh) -> Any:
     P(None, 'data')
     """
 
+    paths, leaves, _ = flatten(params)
+    for name, leaf in zip(labels(paths), leaves, strict=True):
+        _check_axes(name, leaf, mesh)
+
     def place(x):
         spec = x.out_sharding if is_box(x) and x.out_sharding is not None else ()
-        shape = (x.value if is_box(x) else x).shape
-        return NamedSharding(mesh, _fitting(PartitionSpec(*spec), shape, mesh))
+        # Of an empty box, one stands for all the arrays in it, which are none.
+        shape = getattr(value_of(x), "shape", ())
+        spec = _fitting(PartitionSpec(*spec), shape, mesh)
+        kind = x.memory_kind if is_box(x) else None
+        return NamedSharding(mesh, spec, memory_kind=kind)
 
-    return jax.tree.map(place, boxed_state(tx, params), is_leaf=is_box)
+    return jax.tree.map(place, boxed_state(tx, params), is_leaf=is_boxed)
+
+
+def _check_axes(name: str, leaf: Any, mesh: jax.sharding.Mesh) -> None:
+    """Refuse a spec that does not say on which axes of the mesh a parameter is."""
+    spec = PartitionSpec(*(mesh_spec(leaf) or ()))
+    cannot = f"Cannot place the state of parameter '{name}' sharded as {spec}: "
+    for names in spec:
+        if names is PartitionSpec.UNCONSTRAINED:
+            raise ValueError(
+                f"{cannot}UNCONSTRAINED leaves an axis to the compiler. Give the axes "
+                "of the mesh that split it, or None."
+            )
+        for axis in names if isinstance(names, tuple) else (names,):
+            if axis is not None and axis not in mesh.shape:
+                raise ValueError(
+                    f"{cannot}the mesh has no axis '{axis}', but {mesh.axis_names}. "
+                    "Pass the mesh of the parameters or, if they are annotated with "
+                    "logical names, call this within `flax.linen.logical_axis_rules`."
+                )
 
 
 def _fitting(spec: PartitionSpec, shape: tuple[int, ...], mesh) -> PartitionSpec:

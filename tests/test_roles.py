@@ -1,0 +1,138 @@
+"""Which fields of a state are first moments, which second ones, and which neither."""
+
+import functools
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from running import assert_close, random_grads, random_like, run
+
+import lowrank_optax as lro
+from lowrank_optax._src.leaves.fields import StateFields
+
+# Those of Optax whose state has an array for each parameter.
+OPTIMIZERS = {
+    "adadelta": optax.scale_by_adadelta(),
+    "adafactor": optax.scale_by_factored_rms(min_dim_size_to_factor=1),
+    "adafactor, not factored": optax.scale_by_factored_rms(factored=False),
+    "adagrad": optax.scale_by_rss(),
+    "adam": optax.scale_by_adam(),
+    "adamax": optax.scale_by_adamax(),
+    "adan": optax.scale_by_adan(),
+    "ademamix": optax.contrib.scale_by_ademamix(),
+    "amsgrad": optax.scale_by_amsgrad(),
+    "belief": optax.scale_by_belief(),
+    "dadapt_adamw": optax.contrib.dadapt_adamw(),
+    "ema": optax.ema(0.9),
+    "lion": optax.scale_by_lion(),
+    "novograd": optax.scale_by_novograd(),
+    "prodigy": optax.contrib.prodigy(),
+    "rms": optax.scale_by_rms(),
+    "rprop": optax.scale_by_rprop(0.1),
+    "schedule_free": optax.contrib.schedule_free_adamw(0.1),
+    "simplified_ademamix": optax.contrib.scale_by_simplified_ademamix(),
+    "sm3": optax.scale_by_sm3(),
+    "stddev": optax.scale_by_stddev(),
+    "trace": optax.trace(0.9),
+    "yogi": optax.scale_by_yogi(),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_counts_as_never_negative_never_is(name):
+    params, tx = random_like({"w": (6, 8), "b": (8,)}, 0), OPTIMIZERS[name]
+    layout, state = StateFields(tx).layout(params), tx.init(params)
+    smallest = dict.fromkeys(layout.names, 0.0)
+    for grads in random_grads(params, 4):
+        _, state = tx.update(grads, state, params)
+        for (field, _), x in layout.get(state).items():
+            low = [float(jnp.min(part)) for part in jax.tree.leaves(x)]
+            smallest[field] = min(smallest[field], *low)
+    known = [field for field in layout.names if layout.role(field)]
+    first = {field for field in known if layout.role(field) == "first"}
+    first -= {"mu"} if name == "sm3" else set()  # of squares, each in two vectors
+    assert {field for field in known if smallest[field] < 0} == first
+
+
+def test_adan_in_bytes_keeps_the_signs_of_its_differences():
+    params = random_like({"w": (64, 64)}, 0)
+    grads = random_grads(params, 3)
+    with pytest.warns(UserWarning, match="fields 'g'.*fields="):
+        tx = lro.quantize_state(optax.scale_by_adan())
+        _, state = run(tx, params, grads)
+    _, exact = run(optax.scale_by_adan(), params, grads)
+    decode = lro.BlockInt8(signed=True).decode
+    stored, want = decode(state.inner_state.v["w"]), exact.v["w"]
+    assert jnp.mean(jnp.sign(stored) == jnp.sign(want)) > 0.99
+    assert state.inner_state.n["w"].index.dtype == jnp.uint8
+
+
+# Of one's own
+
+
+class Adam(NamedTuple):
+    mu: Any
+    nu: Any
+    age: Any
+    steps: jax.Array
+
+
+def scale_by_ones_own_adam():
+    def init(params):
+        mu, nu, age = (jax.tree.map(jnp.zeros_like, params) for _ in range(3))
+        return Adam(mu, nu, age, jnp.zeros([]))
+
+    def update(grads, state, params=None):
+        # What is not a second moment, though it has the name.
+        nu = jax.tree.map(lambda v, g: 0.9 * v + g, state.nu, grads)
+        mu = jax.tree.map(lambda m, g: 0.9 * m + g, state.mu, grads)
+        return jax.tree.map(jnp.add, mu, nu), state._replace(mu=mu, nu=nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+WHOLE = {"rank": 64, "matrices": lro.MatrixAxes()}
+COMPRESSED = {
+    "bytes": lro.quantize_state,
+    "factors": functools.partial(lro.mlorc_compress, **WHOLE),
+}
+
+
+@pytest.mark.parametrize("how", COMPRESSED)
+def test_no_name_makes_a_stranger_never_negative(how):
+    compress, inner = COMPRESSED[how], scale_by_ones_own_adam()
+    params = random_like({"w": (64, 64)}, 0)
+    grads = random_grads(params, 3)
+    with pytest.warns(UserWarning, match="the state fields 'nu', 'age'. If") as said:
+        state = compress(inner).init(params).inner_state
+    assert len(said) == 1
+    chex.assert_trees_all_equal((state.nu, state.age), inner.init(params)[1:3])
+    assert not isinstance(state.mu["w"], jax.Array)
+    with pytest.raises(ValueError, match=r"'nu'.*signs.*fields=\{'nu': 'first'\}"):
+        compress(inner, fields=("mu", "nu")).init(params)
+
+    tx = compress(inner, fields={"mu": "first", "nu": "first"})
+    updates, last = run(tx, params, grads)
+    expected, _ = run(inner, params, grads)
+    assert_close(updates, expected, rtol=0.05, atol=0.1)
+    chex.assert_trees_all_equal_shapes(last.inner_state.mu, last.inner_state.nu)
+    with pytest.raises(ValueError, match="'first' or 'second', got 'third' for 'nu'"):
+        compress(inner, fields={"nu": "third"})
+
+
+@pytest.mark.parametrize("role", ["first", "second"])
+@pytest.mark.parametrize("name", ["nu", "0/nu"])
+def test_a_role_that_is_named(name, role):
+    inner = optax.chain(scale_by_ones_own_adam())
+    tx = lro.mlorc_compress(inner, rank=2, fields={name: role})
+    params = {"w": -jnp.ones((16, 24))}
+    _, state = tx.update(params, tx.init(params))
+    assert_close(state.inner_state[0].mu["w"], params["w"])
+    updates, _ = tx.update(params, state)
+    if role == "first":
+        assert_close(updates["w"], 3.8 * params["w"])
+    else:  # the -1 that was stored is read as nothing below zero
+        assert jnp.all(updates["w"] >= -2.9 - 1e-5)
