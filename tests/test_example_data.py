@@ -210,6 +210,12 @@ def test_a_hub_dataset_without_text_is_refused(hub):
         load_corpus("hf:someone/books", 1)
 
 
+def test_a_row_of_the_hub_without_text_is_named(hub):
+    hub.splits["train"] = [{"text": "good"}, {"text": None}]
+    with pytest.raises(ValueError, match="'hf:a/b': train, row 2: no text under"):
+        load_corpus("hf:a/b", 1000)
+
+
 def test_an_unreachable_hub_is_an_error_where_it_was_asked_for(hub):
     def load_dataset(*_, **__):
         raise ConnectionError("no route")

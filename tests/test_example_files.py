@@ -26,7 +26,9 @@ from examples.common.tokens import (
 )
 from examples.common.typed import checked_fields
 from examples.common.weights import read_tensors, write_tensors
+from examples.llama import finetune, pretrain
 from examples.llama.instructions import read_instructions
+from examples.roberta import glue
 from examples.roberta.data import read_examples
 from examples.roberta.tasks import GLUE
 from tests.faults import DAMAGES, full_disk, remove
@@ -459,9 +461,7 @@ BAD_LINES = {
 }
 
 
-@pytest.mark.parametrize("bad", BAD_LINES)
-def test_a_bad_line_is_named_with_file_and_line(bad, reader, tmp_path):
-    read, name, row = reader
+def with_bad_line(path, bad, name, row):
     value = BAD_LINES[bad]
     if bad == "missing":
         line = json.dumps({k: v for k, v in row.items() if k != name})
@@ -469,11 +469,39 @@ def test_a_bad_line_is_named_with_file_and_line(bad, reader, tmp_path):
         line = value
     else:
         line = json.dumps(row | {name: value})
-    path = tmp_path / "a.jsonl"
     path.write_text(f"{json.dumps(row)}\n\n{line}\n")
+
+
+@pytest.mark.parametrize("bad", BAD_LINES)
+def test_a_bad_line_is_named_with_file_and_line(bad, reader, tmp_path):
+    read, name, row = reader
+    path = tmp_path / "a.jsonl"
+    with_bad_line(path, bad, name, row)
     with pytest.raises(ValueError) as caught:
         read(path)
     message = str(caught.value)
     assert message.startswith((f"{path}, line 3:", f"{path}: row 3"))
     assert len(message) < 300 and message.isprintable()
     message.encode()
+
+
+COMMANDS = {
+    "pretrain": (pretrain.main, "--data=path:{}"),
+    "finetune": (finetune.main, "--data={}"),
+    "glue": (glue.main, "--task=mrpc --data={}"),
+}
+
+
+@pytest.mark.parametrize("bad", ["null", "surrogate", "half"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_refuses_a_bad_line_in_one_line(command, bad, tmp_path, capsys):
+    main, flags = COMMANDS[command]
+    row = READERS[command][1]
+    path = tmp_path / "a.jsonl"
+    with_bad_line(path, bad, next(iter(row)), row)
+    out = tmp_path / "run"
+    assert main([*flags.format(path).split(), f"--out={out}"]) == 2
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert line.startswith((f"{command}: {path}, line 3:", f"{command}: {path}: row 3"))
+    assert line.isprintable() and printed.out == "" and not out.exists()

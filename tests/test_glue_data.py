@@ -236,6 +236,14 @@ def test_a_malformed_file_is_named(name, content, said, tmp_path):
     assert str(caught.value).startswith(str(tmp_path / name))
 
 
+@pytest.mark.parametrize("value", [True, None, "one", [1]])
+def test_a_label_of_no_number_is_named(value, tmp_path):
+    row = {"sentence1": "a", "sentence2": "b", "label": value}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match="row 1: the label .* is no number from 0"):
+        read_examples(tmp_path / "train.jsonl", GLUE["stsb"])
+
+
 def test_a_few_broken_rows_are_left_out_of_qqp_only(tmp_path):
     path = tmp_path / "train.tsv"
     good, broken = ["0", "1", "2", "a", "b", "1"], ["0", "1"]

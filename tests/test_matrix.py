@@ -159,8 +159,8 @@ def test_default_rule_takes_float_leaves_of_two_axes():
     }
     why = {p: getattr(v, "why", None) for p, v in seen(tree).items()}
     assert why == {
-        "scalar": "it has 0 axes",
-        "vector": "it has 1 axes",
+        "scalar": "it is a scalar",
+        "vector": "it is a vector",
         "matrix": None,
         "half": None,
         "kernel": "it has 4 axes and nothing tells which are rows and columns",
@@ -632,7 +632,7 @@ def test_describe_galore():
     assert (embed.view, embed.side, embed.rank) == (None, "", None)
     assert embed.state_bytes == 2 * 4 * 20 * 8
     assert embed.why == "'embed' names an embedding or a head"
-    assert bias.why == "it has 1 axes"
+    assert bias.why == "it is a vector"
     assert bias.state_bytes == 2 * 4 * 12
 
 
@@ -659,7 +659,7 @@ def test_describe_says_why_a_leaf_is_dense():
     why = {r.path: r.why for r in lro.describe(lro.galore_adamw(1e-2, 4), params)}
     assert why == {
         "embed/weight": "'embed' names an embedding or a head",
-        "mlp/bias": "it has 1 axes",
+        "mlp/bias": "it is a vector",
         "mlp/kernel": "",
         "scan": "its dtype int8 is not floating",
     }

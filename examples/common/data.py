@@ -188,10 +188,10 @@ def _hub(name: str, train_bytes: int) -> Corpus:
         rows = datasets.load_dataset(
             dataset, configuration, split=split, streaming=True
         )
-        for row in rows:
-            if not isinstance(row.get("text"), str):
+        for number, row in enumerate(rows, start=1):
+            if "text" not in row:
                 raise ValueError(f"it has no column 'text' but {', '.join(row)}")
-            yield row["text"]
+            yield text_of(row, "text", f"{split}, row {number}")
 
     try:
         train = _take(texts("train"), train_bytes)

@@ -234,7 +234,7 @@ def _label(value: Any, task: Task, at: str) -> float:
     """The number of a class, given by it or by name, or what is predicted."""
     if not task.labels:
         try:
-            number = float(value)
+            number = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError):
             number = math.nan
         if not _LOWEST <= number <= _HIGHEST:

@@ -61,7 +61,7 @@ def _choose(
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return Choice(None, f"its dtype {x.dtype} is not floating")
     if x.ndim < 2:
-        return Choice(None, f"it has {x.ndim} axes")
+        return Choice(None, "it is a vector" if x.ndim else "it is a scalar")
     # Haiku's `b` is a bias; a `b` without the larger `w` may be anything.
     beside = values.get((*path[:-1], "w")) if path[-1:] == ("b",) else None
     if beside is not None and beside.ndim > x.ndim:

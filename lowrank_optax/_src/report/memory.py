@@ -45,8 +45,8 @@ class Row:
 
     Attributes:
       path, shape, dtype: of the parameter.
-      view: (*batch, m, n) with the basis side first, or None if it is dense.
-      side: "left" (rows), "right" (columns), or "".
+      view: (*batch, m, n), the side of the basis first, or None if it is dense.
+      side: which side of the leaf that is: "left" (rows), "right" (columns), or "".
       rank: of the state kept for it, or None.
       state_bytes: of all state that belongs to it.
       why: why it is dense, or "".
@@ -99,7 +99,7 @@ def describe(tx: Any, params: Any) -> Table:
     >>> params = {"w": jnp.ones((64, 32)), "b": jnp.ones(32)}
     >>> print(lro.describe(lro.galore_adamw(1e-2, rank=4), params))
     path  shape     dtype    view      side   rank  state_bytes  why
-    b     (32,)     float32                         256          it has 1 axes
+    b     (32,)     float32                         256          it is a vector
     w     (64, 32)  float32  (32, 64)  right  4     2560
     """
     with record_views() as seen:
