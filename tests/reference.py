@@ -102,14 +102,17 @@ def mlorc_adam(
 ) -> list[np.ndarray]:
     """MLorc-AdamW (Algorithm 1), its RSVD replaced by the exact truncated SVD.
 
-    A moment that ``compress`` does not name stays as it is (MLorc_m, MLorc_v).
+    A moment that ``compress`` does not name stays as it is (MLorc_m, MLorc_v). What
+    exceeds the largest update of Adam itself is cut off.
     """
     m = v = np.zeros_like(wide(grads[0]))
+    most = (1 - b1) / np.sqrt((1 - b2) * (1 - b1**2 / b2))
     directions = []
     for t, g in enumerate(map(wide, grads), start=1):
         m = b1 * m + (1 - b1) * g
         v = b2 * (clamp(v) if "nu" in compress else v) + (1 - b2) * g**2
-        directions.append(m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps))
+        direction = m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps)
+        directions.append(np.clip(direction, -most, most))
         m = truncate(m, rank) if "mu" in compress else m
         v = truncate(v, rank) if "nu" in compress else v
     return directions

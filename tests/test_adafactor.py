@@ -80,3 +80,58 @@ def test_of_a_stack_one_matrix_does_not_clip_another(tx):
         assert relative_error(b["w"][0], a["w"][0]) < 1e-6
         assert relative_error(b["w"][2], a["w"][2]) < 1e-6
     assert relative_error(other[1]["w"][1], calm[1]["w"][1]) > 0.01
+
+
+def in_float64(grads, decay_rate=0.8, threshold=1.0):
+    """The formulas of Shazeer and Stern on one matrix."""
+    row = col = 0.0
+    for t, g in enumerate(np.asarray(grads, np.float64), 1):
+        b2, square = 1 - t**-decay_rate, g**2 + 1e-30
+        row = b2 * row + (1 - b2) * square.mean(-1)
+        col = b2 * col + (1 - b2) * square.mean(-2)
+        u = g / np.sqrt(row[:, None] / row.mean() * col)
+        yield u / max(1.0, np.sqrt(np.mean(u**2)) / threshold)
+
+
+ADAFACTOR = lro.scale_by_adafactor()  # one for all cases: they share its compilation
+
+
+@pytest.mark.parametrize("zero", ["nothing", "row", "column", "both", "all"])
+@pytest.mark.parametrize(
+    "scales",
+    [*([10.0**k] * 3 for k in range(-15, 19, 3)), [1e18, 1e-15, 1e15], [1e-15, 1e18]],
+    ids=lambda scales: "-".join(f"{s:.0e}" for s in scales),
+)
+def test_gradients_of_any_size_with_zeros(scales, zero):
+    rng = np.random.default_rng(0)
+    grads = rng.normal(size=(len(scales), 8, 16)) * np.reshape(scales, (-1, 1, 1))
+    if zero in ("row", "both"):
+        grads[:, 3] = 0
+    if zero in ("column", "both"):
+        grads[:, :, 5] = 0
+    if zero == "all":
+        grads[:] = 0
+    grads = grads.astype(np.float32)
+    each = [{"w": jnp.array(g)} for g in grads]
+    updates, _ = run(ADAFACTOR, each[0], each)
+    for u, want in zip(updates, in_float64(grads), strict=True):
+        np.testing.assert_allclose(u["w"], want, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [lro.galore_adafactor(0.1, 2), lro.flora(0.1, 2)],
+    ids=["galore", "flora"],
+)
+@pytest.mark.parametrize("scale", [2.0**-30, 2.0**14, 2.0**50])
+def test_a_zero_row_spoils_no_size_of_gradients(tx, scale):
+    """Nothing in these knows the size of a gradient; one leaf is not projected."""
+    params = random_like({"w": (24, 32), "small": (3, 4)}, 0)
+    grads = random_grads(params, 3)
+    grads = [{name: g.at[2].set(0) for name, g in step.items()} for step in grads]
+    scaled = [optax.tree.scale(scale, step) for step in grads]
+    expected, _ = run(tx, params, grads)
+    updates, _ = run(tx, params, scaled)
+    for u, want in zip(updates, expected, strict=True):
+        for name in params:
+            assert relative_error(u[name], want[name]) < 1e-5

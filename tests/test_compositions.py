@@ -99,6 +99,13 @@ def test_refused_when_it_is_made(make, message):
             lambda: lro.compress_state(ADAM, {"nu": lro.PackedInt4()}),
             "PackedInt4 with the state field 'nu': .* small numbers beside large ones",
         ),
+        *(
+            (
+                lambda cast=lro.Cast(dtype): lro.compress_state(ADAM, {"0/nu": cast}),
+                "Cast with the state field '0/nu': .* small numbers beside large ones",
+            )
+            for dtype in ("float16", jnp.float8_e4m3fn, jnp.float8_e5m2)
+        ),
         (
             lambda: lro.compress_state(project(), {"basis": lro.LowRank(2)}),
             "LowRank with the state field 'basis': .* independent",
@@ -202,6 +209,8 @@ class Given:
         project(lro.quantize_state(ADAM), rank=32),
         lro.compress_state(optax.scale_by_adan(), {"v": INT8}),
         lro.compress_state(ADAM, {"mu": INT8, "nu": INT8}),  # coarser, but it has 0
+        lro.compress_state(ADAM, {"mu": lro.Cast(jnp.float16)}),
+        lro.compress_state(ADAM, {"nu": lro.Cast(jnp.bfloat16)}),
         lro.mlorc_compress(optax.chain(optax.scale_by_factored_rms(), MOMENTUM)),
         lro.mlorc_compress(optax.masked(MOMENTUM, {"w": False, "b": True})),
     ],

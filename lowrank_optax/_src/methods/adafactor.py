@@ -123,8 +123,10 @@ def scale_by_adafactor(
             if _factored(view):
                 row = b2 * old[0] + (1 - b2) * jnp.mean(square, axis=-1)
                 col = b2 * old[1] + (1 - b2) * jnp.mean(square, axis=-2)
-                share = row / jnp.mean(row, axis=-1, keepdims=True)
-                u = g * share[..., None] ** -0.5 * col[..., None, :] ** -0.5
+                # In pairs that keep in range: a quotient of squares would not.
+                root = jnp.mean(row, axis=-1, keepdims=True) ** 0.5
+                u = g * row[..., None] ** -0.5
+                u = u * (root * col**-0.5)[..., None, :]
                 new = [row, col, old[2]]
             else:
                 v = b2 * view.matrix(old[2]) + (1 - b2) * square

@@ -44,7 +44,9 @@ def mlorc_compress(
     """MLorc around any optimizer that has momentum.
 
     Its moments are stored as rank-r factors, reconstructed for the update, and
-    compressed again afterwards; the update itself uses the exact new moments.
+    compressed again afterwards; the update itself uses the exact new moments. Nothing
+    bounds it: after an outlier, a second moment that was compressed divides by far too
+    little where it lost what it was. `mlorc_scale_by_adam` cuts such updates off.
 
     Args:
       inner: such as ``optax.trace(0.9)``, ``optax.scale_by_lion()``.
@@ -152,7 +154,7 @@ def mlorc_scale_by_adam(
         rule = MLorcAdam(b1, b2, eps, mu, nu)
         return leafwise(rule, dense=adam, side="short_left", matrices=matrices, key=key)
     return mlorc_compress(
-        adam,
+        _bounded(adam, b1, b2),
         rank=rank,
         fields=tuple(compress),
         oversample=oversample,
@@ -161,6 +163,21 @@ def mlorc_scale_by_adam(
         matrices=matrices,
         key=key,
     )
+
+
+def _bounded(adam, b1, b2):
+    """Adam whose updates are cut off at the most that its own moments would allow."""
+
+    def update(*args, **extra):
+        updates, state = adam.update(*args, **extra)
+        most = most_of_adam(b1, b2)
+
+        def cut(u):  # Complex leaves are not compressed, and keep to it by themselves.
+            return u if jnp.iscomplexobj(u) else jnp.clip(u, -most, most)
+
+        return jax.tree.map(cut, updates), state
+
+    return adam._replace(update=update)
 
 
 def mlorc_scale_by_lion(

@@ -32,11 +32,18 @@ class Cast:
     never change, as the product rounds back to where it was.
 
     Args:
-      dtype: such as ``jnp.bfloat16`` (other dtypes round to nearest).
+      dtype: such as ``jnp.bfloat16`` (other dtypes round to nearest). Dtypes of fewer
+        exponents than float32, such as ``jnp.float16``, store no second moments:
+        small squares would become zero.
     """
 
     dtype: Any
     elementwise: ClassVar[bool] = True
+
+    @property
+    def lacks(self) -> tuple[str, ...]:
+        least = jnp.finfo(self.dtype).minexp
+        return (compatible.ALL_SIZES,) if least > jnp.finfo(jnp.float32).minexp else ()
 
     def init(self, view):
         return CastCode(view.zeros("m", "n", dtype=self.dtype))
