@@ -38,6 +38,18 @@ def project(inner=ADAM, rank=2, **parts):
     return lro.project_gradients(inner, rank=rank, refresh=lro.Every(2), **parts)
 
 
+def test_an_inner_optimizer_may_be_compiled_by_itself():
+    params = random_like(SHAPES, 0)
+    grads = random_grads(params, 4 * EVERY)
+    inner = optax.chain(project(MOMENTUM), optax.scale(-1.0))
+    compiled = optax.GradientTransformationExtraArgs(
+        jax.jit(inner.init), jax.jit(inner.update)
+    )
+    found = run(lro.accumulate_gradients(compiled, EVERY), params, grads)
+    wanted = run(lro.accumulate_gradients(inner, EVERY), params, grads)
+    assert_close(found, wanted, 1e-6)
+
+
 def test_the_formulas_with_the_basis_of_the_first_micro_batch():
     params = random_like({"w": (5, 8), "b": (3,)}, 0)
     grads = random_grads(params, 4 * EVERY)

@@ -114,6 +114,21 @@ def test_shrinking_goes_on_from_where_it_was():
     assert state.basis["low"].shape == (14, 1)
 
 
+def test_what_compiles_its_init_is_shrunk_too():
+    tx, grads = adaptive(), gradients(12)
+    compiled = optax.GradientTransformationExtraArgs(jax.jit(tx.init), tx.update)
+    params = alike(grads[0])
+    state = compiled.init(params)
+    for g in grads:
+        _, state = jax.jit(tx.update)(g, state, params)
+    _, wanted = lro.rank.shrink(tx, state, params, multiple_of=1)
+    for _ in range(2):  # which JAX might answer from memory
+        small, found = lro.rank.shrink(compiled, state, params, multiple_of=1)
+        assert nbytes(found) == nbytes(wanted) < nbytes(state)
+        chex.assert_trees_all_equal_shapes(small.init(params), found)
+        assert lro.describe(compiled, params) == lro.describe(tx, params)
+
+
 def test_a_rank_that_would_grow_is_held_at_what_is_left():
     tx, grads = adaptive(), gradients(6)
     _, state = run_eagerly(tx, grads[0], grads[:2])

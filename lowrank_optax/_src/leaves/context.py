@@ -1,8 +1,9 @@
 """What is said to transformations from around them, through whatever wraps them.
 
 Optax hands an ``init`` nothing but parameters, and an ``update`` only what each wrapper
-passes on. Each variable here is one of a context, so that several threads may trace at
-once.
+passes on. What is said is local to a thread, and what can be compared is in JAX's key
+of each compilation: a wrapper that compiles is compiled anew where something else is
+said. The place of a layer, which may be traced, and the log of views are not.
 """
 
 import contextlib
@@ -17,10 +18,11 @@ from lowrank_optax._src.leaves.paths import Path
 Phase = Literal["start", "add", "finish"]
 T = TypeVar("T")
 
-_phase: ContextVar[Phase | None] = ContextVar("phase", default=None)
-_layer: ContextVar[tuple[jax.Array | int, int]] = ContextVar("layer", default=(0, 1))
-_limits: ContextVar[tuple[tuple[Path, int], ...]] = ContextVar("limits", default=())
-_beside: ContextVar[tuple[tuple[Path, Any], ...]] = ContextVar("beside", default=())
+_phase = jax.make_user_context(default_value=None)
+_depth = jax.make_user_context(default_value=1)
+_limits = jax.make_user_context(default_value=())
+_beside = jax.make_user_context(default_value=())
+_place: ContextVar[jax.Array | int] = ContextVar("place", default=0)
 _log: ContextVar[list[Any] | None] = ContextVar("log", default=None)
 
 
@@ -35,50 +37,52 @@ def _within(variable: ContextVar[Any], value: T) -> Iterator[T]:
 
 def accumulating() -> Phase | None:
     """What `accumulate_gradients` asks of the engine inside of it, see there."""
-    return _phase.get()
+    return _phase.value
 
 
 def accumulation(phase: Phase) -> contextlib.AbstractContextManager[Any]:
     """Let transformations within take their part in the sum of several gradients."""
-    return _within(_phase, phase)
+    return _phase(phase)
 
 
-def one_layer(place: jax.Array, depth: int) -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def one_layer(place: jax.Array, depth: int) -> Iterator[None]:
     """Let the stacks within, of one layer, be those at a place of ``depth`` layers.
 
     What a transformation does to a layer must not depend on whether it is given the
     whole stack or, by `layerwise`, one layer after the other.
     """
-    return _within(_layer, (place, depth))
+    with _depth(depth), _within(_place, place):
+        yield
 
 
 def layer_place() -> jax.Array | int:
     """Where in the whole stacks the first layer of those given stands."""
-    return _layer.get()[0]
+    return _place.get()
 
 
 def layer_depth() -> int:
     """How many times larger than those given the whole stacks are."""
-    return _layer.get()[1]
+    return _depth.value
 
 
 def limits() -> tuple[tuple[Path, int], ...]:
     """Path and limit of each rank that is limited here, see `limited_ranks`."""
-    return _limits.get()
+    return _limits.value
 
 
 def around() -> tuple[Any, ...]:
     """What the shapes of a state depend on, besides parameters and transformation."""
-    return limits(), accumulating() is not None, layer_depth(), _beside.get()
+    return limits(), accumulating() is not None, layer_depth(), _beside.value
 
 
 def limited_ranks(
     limits: Mapping[Path, int],
 ) -> contextlib.AbstractContextManager[Any]:
     """Let state that is created within have at most these ranks, by path."""
-    known = dict(_limits.get())
+    known = dict(_limits.value)
     smallest = known | {p: min(r, known.get(p, r)) for p, r in limits.items()}
-    return _within(_limits, tuple(sorted(smallest.items())))
+    return _limits(tuple(sorted(smallest.items())))
 
 
 def without_gradient(
@@ -89,12 +93,12 @@ def without_gradient(
     Which axes an output of attention has is told by its queries, and these may be
     frozen.
     """
-    return _within(_beside, tuple((dict(_beside.get()) | shapes).items()))
+    return _beside(tuple((beside() | shapes).items()))
 
 
 def beside() -> dict[Path, jax.ShapeDtypeStruct]:
     """The parameters that are left out of an update, see `without_gradient`."""
-    return dict(_beside.get())
+    return dict(_beside.value)
 
 
 def record_views() -> contextlib.AbstractContextManager[list[Any]]:

@@ -52,10 +52,7 @@ class StateFields:
                 for i, shape in enumerate(shapes)
             ]
             with quietly():
-                # A function of its own, or JAX would answer for other limits.
-                state = jax.eval_shape(
-                    lambda params: self._inner.init(params), treedef.unflatten(boxes)
-                )
+                state = jax.eval_shape(self._inner.init, treedef.unflatten(boxes))
             state = empty(state)
             found, structure = jax.tree_util.tree_flatten_with_path(
                 state, is_leaf=is_box

@@ -87,9 +87,8 @@ class _States:
         seen = treedef, tuple((x.shape, x.dtype) for x in shapes), around()
         if seen not in self._known:
             with quietly():
-                # A function of its own, or JAX would answer for other limits.
                 self._known[seen] = jax.eval_shape(
-                    lambda params: self._init(params), treedef.unflatten(shapes)
+                    self._init, treedef.unflatten(shapes)
                 )
         return self._known[seen]
 
