@@ -1,5 +1,6 @@
 """What is not fit for an update: an error that says what, or the update without it."""
 
+import functools
 import inspect
 
 import chex
@@ -90,11 +91,16 @@ def test_a_gradient_of_another_shape_is_refused_by_its_path(method):
 
 def test_only_arrays_can_be_optimized(method):
     params = example_params()
-    for other in (1.0, "name", jax.nn.relu):
-        with pytest.raises(TypeError, match="'up/bias'.*must be an array"):
-            method.tx.init(params | {"up": params["up"] | {"bias": other}})
+    looks = (lro.describe, lro.state_bytes, lro.memory_report)
+    asked = [method.tx.init] + [functools.partial(look, method.tx) for look in looks]
+    for other in (1.0, "name", jax.nn.relu, jax.random.key(0)):
+        for ask in asked:
+            with pytest.raises(TypeError, match="'up/bias'.*must be an array"):
+                ask(params | {"up": params["up"] | {"bias": other}})
     grads = params | {"embed": {"table": 0.0}}
-    with pytest.raises(TypeError, match="'embed/table'.*must be an array, got 0.0"):
+    with pytest.raises(
+        TypeError, match="'embed/table'.*must be an array of numbers, got 0.0"
+    ):
         method.tx.update(grads, make(method.tx, params), params)
 
 

@@ -21,7 +21,7 @@ from lowrank_optax._src.leaves.box import (
 )
 from lowrank_optax._src.leaves.choose import quietly
 from lowrank_optax._src.leaves.context import around
-from lowrank_optax._src.leaves.paths import flatten, path_parts
+from lowrank_optax._src.leaves.paths import check_arrays, flatten, path_parts
 from lowrank_optax._src.leaves.roles import Role, holder_of, is_own, role_of
 
 Where = tuple[str, int]  # a field of a state, and the number of a parameter's leaf
@@ -207,6 +207,7 @@ def is_part_of_code(name: str) -> bool:
 
 def boxed_state(tx: Any, params: Any) -> Any:
     """``tx.init(params)`` by shapes alone, arrays boxed with their parameter's path."""
+    check_arrays(params)
     paths, leaves, treedef = flatten(params)
     boxes = []
     for parts, leaf in zip(paths, leaves, strict=True):

@@ -57,6 +57,29 @@ def flatten(tree: Any) -> tuple[list[Path], list[Any], Any]:
     return [path_parts(k) for k, _ in flat], [x for _, x in flat], treedef
 
 
+def check_arrays(tree: Any) -> None:
+    """Refuse a leaf that is no array of numbers, by its path.
+
+    Raises:
+      TypeError: for the first one.
+    """
+    paths, leaves, _ = flatten(tree)
+    for parts, x in zip(paths, map(value_of, leaves), strict=True):
+        if not is_array(x):
+            raise TypeError(
+                f"Cannot optimize '{'/'.join(parts)}': it must be an array of numbers, "
+                f"got {x!r} of type {type(x).__name__}. Make it one by jnp.asarray, or "
+                "leave it out of the parameters, with None in its place."
+            )
+
+
+def is_array(x: Any) -> bool:
+    """Whether it has numbers; random keys are none."""
+    dtype = getattr(x, "dtype", None)
+    known = dtype is not None and hasattr(x, "shape")
+    return known and not jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
 def placeholders(tree: Any) -> dict[Path, Any]:
     """What stands where another transformation has left out the parameter."""
 

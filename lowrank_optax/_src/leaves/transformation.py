@@ -13,7 +13,12 @@ from lowrank_optax._src.leaves.box import empty, unbox, with_auto_axes
 from lowrank_optax._src.leaves.choose import quietly
 from lowrank_optax._src.leaves.context import around, without_gradient
 from lowrank_optax._src.leaves.fields import field_of
-from lowrank_optax._src.leaves.paths import Path, flatten, path_parts
+from lowrank_optax._src.leaves.paths import (
+    Path,
+    check_arrays,
+    is_array,
+    path_parts,
+)
 
 
 def transformation(
@@ -34,12 +39,12 @@ def transformation(
 
     def init_fn(params):
         params = empty(params)
-        _check_arrays(params)
+        check_arrays(params)
         return init(params)
 
     def update_fn(updates, state, params=None, **extra):
         given, old, weights, extra = map(unbox, (updates, state, params, extra))
-        _check_arrays(given)
+        check_arrays(given)
         grads = _trained(given)
         frozen: dict[Path, jax.ShapeDtypeStruct] = {}
         if weights is not None:
@@ -93,21 +98,6 @@ class _States:
         return self._known[seen]
 
 
-def _check_arrays(tree: Any) -> None:
-    paths, leaves, _ = flatten(tree)
-    for parts, x in zip(paths, map(unbox, leaves), strict=True):
-        if not _is_array(x):
-            raise TypeError(
-                f"Cannot optimize '{'/'.join(parts)}': it must be an array, got {x!r} "
-                f"of type {type(x).__name__}. Make it one by jnp.asarray, or leave it "
-                "out of the parameters, with None in its place."
-            )
-
-
-def _is_array(x: Any) -> bool:
-    return hasattr(x, "shape") and hasattr(x, "dtype")
-
-
 def _is_trained(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.inexact)
 
@@ -139,13 +129,13 @@ def _weights(grads: Any, weights: Any) -> tuple[Any, dict[Path, jax.ShapeDtypeSt
     def keep(path, grad, weight):
         if grad is not None and _is_trained(grad):
             return weight
-        if grad is not None and _is_array(weight) and _is_trained(weight):
+        if grad is not None and is_array(weight) and _is_trained(weight):
             raise TypeError(
                 f"Cannot update parameter '{_name(path)}' of dtype {weight.dtype} by a "
                 f"gradient of dtype {grad.dtype}: it must be floating or complex."
             )
         for below, x in jax.tree_util.tree_flatten_with_path(weight)[0]:
-            if _is_array(x):
+            if is_array(x):
                 shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
                 frozen[path_parts((*path, *below))] = shape
         return None

@@ -180,10 +180,10 @@ def memory_report(tx: Any, params: Any, mesh: jax.sharding.Mesh | None = None) -
     gradients        8192   8192
     optimizer state  3080   3080
     """
+    state = boxed_state(tx, params)
     leaves = [value_of(x) for x in flatten(params)[1]]
     weights = sum(_bytes(x) for x in leaves)
     local = sum(_local_bytes(x, getattr(x, "sharding", None)) for x in leaves)
-    state = boxed_state(tx, params)
     total = mine = sum(map(_bytes, jax.tree.leaves(state)))
     if mesh is not None:
         shardings = state_shardings(tx, params, mesh)
