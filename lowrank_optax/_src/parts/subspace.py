@@ -22,8 +22,8 @@ class TopSingular:
     Args:
       method: how they are found.
         "svd": exactly, as the GaLore paper does; slow on accelerators.
-        "gram_eigh": by the eigendecomposition of the smaller Gram matrix, exact up to
-        half the digits, about six times cheaper.
+        "gram_eigh": by two eigendecompositions of smaller Gram matrices, and products;
+        exact down to 1e-5 of the largest singular value.
         "rsvd": Gaussian sketch of rank + 8 columns with one power iteration, matmuls
         only: the default.
         "subspace_iteration": the same with two power iterations.
