@@ -57,8 +57,8 @@ class TopSingular:
         return randomized.leading_singular(key, grad, rank, iters, start=start)[0]
 
 
-# Relative to the largest: what is smaller is the noise of a Gram matrix, not a value.
-_NULL = 1e-3
+# Relative to the largest: what is smaller is not precise to a percent, or only noise.
+_NULL = 3e-5
 # The logarithm of its weight: with fewer other vectors than the rank, the rest is drawn
 # among the null ones (I3-5).
 _NULL_WEIGHT = -1e4
@@ -70,7 +70,7 @@ class ImportanceSampled:
 
     Without replacement, one after the other among those that are left; in the order of
     the singular values. All min(m, n) vectors can be drawn, those of singular values
-    below 1e-3 of the largest only where the others do not suffice.
+    below 3e-5 of the largest only where the others do not suffice.
 
     Args:
       pool: None draws among all singular vectors, by `gram_eigh`. A number, at least
