@@ -263,7 +263,12 @@ class EnergyRank:
         grad, scale = linalg.unit_scale(grad)
         energy = jnp.sum((coeff / scale) ** 2, axis=-1)
         total = jnp.sum(grad**2, axis=(-2, -1))[..., None]
-        residual = total - jnp.cumsum(energy, axis=-1)
+        # From the small end: what is small is lost in a difference of large numbers.
+        tail = jnp.flip(jnp.cumsum(jnp.flip(energy, -1), axis=-1), -1)
+        outside = total - tail[..., :1]
+        noise = 16 * jnp.finfo(total.dtype).eps * total
+        outside = jnp.where(outside > noise, outside, 0.0)
+        residual = outside + jnp.append(tail[..., 1:], 0.0 * outside, axis=-1)
         too_few = jnp.sum(residual > self.max_residual_energy * total, axis=-1)
         used = jnp.maximum(too_few + 1, self.min_rank)[..., None, None]
         return jnp.where(jnp.arange(rank) < used, basis, 0.0)
