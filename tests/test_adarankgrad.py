@@ -46,6 +46,15 @@ def ranks(basis):
 # The rank
 
 
+@pytest.mark.parametrize("allowed", [1e-3, 1e-6, 3e-7, 1e-8, 1e-10, 0.0])
+def test_small_residuals_are_told_apart(allowed):
+    """Below 1e-7, a total minus what is kept would be rounding."""
+    values = 0.3 ** np.arange(12)
+    left_out = np.append(np.cumsum(values[:0:-1] ** 2)[::-1], 0) / np.sum(values**2)
+    want = 1 + np.sum(left_out > allowed)
+    assert ranks(select(spectrum(24, 32, values), 12, allowed)) == want
+
+
 def residual_energy(a, q):
     return np.linalg.norm(a - q @ (q.T @ a)) ** 2 / np.linalg.norm(a) ** 2
 

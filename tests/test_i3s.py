@@ -155,7 +155,7 @@ def test_vectors_of_no_weight_come_last():
 
 
 def test_null_vectors_are_not_drawn_where_others_suffice():
-    # Their computed singular values, 240 times 6e-4 of the largest, are noise.
+    # Their computed singular values are noise.
     rng = np.random.default_rng(0)
     sides = [np.linalg.qr(rng.standard_normal((n, 16)))[0] for n in (256, 512)]
     grad = jnp.asarray(sides[0] @ sides[1].T * 16, jnp.float32)
@@ -165,6 +165,29 @@ def test_null_vectors_are_not_drawn_where_others_suffice():
         basis = select(jax.random.key(seed))
         captured = sides[0].T @ np.asarray(basis, np.float64)
         np.testing.assert_allclose(np.sum(captured**2, axis=0), 1.0, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-4])
+def test_small_values_are_weights_too(size):
+    """Beside one large value, two small groups, as often as the law draws them."""
+    values = np.r_[1.0, np.full(4, 1.3 * size), np.full(15, 0.8 * size)]
+    rng = np.random.default_rng(0)
+    sides = [np.linalg.qr(rng.standard_normal((n, 20)))[0] for n in (20, 32)]
+    grad = jnp.asarray(sides[0] * values @ sides[1].T, jnp.float32)
+    draws, rank = 400, 5
+
+    def select(key):
+        return lro.ImportanceSampled().select(key, grad, jnp.zeros((20, rank)), STEP)
+
+    keys = jax.random.split(jax.random.key(0), draws)
+    bases = np.asarray(jax.jit(lambda keys: jax.lax.map(select, keys))(keys))
+    taken = np.sum((sides[0].T @ bases) ** 2, axis=(0, -1)) / draws
+    # One after the other, in float64.
+    law, many = np.zeros(20), 20_000
+    for _ in range(many):
+        law[rng.choice(20, rank, replace=False, p=values / values.sum())] += 1 / many
+    for group in (slice(0, 1), slice(1, 5), slice(5, 20)):
+        assert abs(taken[group].sum() - law[group].sum()) < 0.2
 
 
 def test_slices_of_a_stack_are_drawn_independently():

@@ -324,6 +324,32 @@ def test_gram_eigh_matches_the_svd(shape, scale):
         assert abs(one @ exact) > 1 - 1e-5
 
 
+GRADED = {
+    "one far above": lambda k, ratio: np.r_[1, ratio * 0.8 ** np.arange(k - 1)],
+    "one far above equals": lambda k, ratio: np.r_[1, np.full(k - 1, ratio)],
+    "of all sizes": lambda k, ratio: ratio ** np.linspace(0, 1, k),
+    "of low rank": lambda k, ratio: np.r_[1, ratio, ratio / 2, np.zeros(k - 3)],
+}
+
+
+@pytest.mark.parametrize("ratio", [1e-2, 1e-3, 3e-4, 1e-4, 1e-5])
+@pytest.mark.parametrize("name", GRADED)
+@pytest.mark.parametrize("shape", [(48, 64), (64, 48), (10, 16), (160, 200)], ids=str)
+def test_gram_eigh_tells_small_values_from_noise(shape, name, ratio):
+    """Half of the digits are lost in one Gram matrix: 3e-4 of the largest."""
+    a = spectrum(*shape, GRADED[name](min(shape), ratio)).astype(np.float32)
+    u, s, _ = np.linalg.svd(a.astype(np.float64), full_matrices=False)
+    vectors, values = gram_eigh(a)
+    check_orthonormal(vectors)
+    np.testing.assert_allclose(values, s, rtol=1e-5, atol=5e-6 * s[0])
+    np.testing.assert_allclose(values[s > 1e-4], s[s > 1e-4], rtol=5e-4)
+    assert np.all(np.diff(values) <= 0) and np.all(values >= 0)
+    # Of all but the largest, the next ones hold what any as many can.
+    rest = a - s[0] * np.outer(u[:, 0], u[:, 0] @ a / s[0])
+    held = np.linalg.norm(np.asarray(vectors[:, :8], np.float64).T @ rest)
+    assert held > (1 - 1e-3) * np.linalg.norm(s[1:8])
+
+
 def test_gram_eigh_truncates_and_survives_zero():
     a = spectrum(9, 6, 0.5 ** np.arange(6)).astype(np.float32)
     vectors, values = gram_eigh(a, 2)
