@@ -1,10 +1,13 @@
 """Memory of a training step of LLaMA that updates each layer in the backward pass.
 
     python -m benchmarks.layerwise
+    JAX_PLATFORMS=cpu XLA_FLAGS=--xla_gpu_autotune_level=0 \\
+        python -m benchmarks.layerwise --target h100
 
-Steps of full size are compiled for this machine and not run: XLA tells what they would
-hold, (arguments + results - those in the arguments' memory + temporaries). The ordinary
-step recomputes its layers too (remat), and both are given their parameters and state.
+Steps of full size are compiled for this machine, or for a device that need not be there
+(`benchmarks.accelerators.targets`), and not run: XLA tells what they would hold,
+(arguments + results - those in the arguments' memory + temporaries). The ordinary step
+recomputes its layers too (remat), and both are given their parameters and state.
 """
 
 import dataclasses
@@ -22,6 +25,7 @@ from flax import nnx
 from tqdm import tqdm
 
 import lowrank_optax as lro
+from benchmarks.accelerators.targets import sharding
 from benchmarks.record import write_record
 from examples.common.methods import matrices
 from examples.llama.config import CONFIGS, LlamaConfig
@@ -31,6 +35,7 @@ from examples.llama.model import Llama
 METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adamw": lambda: optax.adamw(1e-4),
     "mlorc_adamw r=4": lambda: lro.mlorc_adamw(1e-4, rank=4, matrices=matrices),
+    "galore_adamw r=128": lambda: lro.galore_adamw(1e-4, rank=128, matrices=matrices),
     "mlorc_lion r=4": lambda: lro.mlorc_lion(1e-4, rank=4, matrices=matrices),
 }
 
@@ -52,6 +57,8 @@ class Settings:
     float32, and keeps a float32 copy of all weights for that."""
     methods: tuple[str, ...] = tuple(METHODS)
     """Optimizers."""
+    target: str | None = None
+    """A device of `benchmarks.accelerators.targets`; else this machine."""
     out: Path | None = None
     """Directory of the record; default benchmarks/records."""
 
@@ -78,15 +85,19 @@ def ordinary(config: LlamaConfig) -> Callable[..., Any]:
 
 
 def measure(
-    config: LlamaConfig, tx: Any, make: Callable[..., Any], rows: Any
+    config: LlamaConfig, tx: Any, make: Callable[..., Any], rows: Any, place: Any
 ) -> dict[str, Any]:
-    """Bytes that a step would hold, and seconds to compile it."""
+    """Bytes that a step would hold at a place, and seconds to compile it."""
     model = nnx.eval_shape(lambda: Llama(config))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     state = jax.eval_shape(tx.init, params)
+    given = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        (params, state, rows),
+    )
     began = time.perf_counter()
     step = jax.jit(make(tx), donate_argnums=(0, 1))
-    usage = step.lower(params, state, rows).compile().memory_analysis()
+    usage = step.lower(*given).compile().memory_analysis()
     sizes = {
         name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
         for name, tree in (("weights", params), ("state", state))
@@ -104,6 +115,7 @@ def measure(
 
 
 def main(settings: Settings) -> None:
+    place = None if settings.target is None else sharding(settings.target)
     rows = jax.ShapeDtypeStruct((settings.batch_size, settings.seq_len + 1), jnp.int32)
     figures = []
     cases = [(d, m) for d in settings.param_dtypes for m in settings.methods]
@@ -121,9 +133,10 @@ def main(settings: Settings) -> None:
             ("ordinary", ordinary(config)),
             ("per layer", step_of(config, None)),
         ):
-            found = measure(config, METHODS[method](), make, rows)
+            found = measure(config, METHODS[method](), make, rows, place)
             figures.append({"dtype": dtype, "method": method, "step": form, **found})
-    write_record("layerwise", settings, figures, _table(figures), settings.out)
+    name = "layerwise" if settings.target is None else f"layerwise_{settings.target}"
+    write_record(name, settings, figures, _table(figures), settings.out)
 
 
 def _table(figures: list[dict[str, Any]]) -> str:
