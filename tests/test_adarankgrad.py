@@ -201,6 +201,47 @@ def test_errors(make, message):
         make()
 
 
+def converging(refresh):
+    return lro.project_gradients(optax.trace(0.9), rank=4, refresh=refresh)
+
+
+def ages(tx, grads, bad=()):
+    """Steps since the last renewal, after each step."""
+    params = {"w": jnp.zeros_like(grads[0])}
+    state, update, found = tx.init(params), jax.jit(tx.update), []
+    for step, g in enumerate(grads):
+        _, state = update({"w": jnp.nan * g if step in bad else g}, state, params)
+        found.append(int(optax.tree.get(state, "age")))
+    return found
+
+
+@pytest.mark.parametrize("scale", [2.0**-80, 2.0**66], ids=["tiny", "huge"])
+@pytest.mark.parametrize("every", [1, 2])
+def test_renewals_do_not_depend_on_the_size_of_gradients(every, scale):
+    """Squares of 1e-24 are zero, those of 1e20 infinite."""
+    rng = np.random.default_rng(1)
+    # Ten of them share a subspace, which the next ten do not.
+    sides = np.repeat(rng.standard_normal((4, 16, 2)), 10, axis=0)
+    grads = sides @ rng.standard_normal((40, 2, 24)) / 16
+    tx = converging(lro.OnConvergence(0.8, max_interval=40, min_interval=3))
+    tx = lro.accumulate_gradients(tx, every) if every > 1 else tx
+    grads = list(jnp.asarray(grads, jnp.float32))
+    want = ages(tx, grads)
+    assert ages(tx, [scale * g for g in grads]) == want
+    assert max(want) < 40 and want.count(1) >= 2
+
+
+def test_steps_count_whatever_the_gradients_are():
+    rng = np.random.default_rng(1)
+    grads = list(jnp.asarray(rng.standard_normal((12, 16, 24)), jnp.float32))
+    tx = converging(lro.OnConvergence(0.0, max_interval=5, min_interval=3))
+    want = ages(tx, grads)
+    assert ages(tx, grads, bad=(3, 4, 5, 7)) == want and max(want) == 5
+    # Of gradients of zero, none has become small.
+    tx = converging(lro.OnConvergence(0.5, max_interval=50, min_interval=1))
+    assert ages(tx, [grads[0], *[0 * g for g in grads]]).count(1) == 2
+
+
 # The trajectory
 
 STEPS, MAX_RANK, ALLOWED, LONGEST, SHORTEST = 50, 5, 0.1, 14, 4

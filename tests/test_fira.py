@@ -9,6 +9,8 @@ import reference
 from running import assert_close, random_grads, random_like, relative_error, run
 
 import lowrank_optax as lro
+from lowrank_optax._src.linalg.products import Lying
+from lowrank_optax._src.parts.recovery import FiraState
 
 STEPS, PERIOD, RANK = 50, 10, 3
 ADAM = optax.scale_by_adam()
@@ -135,6 +137,37 @@ def test_a_zero_gradient_does_not_lock_the_limiter(reference_form):
     limited, _ = run(fira(reference=reference_form), g, [0 * g, g])
     assert_close(limited[1], free[1])
     assert np.linalg.norm(limited[1]) > 1
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-5, 1e-6, 0.0])
+def test_rounding_neither_unlocks_the_limiter_nor_counts(size):
+    """A residual that is small beside the gradient, and then one as large as it."""
+    m, n, r = 64, 96, 8
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        q = np.eye(m) if size == 0 else np.linalg.qr(rng.standard_normal((m, m)))[0]
+        coeff, rest = rng.standard_normal((r, n)), rng.standard_normal((m - r, n))
+        rest *= np.linalg.norm(coeff, axis=0) / np.linalg.norm(rest, axis=0)
+        direction = np.sign(coeff)
+        norms, state = [], FiraState(jnp.zeros([]), optax.MaskedNode())
+        for share in (size, 1.0):
+            grad = q[:, :r] @ coeff + share * q[:, r:] @ rest
+            given = (jnp.float32(x) for x in (grad, q[:, :r], direction))
+            update, state = recovered(*given, state)
+            norms.append(float(state.norm))
+        # Of the direction that it is scaled like, columns have equal norms.
+        want = max(size, np.sqrt(16 * 2.0**-23)) * np.linalg.norm(direction)
+        np.testing.assert_allclose(norms, [want, 1.01 * want], rtol=1e-2)
+        np.testing.assert_allclose(np.linalg.norm(update), 1.01 * want, rtol=1e-2)
+
+
+@jax.jit
+def recovered(grad, basis, direction, state):
+    """What `FiraResidual` adds to no step inside."""
+    coeff = jnp.matmul(basis.T, grad, precision="highest")
+    given = Lying(grad, False), coeff, direction, basis, 0.0, state
+    update, state = lro.FiraResidual().recover(*given)
+    return update.array, state
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_limiter_as_it_was():

@@ -17,7 +17,7 @@ from lowrank_optax._src.engines.order import Order
 from lowrank_optax._src.leaves.keys import Seed, matrix_keys
 from lowrank_optax._src.leaves.matrix import MatrixView
 from lowrank_optax._src.linalg import matmul, orthonormalize, project
-from lowrank_optax._src.linalg.products import Lying
+from lowrank_optax._src.linalg.products import Lying, norm
 from lowrank_optax._src.linalg.random import filler
 from lowrank_optax._src.parts.laws import (
     Observer,
@@ -128,7 +128,8 @@ class Matrix(NamedTuple):
         size = jnp.where(due, self.size, size)
         after = refresh.after(self.own.refresh, due, size, share)
         after = tree_where(due | first, after, self.own.refresh)
-        return accept_finite(after, self.own.refresh)
+        # One by one: steps are counted whatever the norms are.
+        return jax.tree.map(accept_finite, after, self.own.refresh)
 
     def after(self, order: Order) -> "Matrix":
         """The same, not before the matrix stepped last has ended."""
@@ -234,7 +235,7 @@ def _observe(parts, looks, own, seed, moments):
 def _renew(parts, due, step, grad, own, seed, moments):
     def new():
         matrix = parts.matrix(grad, own)
-        size = jnp.linalg.norm(matrix)
+        size = norm(matrix)
         largest = jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
         usable = jnp.isfinite(largest) & (largest > 0)
         old = parts.basis(own, seed)

@@ -38,6 +38,7 @@ from lowrank_optax._src.leaves.matrix import MatrixView, nameless
 from lowrank_optax._src.leaves.paths import flatten, full_precision
 from lowrank_optax._src.leaves.saving import projected
 from lowrank_optax._src.leaves.transformation import transformation
+from lowrank_optax._src.linalg.products import norm
 from lowrank_optax._src.parts import compatible
 from lowrank_optax._src.parts.checks import check_number, check_rank
 from lowrank_optax._src.parts.laws import (
@@ -291,7 +292,7 @@ class _Projection:
         low, own = list(leaves.low), {}
         for i, x in leaves.matrices.items():
             low[i] = x.down()
-            size = jnp.linalg.norm(low[i])
+            size = norm(low[i])
             own[i] = x.own._replace(refresh=x.counted(self.refresh, size, first))
         inner_state = leaves.layout.set(state.inner_state, by_field(leaves.moments))
         return leaves.treedef.unflatten(low), leaves.store(state, own, inner_state)
@@ -351,7 +352,7 @@ class _Projection:
             for i, x in at.items():
                 step = seen[i], directions[i], found[i], moments[i]
                 out[i], recovery, new[i] = x.up(self.scale, *step)
-                size, x = jnp.linalg.norm(seen[i]), leaves.matrices[i]
+                size, x = norm(seen[i]), leaves.matrices[i]
                 own[i] = x.own._replace(recovery=recovery)
                 if summed is None:
                     after = x.counted(self.refresh, size)

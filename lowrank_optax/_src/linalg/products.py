@@ -81,6 +81,13 @@ def power_of_two(x: Array) -> tuple[Array, Array]:
     return power(inverse) + broken, power(top - 1 - inverse)
 
 
+def norm(x: Array) -> Array:
+    """Of all numbers of an array, whose squares may be out of the range of floats."""
+    x = at_least_float32(x)
+    inverse, scale = power_of_two(jnp.max(jnp.abs(x), initial=0.0))
+    return jnp.linalg.norm(x * inverse) * scale
+
+
 def near_one(y: Array) -> Array:
     """``y`` with its largest magnitude near one, so that its squares are in range."""
     return unit_scale(y)[0]

@@ -52,7 +52,9 @@ class FiraResidual:
     ``scale P N + limit((G - P R) diag(phi))`` with ``phi_j = |N_j| / |R_j|``: Fira. The
     limiter lets the norm of the second term grow by at most a factor a step. A norm of
     zero, as a zero gradient leaves behind, counts as a first call: nothing is limited.
-    It needs a basis with orthonormal columns.
+    A column of the residual below 1.4e-3 of the gradient's counts as so long, since
+    rounding may leave nothing of its norm, or too much. It needs a basis with
+    orthonormal columns.
 
     Args:
       limiter: the factor; None or infinity for none.
@@ -89,8 +91,10 @@ class FiraResidual:
         phi = _column_norms(direction) / (inside + 1e-8)
         if not _unlimited(self.limiter):
             # By Pythagoras, so that the residual need not be formed for its norm.
-            outside = grad.column_norms() ** 2 - (2 - share) * share * inside**2
-            size = jnp.sqrt(jnp.sum(phi**2 * jnp.maximum(outside, 0.0), (-2, -1)))
+            whole = grad.column_norms() ** 2
+            outside = whole - (2 - share) * share * inside**2
+            outside = jnp.maximum(outside, 16 * jnp.finfo(inside.dtype).eps * whole)
+            size = jnp.sqrt(jnp.sum(phi**2 * outside, (-2, -1)))
             factor, state = self._limit(size, state)
             phi = phi * factor[..., None, None]
         # With phi as the last factor, XLA adds the gradient where it makes the product.

@@ -110,7 +110,8 @@ class OnConvergence:
 
     A leaf is due once an average of ``||P^T G||_F`` over the steps before is at most
     ``threshold`` times ``||G||_F`` of its last renewal (AR-11, AR-12), but not before
-    ``min_interval`` steps (AR-9) and always after ``max_interval``.
+    ``min_interval`` steps (AR-9) and always after ``max_interval``. Norms that are not
+    finite are left out; the steps count.
 
     Args:
       threshold: c, in [0, 1]; with 0 only ``max_interval`` counts.
@@ -139,7 +140,8 @@ class OnConvergence:
 
     def due(self, state, step):
         converged = state.average <= self.threshold * state.reference
-        converged &= state.age >= self.min_interval
+        # Without a reference, as after gradients of zero, nothing has become small.
+        converged &= (state.reference > 0) & (state.age >= self.min_interval)
         return converged | (state.age >= self.max_interval)
 
     def after(self, state, due, size, overlap):
