@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -105,8 +106,10 @@ def view_leaves(
 
 
 def _box(source: Any) -> Any:
-    """Whose leaf it is, if that is known, without the leaf."""
-    return source.replace(None) if is_box(source) else None
+    """Whose leaf it is, if that is known, by its shape alone."""
+    if not is_box(source):
+        return None
+    return source.replace(jax.ShapeDtypeStruct(source.value.shape, source.value.dtype))
 
 
 def view_dense(tree: Any, creating: bool = False) -> list[DenseLeaf]:
