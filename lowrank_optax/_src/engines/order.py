@@ -46,7 +46,8 @@ def wait(x: jax.Array, arrays: list[jax.Array], dense: bool = False) -> jax.Arra
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
 
     def added(x, *arrays):
-        # The sum of all numbers: a single one would be made apart from the others.
+        # The sum of all numbers: XLA would compute a single one on its own, and not
+        # wait for the others.
         return functools.reduce(
             after, [jnp.sum(y.real, dtype="float32") for y in arrays], x
         )

@@ -94,8 +94,8 @@ def largest_of(x: Array) -> Array:
 def nearest(x: Array, largest: Array, signed: bool) -> Array:
     """Index of the number of the map that is nearest to ``x / largest``."""
     # Beside a large number a small one would vanish, and a second moment that is not
-    # zero must not be: it is divided by a smaller number first. With its sign, as XLA's
-    # GPU backend stores an x that is read twice.
+    # zero must not be: it is divided by a smaller number first. `unit` keeps its sign,
+    # so that `x` has one reader: XLA's GPU backend would write an array with two.
     less = jnp.where(largest > 1, 2.0**-60, 1.0)
     unit = x / (jnp.where(largest > 0, largest, 1.0) * less)
     whole, none = jnp.abs(unit), jnp.zeros_like(unit)
