@@ -22,6 +22,7 @@ _phase = jax.make_user_context(default_value=None)
 _depth = jax.make_user_context(default_value=1)
 _limits = jax.make_user_context(default_value=())
 _beside = jax.make_user_context(default_value=())
+_recording = jax.make_user_context(default_value=None)
 _place: ContextVar[jax.Array | int] = ContextVar("place", default=0)
 _log: ContextVar[list[Any] | None] = ContextVar("log", default=None)
 
@@ -101,10 +102,15 @@ def beside() -> dict[Path, jax.ShapeDtypeStruct]:
     return dict(_beside.value)
 
 
-def record_views() -> contextlib.AbstractContextManager[list[Any]]:
-    """Collect the views that every transformation initialised within makes."""
+@contextlib.contextmanager
+def record_views() -> Iterator[list[Any]]:
+    """Collect the views that every transformation initialised within makes.
+
+    An ``init`` that compiles is traced anew, as a program from memory makes none.
+    """
     found: list[Any] = []
-    return _within(_log, found)
+    with _recording(object()), _within(_log, found):
+        yield found
 
 
 def note_views(views: list[Any]) -> None:
