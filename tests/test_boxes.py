@@ -8,6 +8,7 @@ from flax import linen as nn
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from models import Model
 from registry import METHODS
 from running import assert_close, random_grads
 
@@ -16,14 +17,6 @@ import lowrank_optax as lro
 BY_NAME = {method.name: method for method in METHODS}
 # An optimizer is one of these in a chain of Optax's, which has no state in boxes.
 TRANSFORMATIONS = [method for method in METHODS if not method.is_optimizer]
-
-
-class Model(nnx.Module):
-    def __init__(self):
-        rngs = nnx.Rngs(0)
-        self.up = nnx.Linear(4, 6, rngs=rngs)
-        self.down = nnx.Linear(6, 4, use_bias=False, rngs=rngs)
-        self.embed = nnx.Embed(5, 4, rngs=rngs)
 
 
 # Masks and labels by functions

@@ -17,6 +17,7 @@ import pytest
 from absl.testing import parameterized
 from flax import nnx
 from jax._src import core
+from models import Model
 from registry import GALORE, GALORE_OF_ALL, METHODS, PERIOD, example_params
 from running import assert_close, norm, random_grads, random_like, run, run_eagerly
 
@@ -562,14 +563,6 @@ def test_extra_arguments_reach_the_inner_optimizer(name):
 
 
 # Flax NNX
-
-
-class Model(nnx.Module):
-    def __init__(self):
-        rngs = nnx.Rngs(0)
-        self.up = nnx.Linear(4, 6, rngs=rngs)
-        self.down = nnx.Linear(6, 4, use_bias=False, rngs=rngs)
-        self.embed = nnx.Embed(5, 4, rngs=rngs)
 
 
 def test_nnx_optimizer(method):

@@ -46,8 +46,8 @@ def adam_in_blocks(
 
     def on(platform, interpret, *_):
         taken = rows_at_once(platform, cols, block, dtype)
-        rows = blocks[0].reshape(-1, cols).shape
         if not taken:
+            rows = blocks[0].size // cols, cols
             warn_of_xla(platform, f"adam_int8 of blocks of {block}", rows)
             return plain()
         if platform == "tpu":

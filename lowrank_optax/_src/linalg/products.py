@@ -88,6 +88,14 @@ def norm(x: Array) -> Array:
     return jnp.linalg.norm(x * inverse) * scale
 
 
+def sums_from_end(x: Array) -> Array:
+    """The sum of each entry and those behind it, along the last axis.
+
+    A total minus a cumulative sum would lose small ones to rounding.
+    """
+    return jnp.flip(jnp.cumsum(jnp.flip(x, -1), axis=-1), -1)
+
+
 def near_one(y: Array) -> Array:
     """``y`` with its largest magnitude near one, so that its squares are in range."""
     return unit_scale(y)[0]

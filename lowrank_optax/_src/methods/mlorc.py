@@ -53,9 +53,9 @@ def mlorc_compress(
       rank: r.
       fields: names of the state fields to compress; by default all those known as
         first (``mu``, ``trace``, ...) or second moments (``nu``, ...), the latter
-        non-negative; a warning names what
-        is of unknown role in a state of other libraries. Or ``{name: role}``, the
-        roles "first" for what has signs and "second" for what is never negative.
+        non-negative; a warning names what is of unknown role in a state of other
+        libraries. Or ``{name: role}``, the roles "first" for what has signs and
+        "second" for what is never negative.
       oversample, power_iters, warm_start: the sketch, see `LowRank`.
       matrices, key: see `project_gradients`.
 

@@ -43,9 +43,9 @@ def quantize_state(
       block: numbers that share one float32 scale, see `BlockInt8`.
       fields: names of the state fields to store in bytes; by default all those known
         as first (``mu``, ``trace``, ...) or second moments (``nu``, ...), the latter
-        without a sign; a warning names what
-        is of unknown role in a state of other libraries. Or ``{name: role}``, the
-        roles "first" for what has signs and "second" for what is never negative.
+        without a sign; a warning names what is of unknown role in a state of other
+        libraries. Or ``{name: role}``, the roles "first" for what has signs and
+        "second" for what is never negative.
       key: nothing here is random; as in all methods.
 
     Returns:

@@ -116,7 +116,7 @@ class BlockInt8:
 
     def measure(self, x: Array) -> Array:
         """The scales of a matrix, without which it cannot be encoded."""
-        return int8_map.largest_of(self.cut(x))[..., 0].astype(jnp.float32)
+        return int8_map.largest_of(self.cut(x))[..., 0]
 
     def encode_by(self, largest: Array, x: Array) -> BlockInt8Code:
         """`encode` with the scales known."""

@@ -263,8 +263,7 @@ class EnergyRank:
         grad, scale = linalg.unit_scale(grad)
         energy = jnp.sum((coeff / scale) ** 2, axis=-1)
         total = jnp.sum(grad**2, axis=(-2, -1))[..., None]
-        # From the small end: what is small is lost in a difference of large numbers.
-        tail = jnp.flip(jnp.cumsum(jnp.flip(energy, -1), axis=-1), -1)
+        tail = linalg.sums_from_end(energy)
         outside = total - tail[..., :1]
         noise = 16 * jnp.finfo(total.dtype).eps * total
         outside = jnp.where(outside > noise, outside, 0.0)

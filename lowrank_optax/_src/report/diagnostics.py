@@ -59,12 +59,8 @@ def check_energy(energy: float) -> None:
 
 
 def tail_energy(s: Float[Array, "*b s"]) -> Float[Array, "*b s"]:
-    """``sum_{i >= r} s_i^2`` for every r: what a truncation to rank r leaves out.
-
-    Summed from the small end; a total minus a cumulative sum would lose a small
-    residual to rounding.
-    """
-    return jnp.flip(jnp.cumsum(jnp.flip(s * s, -1), axis=-1), -1)
+    """``sum_{i >= r} s_i^2`` for every r: what a truncation to rank r leaves out."""
+    return linalg.sums_from_end(s * s)
 
 
 def rank_keeping(s: Float[Array, "*b s"], energy: float) -> Int[Array, "*b"]:
