@@ -306,6 +306,22 @@ def test_what_cannot_be_taken_apart_is_refused(params):
     check(name + "the state field '0/refresh/layers/.*kernel" + once, ranks, params)
 
 
+def test_on_a_gpu_the_stacks_are_carried_as_they_lie(params, monkeypatch):
+    """Else XLA turns them, and copies them whole before the loop and after it."""
+    tx, batch = METHODS["adamw"], next(batches())
+
+    def demands(platform):
+        step = jax.jit(lro.layerwise.value_and_update(tx, **MODEL))
+        traced = step.trace(params, tx.init(params), batch)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        return text.count("@LayoutConstraint")
+
+    assert jax.device_count() > 1 and demands("cuda") == 0
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    stacks = jax.tree.leaves((params["layers"],) * 3)  # weights and both moments
+    assert (demands("cuda"), demands("cpu")) == (len(stacks), 0)
+
+
 def test_parameters_must_be_stacks_at_a_name(params):
     flat = {name: x for name, x in params.items() if name != "layers"}
     check(

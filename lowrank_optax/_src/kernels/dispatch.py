@@ -60,11 +60,11 @@ def active() -> bool:
     not be there otherwise.
     """
     if _tier.value == "auto":
-        return jax.default_backend() in ("gpu", "tpu") and _on_one_device()
+        return jax.default_backend() in ("gpu", "tpu") and on_one_device()
     return _tier.value != "xla"
 
 
-def _on_one_device() -> bool:
+def on_one_device() -> bool:
     """Whether what is being traced is a program of one device, with nothing to split.
 
     Shardings of arguments are not known when tracing: a process of several devices may

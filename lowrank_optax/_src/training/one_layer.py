@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.interpreters import partial_eval
 
 from lowrank_optax._src.engines.order import after
+from lowrank_optax._src.kernels.dispatch import on_one_device
 from lowrank_optax._src.leaves.choose import quietly
 from lowrank_optax._src.leaves.context import one_layer
 from lowrank_optax._src.parts import compatible
@@ -214,10 +216,27 @@ def _write(old: jax.Array, new: jax.Array, at: Any, turn: jax.Array) -> Any:
     """An array with something new in it, once all has been read, and the next turn."""
     if at is None:
         return new, after(turn, new)
-    old = jax.lax.dynamic_update_slice_in_dim(old, new, after(at, turn), 0)
+    old = _lying(jax.lax.dynamic_update_slice_in_dim(old, new, after(at, turn), 0))
     # Read from where it was written: ``new`` would be computed again, of what may no
     # longer be there.
     return old, after(turn, slice_layer(old, at))
+
+
+def _lying(stack: jax.Array) -> jax.Array:
+    """The stack, which XLA's GPU backend must keep in the order of its axes.
+
+    It would carry weights through the loop in the order that suits a product with one
+    layer, and copy whole stacks before it and after: 14.0 GB of temporaries instead of
+    2.2 for a step of LLaMA-7B with GaLore. XLA gathers a sharded array that it is told
+    so of, hence not where there may be several devices.
+    """
+
+    def lie(x):
+        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+    if not on_one_device():
+        return stack
+    return jax.lax.platform_dependent(stack, cuda=lie, default=lambda x: x)
 
 
 def after_turn(tree: Any, turn: jax.Array) -> Any:
