@@ -44,7 +44,6 @@ from lowrank_optax._src.leaves.fields import (
     by_leaf,
     field_name,
     fit_boxes,
-    is_part_of_code,
 )
 from lowrank_optax._src.leaves.keys import leaf_seed
 from lowrank_optax._src.leaves.matrix import MatrixView
@@ -221,7 +220,7 @@ class _Compression:
         def without_codes(state):
             moments = {w: value_of(layout.get(state)[w]) for w in coded}
             # The arrays of a code need not start at zero, and they are small.
-            start = {w: x for w, x in moments.items() if is_part_of_code(w[0])}
+            start = {w: x for w, x in moments.items() if w[0] in layout.codes}
             largest = {w: jnp.max(jnp.abs(moments[w])) for w in coded if w not in start}
             bare = dict.fromkeys(coded, optax.MaskedNode())
             return layout.set(state, bare), start, largest

@@ -71,7 +71,8 @@ def leafwise(
     ((4, 1), (3,))
     """
     dense = optax.with_extra_args_support(dense)
-    engine = _Leafwise(rule, dense, StateFields(dense), side, matrices, key)
+    fields = StateFields(dense, whole=True)  # masked as a whole at matrices
+    engine = _Leafwise(rule, dense, fields, side, matrices, key)
     return transformation(engine.init, engine.update)
 
 

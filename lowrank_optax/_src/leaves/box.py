@@ -54,6 +54,20 @@ def empty(tree: Any) -> Any:
     )
 
 
+def apart(tree: Any) -> Any:
+    """The tree with a box around each array, also where one was around several.
+
+    So an optimizer leaves them that keeps a list of arrays for a parameter.
+    """
+
+    def each(x):
+        if not is_variable(x):
+            return x
+        return jax.tree.map(lambda value: rebox(x, value), value_of(x))
+
+    return jax.tree.map(each, tree, is_leaf=is_variable)
+
+
 def with_auto_axes(run: Any, *args: Any) -> Any:
     """``run(*args)``, its two results sharded as the first two arguments came in."""
     shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, args[:2])
