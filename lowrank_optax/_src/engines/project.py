@@ -244,12 +244,12 @@ class _Projection:
 
     def _leaves(self, updates: Any, state: ProjectState) -> "_Leaves":
         """The leaves of an update, and what belongs to those that are matrices."""
-        treedef = jax.tree.structure(updates)
+        paths, grads, treedef = flatten(updates)
         views = self._views(updates)
-        grads, *own = (
+        own = [
             treedef.flatten_up_to(x)
-            for x in (updates, state.basis, state.refresh, state.recovery)
-        )
+            for x in (state.basis, state.refresh, state.recovery)
+        ]
         matrices = {
             i: Matrix(
                 Parts(
@@ -261,7 +261,7 @@ class _Projection:
                 ),
                 grads[i],
                 Own(*(x[i] for x in own)),
-                leaf_seed(self.key, v.path),
+                leaf_seed(self.key, paths[i]),
             )
             for i, v in enumerate(views)
             if isinstance(v, MatrixView)
