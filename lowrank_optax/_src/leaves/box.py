@@ -9,7 +9,7 @@ from collections.abc import Hashable
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 @jax.tree_util.register_dataclass
@@ -106,12 +106,26 @@ def annotate(box: Any, value: Any, spec: tuple[Any, ...] | None) -> Any:
     """The box with another value in it, and another spec, or none."""
     if _is_linen(box):
         return box.replace(value=value, names=spec or ())
+    placed = _placed(box)
+    if placed is not None and spec is not None:
+        spec = NamedSharding(
+            placed.mesh, PartitionSpec(*spec), memory_kind=placed.memory_kind
+        )
     return box.replace(value, out_sharding=spec)
 
 
 def annotation(box: Any) -> tuple[Any, ...] | None:
     """The spec of a box, of mesh axes or of names that stand for these."""
-    return box.names if _is_linen(box) else box.get_metadata().get("out_sharding")
+    if _is_linen(box):
+        return box.names
+    placed = _placed(box)
+    return box.get_metadata().get("out_sharding") if placed is None else placed.spec
+
+
+def _placed(box: Any) -> NamedSharding | None:
+    """The sharding of a box of NNX that has one with its mesh instead of a spec."""
+    found = None if _is_linen(box) else box.get_metadata().get("out_sharding")
+    return found if isinstance(found, NamedSharding) else None
 
 
 def leaf_spec(leaf: Any) -> tuple[tuple[Any, ...] | None, Any]:
@@ -126,9 +140,10 @@ def leaf_spec(leaf: Any) -> tuple[tuple[Any, ...] | None, Any]:
         spec = annotation(leaf)
         if spec is None:
             return None, None
-        rest = (None,) * (value_of(leaf).ndim - len(spec))
+        rest, placed = (None,) * (value_of(leaf).ndim - len(spec)), _placed(leaf)
         # nnx.vmap stacks layers in front without telling the annotation.
-        return (*spec, *rest) if _is_linen(leaf) else (*rest, *spec), None
+        behind = _is_linen(leaf) or placed is not None
+        return (*spec, *rest) if behind else (*rest, *spec), placed
     sharding = getattr(leaf, "sharding", None)
     if isinstance(leaf, jax.core.Tracer):
         sharding = jax.typeof(leaf).sharding
@@ -143,12 +158,20 @@ def leaf_spec(leaf: Any) -> tuple[tuple[Any, ...] | None, Any]:
 def mesh_spec(leaf: Any) -> tuple[Any, ...] | None:
     """`leaf_spec` in axes of the mesh, where Flax has rules for other names in it."""
     spec, _ = leaf_spec(leaf)
-    if spec is None or not hasattr(leaf, "rules"):
+    if spec is None or not is_variable(leaf):
         return spec
-    from flax import linen  # is there, as the box is Linen's
+    if hasattr(leaf, "rules"):
+        from flax import linen  # is there, as the box is Linen's
 
-    rules = leaf.rules or linen.get_logical_axis_rules()
-    return tuple(linen.logical_to_mesh_axes(spec, rules) or ()) if rules else spec
+        rules = leaf.rules or linen.get_logical_axis_rules()
+        return tuple(linen.logical_to_mesh_axes(spec, rules) or ()) if rules else spec
+    if _is_linen(leaf):  # whose names are the mesh's
+        return spec
+    from flax.core import spmd  # is there, as the variable is of NNX
+
+    own = leaf.get_metadata().get("sharding_rules") or ()
+    rules = spmd.composite_rules(spmd.get_logical_axis_rules(), own)
+    return tuple(spmd.from_sharding_rules(spec, rules))
 
 
 def explicit_axes(mesh: Any) -> bool:
