@@ -107,11 +107,11 @@ def annotate(box: Any, value: Any, spec: tuple[Any, ...] | None) -> Any:
     if _is_linen(box):
         return box.replace(value=value, names=spec or ())
     placed = _placed(box)
-    if placed is not None and spec is not None:
-        spec = NamedSharding(
-            placed.mesh, PartitionSpec(*spec), memory_kind=placed.memory_kind
-        )
-    return box.replace(value, out_sharding=spec)
+    if placed is None or spec is None:
+        return box.replace(value, out_sharding=spec)
+    kind = placed.memory_kind
+    other = NamedSharding(placed.mesh, PartitionSpec(*spec), memory_kind=kind)
+    return box.replace(value, out_sharding=other)
 
 
 def annotation(box: Any) -> tuple[Any, ...] | None:
@@ -119,7 +119,7 @@ def annotation(box: Any) -> tuple[Any, ...] | None:
     if _is_linen(box):
         return box.names
     placed = _placed(box)
-    return box.get_metadata().get("out_sharding") if placed is None else placed.spec
+    return tuple(placed.spec) if placed else box.get_metadata().get("out_sharding")
 
 
 def _placed(box: Any) -> NamedSharding | None:
