@@ -100,6 +100,8 @@ REASONS: dict[tuple[str, str], str] = {
 ABSENT = {
     "adaptive_rank": "it is adarankgrad_adamw without a learning rate",
     "apollo_scale": "it is apollo_adamw without a learning rate",
+    "compress_state": "mlorc_compress and quantize_state are made by it; low-rank "
+    "moments of Adam have no bound here, and in mlorc_adamw they have",
     "fira_project": "it is fira_adamw without a learning rate",
     "flora_project": "around a momentum it is in flora; that of plain gradients has no "
     "bound, as theirs has none",
@@ -137,7 +139,6 @@ def optimizers(settings: Settings) -> dict[str, optax.GradientTransformation]:
 def _forms(rank: int, period: int) -> dict[str, optax.GradientTransformation]:
     """What is no whole optimizer, or is in another form than by default."""
     adam, every = optax.scale_by_adam(), {"rank": rank, "update_every": period}
-    narrow = {"mu": lro.LowRank(rank), "nu": lro.Cast(jnp.bfloat16)}
     without_rate = {
         "project_gradients, rotated": lro.project_gradients(
             adam,
@@ -147,7 +148,6 @@ def _forms(rank: int, period: int) -> dict[str, optax.GradientTransformation]:
             transfer=lro.Rotate(),
             side="long",
         ),
-        "compress_state": lro.compress_state(adam, narrow),
         "mlorc_compress, of Lion": lro.mlorc_compress(optax.scale_by_lion(), rank=rank),
         "hybrid_subspace": lro.hybrid_subspace(adam, leading=rank // 2, **every),
         "i3s_subspace, of Fira": lro.i3s_subspace(
