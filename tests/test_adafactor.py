@@ -7,6 +7,7 @@ import pytest
 from running import random_grads, random_like, relative_error, run
 
 import lowrank_optax as lro
+from lowrank_optax._src.methods.adafactor import clip_by_matrix_rms
 
 SHAPES = {"wide": (6, 9), "tall": (9, 6), "square": (5, 5), "bias": (9,), "scalar": ()}
 
@@ -135,3 +136,16 @@ def test_a_zero_row_spoils_no_size_of_gradients(tx, scale):
     for u, want in zip(updates, expected, strict=True):
         for name in params:
             assert relative_error(u[name], want[name]) < 1e-5
+
+
+@pytest.mark.parametrize("outlier", [1e3, 1e20, 3e37])
+@pytest.mark.parametrize("threshold", [1.0, 0.25])
+def test_the_clip_keeps_what_stands_beside_an_outlier(outlier, threshold):
+    x = np.random.default_rng(0).standard_normal((3, 8, 16)).astype(np.float32)
+    x[1, 2, 3] = outlier
+    x[2] *= 0 if outlier < 1e4 else outlier / 8
+    updates, _ = run(clip_by_matrix_rms(threshold), {"w": x}, [{"w": jnp.asarray(x)}])
+    exact = x.astype(np.float64)
+    size = np.sqrt(np.mean(exact**2, axis=(-2, -1), keepdims=True))
+    want = exact / np.maximum(1.0, size / threshold)
+    np.testing.assert_allclose(updates[0]["w"], want, rtol=1e-5, atol=1e-37)

@@ -1,5 +1,6 @@
 """Parameters in boxes, as Flax has them: what is made of them is as without boxes."""
 
+import flax
 import jax
 import jax.numpy as jnp
 import optax
@@ -196,6 +197,41 @@ def test_logical_names_go_by_the_rules():
     state = nn.logical_to_mesh_sharding(logical, MESH, RULES)
     arrays = jax.tree.leaves(jax.eval_shape(tx.init, without))
     assert padded(specs(state), arrays) == padded(want, arrays)
+
+
+def nnx_params(names, **metadata):
+    """Variables that Flax does not place by itself, as the mesh is abstract."""
+    return {
+        k: nnx.Param(
+            jnp.zeros(shape), out_sharding=names[k], eager_sharding=False, **metadata
+        )
+        for k, shape in SHAPES.items()
+    }
+
+
+@pytest.mark.parametrize("method", RANKED, ids=lambda method: method.name)
+def test_logical_names_of_nnx_go_by_its_rules(method):
+    tx, first, last = method.tx, RULES[:1], RULES[1:]
+    want = specs(lro.state_shardings(tx, PLAIN, MESH))
+    with_rules = nnx_params(LOGICAL, sharding_rules=RULES)
+    assert specs(lro.state_shardings(tx, with_rules, MESH)) == want
+    with flax.core.spmd.logical_axis_rules(first):
+        both = nnx_params(LOGICAL, sharding_rules=last)
+        assert specs(lro.state_shardings(tx, both, MESH)) == want
+    placed = {k: NamedSharding(MESH, P(*names)) for k, names in NAMES.items()}
+    boxed = nnx_params(placed)
+    assert specs(lro.state_shardings(tx, boxed, MESH)) == want
+    # Flax places the boxes of a state by what stands in them.
+    for params in (with_rules, boxed):
+        state = jax.eval_shape(tx.init, params)
+        boxes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+        found = [x.get_metadata() for x in boxes if isinstance(x, nnx.Variable)]
+        assert found and all(x.get("sharding_rules") == RULES for x in found) == (
+            params is with_rules
+        )
+        assert all(
+            isinstance(x["out_sharding"], NamedSharding | None) for x in found
+        ) == (params is boxed)
 
 
 # Placements

@@ -3,6 +3,7 @@
 import functools
 
 import pytest
+from registry import METHODS
 
 from benchmarks import faults
 
@@ -31,4 +32,13 @@ def test_updates_stay_within_ten_times_the_usual(usual, fault):
         found, state = faults.run(tx, grads(), when, leaf, fault)
         finite = faults.is_finite(fault(grads()[0][leaf]))
         assert faults.worst(norms, found, when, leaf, finite) < 10
-        assert faults.is_finite(state)
+        assert faults.is_finite(state) and faults.is_orthonormal(state)
+
+
+def test_every_public_factory_is_in_the_table_or_has_a_reason():
+    public = {
+        method.name.partition("-")[0]: None for method in METHODS if method.factory
+    }
+    rows = {name.partition(",")[0] for name in OPTIMIZERS}
+    assert set(public) == (rows & set(public)) | set(faults.ABSENT)
+    assert not rows & set(faults.ABSENT) - {"i3s_subspace"}

@@ -93,7 +93,8 @@ def test_a_transferred_momentum_is_the_old_one_on_average():
 
     def decoded(key):
         new = random.normal(key, (m, r), jnp.float32) / r**0.5
-        carried = lro.RotateFirst().carry(moments, new.T @ old)
+        known = {"mu": "first", "nu": "second"}
+        carried = lro.RotateFirst().carry(moments, new.T @ old, known)
         return new @ carried["mu"], carried["nu"]
 
     keys = jax.random.split(jax.random.key(1), draws)
@@ -107,7 +108,7 @@ def test_a_transferred_momentum_is_the_old_one_on_average():
 def test_an_unknown_moment_is_refused():
     moments = {"inner/other": jnp.ones((2, 5))}
     with pytest.raises(ValueError, match="'inner/other'.*first or a second moment"):
-        lro.RotateFirst().carry(moments, jnp.eye(2))
+        lro.RotateFirst().carry(moments, jnp.eye(2), {"inner/other": None})
 
 
 def test_before_the_first_change_it_is_a_fixed_random_projection():

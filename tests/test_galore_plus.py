@@ -239,7 +239,9 @@ def test_the_largest_entries_are_kept(shape, density):
     kept = max(1, round(density * m * n))
     age, empty = jnp.ones(batch, jnp.int32), jnp.zeros((*batch, kept))
     state = jax.jit(
-        lambda basis, moment, state: recovery.observe(basis, {"0/mu": moment}, state)
+        lambda basis, moment, state: recovery.observe(
+            basis, {"0/mu": moment}, {"0/mu": "first"}, state
+        )
     )(basis, moment, _state(recovery, kept, age, empty))
     size = np.abs(basis @ moment).reshape(*batch, m * n)
     want = np.argsort(-size, axis=-1)[..., :kept]

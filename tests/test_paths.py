@@ -104,3 +104,28 @@ def test_adapters_hold_the_difference_of_each_matrix(holder):
     sizes = ordered(holder, [1, 2, 3])
     for adapter, x in zip(adapters.values(), sizes, strict=True):
         np.testing.assert_allclose(adapter.b @ adapter.a, x, rtol=1e-3)
+
+
+METHODS = {
+    "projected": lro.project_gradients(
+        optax.identity(), rank=2, subspace=lro.RandomOrthonormal()
+    ),
+    "factors": lro.mlorc_compress(optax.trace(0.9), rank=2),
+    "by a rule": lro.mlorc_scale_by_lion(rank=2),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_random_numbers_of_paths_that_read_alike_differ(method):
+    tx = METHODS[method]
+    x = np.random.default_rng(0).standard_normal((16, 24)).astype(np.float32)
+    params = {"a/b": {"w": x}, "a": {"b/w": x, "b": {"w": x}}}
+    _, state = tx.update(params, tx.init(params))
+    _, alone = tx.update({"a": {"b": {"w": x}}}, tx.init({"a": {"b": {"w": x}}}))
+    found = [np.asarray(x).ravel() for x in jax.tree.leaves(state) if x.ndim == 2]
+    seen = [np.asarray(x).ravel() for x in jax.tree.leaves(alone) if x.ndim == 2]
+    kinds = len(found) // 3
+    assert kinds == len(seen) > 0
+    distinct = {part.tobytes() for part in found}
+    assert len(distinct) == len(found)
+    assert {part.tobytes() for part in seen} <= distinct  # whatever stands beside

@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
+from flax import nnx
 from running import assert_close, random_grads, random_like, run
 
 import lowrank_optax as lro
@@ -136,3 +138,159 @@ def test_a_role_that_is_named(name, role):
         assert_close(updates["w"], 3.8 * params["w"])
     else:  # the -1 that was stored is read as nothing below zero
         assert jnp.all(updates["w"] >= -2.9 - 1e-5)
+
+
+# In a list below each parameter
+
+
+class Slots(NamedTuple):
+    slots: Any
+    count: jax.Array
+
+
+def scale_by_adam_in_lists():
+    """Adam of which one list for each parameter holds both moments."""
+    adam = optax.scale_by_adam()
+
+    def init(params):
+        slots = jax.tree.map(lambda p: [jnp.zeros_like(p), jnp.zeros_like(p)], params)
+        return Slots(slots, jnp.zeros([], jnp.int32))
+
+    def update(grads, state, params=None):
+        leaves, treedef = jax.tree.flatten(grads)
+        lists = treedef.flatten_up_to(state.slots)
+        mu, nu = (treedef.unflatten([x[k] for x in lists]) for k in (0, 1))
+        given = optax.ScaleByAdamState(state.count, mu, nu)
+        updates, (count, *new) = adam.update(grads, given)
+        pairs = zip(*map(jax.tree.leaves, new), strict=True)
+        return updates, Slots(treedef.unflatten(map(list, pairs)), count)
+
+    return optax.GradientTransformation(init, update)
+
+
+NAMED = {"slots.0": "first", "slots.1": "second"}
+ROTATE = lro.Rotate(first=("slots.0",), second=("slots.1",))
+AROUND = {
+    "galore": (lro.galore_project, {"rank": 2, "update_every": 2}, {}),
+    "reset": (lro.project_gradients, {"rank": 2, "transfer": lro.Reset()}, {}),
+    "rotate": (
+        lro.project_gradients,
+        {"rank": 2, "transfer": lro.Rotate(), "refresh": lro.Every(2)},
+        {"transfer": ROTATE},
+    ),
+    "bytes": (lro.quantize_state, {}, {"fields": NAMED}),
+    "factors": (lro.mlorc_compress, {"rank": 2}, {"fields": NAMED}),
+    "sum": (
+        lambda inner: lro.accumulate_gradients(lro.galore_project(inner, rank=2), 2),
+        {},
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("how", AROUND)
+def test_arrays_in_a_list_are_fields_of_their_own(how):
+    factory, kwargs, changes = AROUND[how]
+    params = random_like({"w": (64, 64), "b": (8,)}, 0)
+    grads = random_grads(params, 4)
+    tx = factory(scale_by_adam_in_lists(), **kwargs | changes)
+    plain = factory(optax.scale_by_adam(), **kwargs)
+    updates, state = run(tx, params, grads)
+    expected, last = run(plain, params, grads)
+    # The random numbers of a factor depend on the name of its field.
+    close = {"rtol": 0.3, "atol": 0.3} if how == "factors" else {}
+    assert_close(updates[:2], expected[:2], **close)
+    if how != "factors":
+        assert_close(updates, expected, rtol=1e-4)
+    shapes = [sorted(x.shape for x in jax.tree.leaves(s)) for s in (state, last)]
+    assert shapes[0] == shapes[1]
+    assert [row.state_bytes for row in lro.describe(tx, params)] == [
+        row.state_bytes for row in lro.describe(plain, params)
+    ]
+
+
+def test_what_is_in_lists_is_named_where_its_role_is_asked():
+    params = {"w": jnp.ones((64, 64))}
+    inner = scale_by_adam_in_lists()
+    with pytest.raises(ValueError, match=r"'slots\.0'.*first or a second moment"):
+        lro.project_gradients(inner, rank=2, transfer=lro.Rotate()).init(params)
+    with pytest.raises(ValueError, match="fields slots.0, slots.1"):
+        lro.quantize_state(inner).init(params)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        lro.galore_project(optax.scale_by_sm3(), rank=2),
+        lro.mlorc_compress(optax.scale_by_sm3(), rank=2, fields=("nu",)),
+    ],
+    ids=["projected", "factors"],
+)
+def test_vectors_in_lists_of_boxed_parameters(tx):
+    model = nnx.Linear(64, 48, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    params = nnx.state(model, nnx.Param)
+    grads = jax.tree.map(jnp.ones_like, params)
+    plain = jax.tree.map(jnp.ones_like, nnx.to_pure_dict(params))
+    _, state = tx.update(plain, tx.init(plain))
+    optimizer.update(model, grads)
+    found = jax.tree.leaves(nnx.to_pure_dict(nnx.state(optimizer.opt_state)))
+    assert len(found) == len(jax.tree.leaves(state))
+    assert lro.state_bytes(tx, params) == lro.state_bytes(tx, plain)
+
+
+# In a basis that changes
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_moments_are_carried_by_what_they_are(name):
+    """Signed ones stay exact in a basis that is turned, and squares never negative."""
+    params, tx = random_like({"w": (3, 8)}, 0), OPTIMIZERS[name]
+    layout, state = StateFields(tx).layout(params), tx.init(params)
+    for grads in random_grads(params, 3):
+        _, state = tx.update(grads, state, params)
+    rng = np.random.default_rng(0)
+    turn = np.linalg.qr(rng.standard_normal((3, 3)))[0]
+    known = dict(layout.known)
+    moments = {
+        field: x
+        for (field, _), x in layout.get(state).items()
+        if known[field] and x.shape == (3, 8)
+    }
+    carried = lro.Rotate(coverage=1.0).carry(moments, jnp.asarray(turn), known)
+    for field, x in moments.items():
+        if known[field] == "first":
+            assert_close(carried[field], turn @ np.asarray(x), atol=1e-5)
+        else:
+            assert jnp.all(carried[field] >= 0)
+
+
+def test_carried_signs_of_adan():
+    params = random_like({"w": (8, 16)}, 0)
+    tx = lro.project_gradients(
+        optax.scale_by_adan(),
+        rank=8,
+        refresh=lro.Every(2),
+        transfer=lro.Rotate(first=("g",)),
+        matrices=lro.MatrixAxes(),
+    )
+    grads = random_grads(params, 3)
+    _, before = run(tx, params, grads[:2])
+    _, after = run(tx, params, grads[:3])
+    old, new = (s.basis["w"] @ s.inner_state.v["w"] for s in (before, after))
+    # All of the space is in the basis, so that the decoded difference is as without.
+    plain = optax.scale_by_adan()
+    _, want = run(plain, params, grads[:3])
+    assert_close(new, want.v["w"], atol=1e-5)
+    assert not np.allclose(old, new)
+
+
+def test_no_name_of_a_stranger_is_carried_as_never_negative():
+    params = random_like({"w": (8, 16)}, 0)
+    inner = optax.chain(scale_by_ones_own_adam())
+    named = lro.Rotate(first=("age",))
+    tx = lro.project_gradients(inner, rank=2, transfer=named)
+    with pytest.raises(ValueError, match="'0/nu'.*first or a second moment"):
+        tx.init(params)
+    named = lro.Rotate(first=("age", "nu"))
+    lro.project_gradients(inner, rank=2, transfer=named).init(params)

@@ -44,7 +44,6 @@ from lowrank_optax._src.leaves.fields import (
     by_leaf,
     field_name,
     fit_boxes,
-    is_part_of_code,
 )
 from lowrank_optax._src.leaves.keys import leaf_seed
 from lowrank_optax._src.leaves.matrix import MatrixView
@@ -206,7 +205,7 @@ class _Compression:
         return views, coded
 
     def init(self, params):
-        _, leaves, treedef = flatten(params)
+        paths, leaves, treedef = flatten(params)
         whole = treedef.unflatten([full_precision(x) for x in leaves])
         layout = self.fields.layout(whole)
         # Compiled, the moments that are not kept are never allocated; but boxes and
@@ -221,7 +220,7 @@ class _Compression:
         def without_codes(state):
             moments = {w: value_of(layout.get(state)[w]) for w in coded}
             # The arrays of a code need not start at zero, and they are small.
-            start = {w: x for w, x in moments.items() if is_part_of_code(w[0])}
+            start = {w: x for w, x in moments.items() if w[0] in layout.codes}
             largest = {w: jnp.max(jnp.abs(moments[w])) for w in coded if w not in start}
             bare = dict.fromkeys(coded, optax.MaskedNode())
             return layout.set(state, bare), start, largest
@@ -237,7 +236,8 @@ class _Compression:
         for w, x in start.items():
             plain = jax.tree.map(value_of, codes[w], is_leaf=is_variable)
             view = coded[w][1]
-            code = self._encode_at(w, coded, view.matrix(x), plain, step)
+            at = paths[w[1]], step
+            code = self._encode_at(w, coded, view.matrix(x), plain, at)
             codes[w] = jax.tree.map(
                 lambda old, new: rebox(old, new) if is_variable(old) else new,
                 codes[w],
@@ -246,16 +246,16 @@ class _Compression:
             )
         return CompressState(step, layout.set(state, codes), {})
 
-    def _encode_at(self, w: Where, coded: Coded, x: jax.Array, old: Any, step) -> Any:
-        codec, view = coded[w]
-        seed = leaf_seed(self.key, view.path)
+    def _encode_at(self, w: Where, coded: Coded, x: jax.Array, old: Any, at) -> Any:
+        """The code of a moment; ``at`` are the leaf's path and the step."""
+        (codec, view), (path, step) = coded[w], at
+        seed = leaf_seed(self.key, path)
         field = "" if getattr(codec, "one_key", False) else w[0]
         parts = codec, field, view.batch_shape
         return encode(parts, seed, step, x, old)
 
     def update(self, updates, state, params=None, **extra):
-        treedef = jax.tree.structure(updates)
-        given = treedef.flatten_up_to(updates)
+        paths, given, treedef = flatten(updates)
         whole = [full_precision(g) for g in given]
         layout = self.fields.layout(treedef.unflatten(whole))
         _, coded = self._see(updates, layout, layout.abstract)
@@ -310,7 +310,7 @@ class _Compression:
                     found[i],
                     moments[i],
                     old[i],
-                    state.step,
+                    (paths[i], state.step),
                     measured,
                     out[i],
                 )
@@ -321,7 +321,7 @@ class _Compression:
         return treedef.unflatten(out[i] for i in range(len(out))), new_state
 
     def _code(
-        self, i, coded, found, before, old, step, measured, direction
+        self, i, coded, found, before, old, at, measured, direction
     ) -> dict[str, Any]:
         """The moments of a leaf as they are kept."""
         new = dict(found)
@@ -334,7 +334,7 @@ class _Compression:
                 parts, scale = codec, measured[name, i]
                 new[name] = encode_by(parts, scale, view.matrix(x))
             else:
-                given = view.matrix(x), old[name], step
+                given = view.matrix(x), old[name], at
                 new[name] = self._encode_at((name, i), coded, *given)
             if accumulating() == "add":  # most often, only the sum has changed
                 changed = jnp.any(x != before[name])

@@ -16,6 +16,7 @@ from lowrank_optax._src.engines.accept import accept_finite, all_finite, tree_wh
 from lowrank_optax._src.engines.order import Order
 from lowrank_optax._src.leaves.keys import Seed, matrix_keys
 from lowrank_optax._src.leaves.matrix import MatrixView
+from lowrank_optax._src.leaves.roles import Known
 from lowrank_optax._src.linalg import matmul, orthonormalize, project
 from lowrank_optax._src.linalg.products import Lying, norm
 from lowrank_optax._src.linalg.random import filler
@@ -184,11 +185,13 @@ def renew_due(
     due: Mapping[int, jax.Array],
     step: jax.Array,
     moments: Mapping[int, Moments],
+    known: tuple[tuple[str, Known], ...],
     first: Any = True,
 ) -> dict[int, Renewal]:
     """Renew each basis that is due, and carry its moments to the new one.
 
-    Before that, recoveries look at the moments where they are to.
+    Before that, recoveries look at the moments where they are to. For ``known`` see
+    `Layout`.
     """
     looks = {
         i: first & rule.ready(x.own.recovery)
@@ -200,7 +203,7 @@ def renew_due(
         order, renewals = Order(), {}
         for i, x in matrices.items():
             grad = order.start(x.grad)
-            parts, own, seed = x.parts, x.own, x.seed
+            parts, own, seed = (x.parts, known), x.own, x.seed
             if i in looks:
                 own = _observe(parts, looks[i], own, seed, moments[i])
             renewals[i] = _renew(parts, due[i], step, grad, own, seed, moments[i])
@@ -224,15 +227,19 @@ def _kept(own: Own, moments: Moments) -> Renewal:
 
 @compiled
 def _observe(parts, looks, own, seed, moments):
+    parts, known = parts
+
     def look():
-        basis = parts.basis(own, seed)
-        return parts.recovery.observe(basis, moments, own.recovery)
+        given = parts.basis(own, seed), moments, dict(known)
+        return parts.recovery.observe(*given, own.recovery)
 
     return own._replace(recovery=jax.lax.cond(looks, look, lambda: own.recovery))
 
 
 @compiled
 def _renew(parts, due, step, grad, own, seed, moments):
+    parts, known = parts
+
     def new():
         matrix = parts.matrix(grad, own)
         size = norm(matrix)
@@ -250,7 +257,7 @@ def _renew(parts, due, step, grad, own, seed, moments):
         used = jnp.maximum(jnp.sum(jnp.any(old != 0, axis=-2)), 1)
         # Where no gradient was usable nothing was chosen, and there is no overlap.
         share = jnp.where(jnp.any(usable), jnp.sum(overlap**2) / used, 0.0)
-        carried = parts.transfer.carry(moments, overlap)
+        carried = parts.transfer.carry(moments, overlap, dict(known))
         # Carried in float32 and stored as they were.
         carried = {name: x.astype(moments[name].dtype) for name, x in carried.items()}
         share, size = jnp.float32(share), jnp.float32(size)

@@ -239,16 +239,17 @@ class _Projection:
                 cases[own, v.m, v.rank(self.rank), type(parts[1])] = parts[1], v
         for (own, _, r, _), (part, view) in cases.items():
             view = dataclasses.replace(view, source=None)
-            _check_moments(self.transfer, part, view, r, dict(own))
+            known = dict(layout.known)
+            _check_moments(self.transfer, part, view, r, dict(own), known)
 
     def _leaves(self, updates: Any, state: ProjectState) -> "_Leaves":
         """The leaves of an update, and what belongs to those that are matrices."""
-        treedef = jax.tree.structure(updates)
+        paths, grads, treedef = flatten(updates)
         views = self._views(updates)
-        grads, *own = (
+        own = [
             treedef.flatten_up_to(x)
-            for x in (updates, state.basis, state.refresh, state.recovery)
-        )
+            for x in (state.basis, state.refresh, state.recovery)
+        ]
         matrices = {
             i: Matrix(
                 Parts(
@@ -260,7 +261,7 @@ class _Projection:
                 ),
                 grads[i],
                 Own(*(x[i] for x in own)),
-                leaf_seed(self.key, v.path),
+                leaf_seed(self.key, paths[i]),
             )
             for i, v in enumerate(views)
             if isinstance(v, MatrixView)
@@ -278,7 +279,8 @@ class _Projection:
         due = {
             i: x.is_due(self.refresh, step, first) for i, x in leaves.matrices.items()
         }
-        renewed = renew_due(leaves.matrices, due, step, leaves.moments, first)
+        known = leaves.layout.known
+        renewed = renew_due(leaves.matrices, due, step, leaves.moments, known, first)
         for i, now in renewed.items():
             leaves.matrices[i] = leaves.matrices[i].renewed(now, due[i])
             leaves.moments[i] = now.moments
@@ -395,14 +397,14 @@ class _Leaves:
         return ProjectState(state.step, basis, refresh, recovery, inner_state)
 
 
-def _check_moments(transfer, recovery, view, rank, moments) -> None:
+def _check_moments(transfer, recovery, view, rank, moments, known) -> None:
     """Let parts refuse the moments now, by a run on shapes alone."""
 
     def use(moments):
-        transfer.carry(moments, jnp.zeros((*view.batch_shape, rank, rank)))
+        transfer.carry(moments, jnp.zeros((*view.batch_shape, rank, rank)), known)
         if isinstance(recovery, Observer):
             basis = view.zeros("m", rank)
-            recovery.observe(basis, moments, recovery.init(view))
+            recovery.observe(basis, moments, known, recovery.init(view))
 
     jax.eval_shape(use, moments)
 

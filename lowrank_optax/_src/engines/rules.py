@@ -71,7 +71,8 @@ def leafwise(
     ((4, 1), (3,))
     """
     dense = optax.with_extra_args_support(dense)
-    engine = _Leafwise(rule, dense, StateFields(dense), side, matrices, key)
+    fields = StateFields(dense, whole=True)  # masked as a whole at matrices
+    engine = _Leafwise(rule, dense, fields, side, matrices, key)
     return transformation(engine.init, engine.update)
 
 
@@ -146,7 +147,9 @@ class _Leafwise:
         views = {i: v for i, v in seen if isinstance(v, MatrixView)}
         grads, layout = treedef.flatten_up_to(updates), self.fields.layout(updates)
         old = self._load(state, layout, treedef, views)
-        at_matrix, new = self._rule(views, grads, state.step, old)
+        paths = flatten(updates)[0]
+        seeds = {i: leaf_seed(self.key, paths[i]) for i in views}
+        at_matrix, new = self._rule(views, grads, seeds, state.step, old)
 
         moments = layout.get(state.inner_state)
         masks = {w: optax.MaskedNode() for w in moments if w[1] in views}
@@ -175,12 +178,9 @@ class _Leafwise:
         new_state = self._store(step, layout, inner_state, treedef, new)
         return treedef.unflatten(out), new_state
 
-    def _rule(self, views, grads, step, old) -> tuple[dict[int, Any], dict[int, Any]]:
+    def _rule(self, views, grads, seeds, step, old) -> tuple[dict[int, Any], Any]:
         """The rule at each matrix: the updates, and the states that are accepted."""
-        keys = {
-            i: matrix_keys(leaf_seed(self.key, v.path), step, v.batch_shape)
-            for i, v in views.items()
-        }
+        keys = {i: matrix_keys(seeds[i], step, v.batch_shape) for i, v in views.items()}
         if hasattr(self.rule, "begin"):
             old = _begun(self.rule, views, grads, old)
         if isinstance(self.rule, StagedRule):

@@ -9,7 +9,7 @@ from collections.abc import Hashable
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 @jax.tree_util.register_dataclass
@@ -54,6 +54,20 @@ def empty(tree: Any) -> Any:
     )
 
 
+def apart(tree: Any) -> Any:
+    """The tree with a box around each array, also where one was around several.
+
+    So an optimizer leaves them that keeps a list of arrays for a parameter.
+    """
+
+    def each(x):
+        if not is_variable(x):
+            return x
+        return jax.tree.map(lambda value: rebox(x, value), value_of(x))
+
+    return jax.tree.map(each, tree, is_leaf=is_variable)
+
+
 def with_auto_axes(run: Any, *args: Any) -> Any:
     """``run(*args)``, its two results sharded as the first two arguments came in."""
     shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, args[:2])
@@ -92,12 +106,26 @@ def annotate(box: Any, value: Any, spec: tuple[Any, ...] | None) -> Any:
     """The box with another value in it, and another spec, or none."""
     if _is_linen(box):
         return box.replace(value=value, names=spec or ())
-    return box.replace(value, out_sharding=spec)
+    placed = _placed(box)
+    if placed is None or spec is None:
+        return box.replace(value, out_sharding=spec)
+    kind = placed.memory_kind
+    other = NamedSharding(placed.mesh, PartitionSpec(*spec), memory_kind=kind)
+    return box.replace(value, out_sharding=other)
 
 
 def annotation(box: Any) -> tuple[Any, ...] | None:
     """The spec of a box, of mesh axes or of names that stand for these."""
-    return box.names if _is_linen(box) else box.get_metadata().get("out_sharding")
+    if _is_linen(box):
+        return box.names
+    placed = _placed(box)
+    return tuple(placed.spec) if placed else box.get_metadata().get("out_sharding")
+
+
+def _placed(box: Any) -> NamedSharding | None:
+    """The sharding of a box of NNX that has one with its mesh instead of a spec."""
+    found = None if _is_linen(box) else box.get_metadata().get("out_sharding")
+    return found if isinstance(found, NamedSharding) else None
 
 
 def leaf_spec(leaf: Any) -> tuple[tuple[Any, ...] | None, Any]:
@@ -112,9 +140,10 @@ def leaf_spec(leaf: Any) -> tuple[tuple[Any, ...] | None, Any]:
         spec = annotation(leaf)
         if spec is None:
             return None, None
-        rest = (None,) * (value_of(leaf).ndim - len(spec))
+        rest, placed = (None,) * (value_of(leaf).ndim - len(spec)), _placed(leaf)
         # nnx.vmap stacks layers in front without telling the annotation.
-        return (*spec, *rest) if _is_linen(leaf) else (*rest, *spec), None
+        behind = _is_linen(leaf) or placed is not None
+        return (*spec, *rest) if behind else (*rest, *spec), placed
     sharding = getattr(leaf, "sharding", None)
     if isinstance(leaf, jax.core.Tracer):
         sharding = jax.typeof(leaf).sharding
@@ -129,12 +158,20 @@ def leaf_spec(leaf: Any) -> tuple[tuple[Any, ...] | None, Any]:
 def mesh_spec(leaf: Any) -> tuple[Any, ...] | None:
     """`leaf_spec` in axes of the mesh, where Flax has rules for other names in it."""
     spec, _ = leaf_spec(leaf)
-    if spec is None or not hasattr(leaf, "rules"):
+    if spec is None or not is_variable(leaf):
         return spec
-    from flax import linen  # is there, as the box is Linen's
+    if hasattr(leaf, "rules"):
+        from flax import linen  # is there, as the box is Linen's
 
-    rules = leaf.rules or linen.get_logical_axis_rules()
-    return tuple(linen.logical_to_mesh_axes(spec, rules) or ()) if rules else spec
+        rules = leaf.rules or linen.get_logical_axis_rules()
+        return tuple(linen.logical_to_mesh_axes(spec, rules) or ()) if rules else spec
+    if _is_linen(leaf):  # whose names are the mesh's
+        return spec
+    from flax.core import spmd  # is there, as the variable is of NNX
+
+    own = leaf.get_metadata().get("sharding_rules") or ()
+    rules = spmd.composite_rules(spmd.get_logical_axis_rules(), own)
+    return tuple(spmd.from_sharding_rules(spec, rules))
 
 
 def explicit_axes(mesh: Any) -> bool:

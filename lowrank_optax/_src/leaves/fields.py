@@ -12,6 +12,7 @@ from lowrank_optax._src.leaves.box import (
     ParamBox,
     annotate,
     annotation,
+    apart,
     empty,
     is_box,
     is_variable,
@@ -22,7 +23,7 @@ from lowrank_optax._src.leaves.box import (
 from lowrank_optax._src.leaves.choose import quietly
 from lowrank_optax._src.leaves.context import around
 from lowrank_optax._src.leaves.paths import check_arrays, flatten, path_parts
-from lowrank_optax._src.leaves.roles import Role, holder_of, is_own, role_of
+from lowrank_optax._src.leaves.roles import Known, Role, holder_of, is_own, role_of
 
 Where = tuple[str, int]  # a field of a state, and the number of a parameter's leaf
 
@@ -33,11 +34,13 @@ class StateFields:
     Found by initialising the optimizer, for its shapes alone, with every parameter in
     a box of its path: wherever a box comes out again, it is that parameter's entry of
     a field. So masks, labels and partitions inside are followed as they are. What
-    stands below a parameter's place, as in a code, is a field of its own, "mu.left".
+    stands below a parameter's place, as in a code, is a field of its own, "mu.left",
+    unless what a state keeps there is to be taken whole.
     """
 
-    def __init__(self, inner: optax.GradientTransformation):
+    def __init__(self, inner: optax.GradientTransformation, whole: bool = False):
         self._inner = inner
+        self._whole = whole
         self._layouts: dict[Any, Layout] = {}
 
     def layout(self, tree: Any) -> "Layout":
@@ -53,7 +56,7 @@ class StateFields:
             ]
             with quietly():
                 state = jax.eval_shape(self._inner.init, treedef.unflatten(boxes))
-            state = empty(state)
+            state = empty(state) if self._whole else apart(empty(state))
             found, structure = jax.tree_util.tree_flatten_with_path(
                 state, is_leaf=is_box
             )
@@ -69,6 +72,11 @@ class StateFields:
                     for (k, _), w in zip(found, where, strict=True)
                     if w
                 },
+                frozenset(
+                    w[0]
+                    for (k, _), w in zip(found, where, strict=True)
+                    if w and "." in field_name(w[0]) and is_own(holder_of(state, k))
+                ),
             )
         return self._layouts[seen]
 
@@ -119,6 +127,7 @@ class Layout:
     found: dict[int, Any]
     masked: list[str]
     holders: dict[str, type]
+    codes: frozenset[str]  # the fields that are arrays of a code, as "mu.left"
 
     @property
     def names(self) -> list[str]:
@@ -129,9 +138,17 @@ class Layout:
         """What the field of this path is known to be."""
         return role_of(self.holders.get(name), field_name(name))
 
+    @property
+    def known(self) -> tuple[tuple[str, Known], ...]:
+        """Each field with what it is known to be."""
+        return tuple(
+            (name, "code" if name in self.codes else self.role(name))
+            for name in self.names
+        )
+
     def is_foreign(self, name: str) -> bool:
         """Whether the field holds arrays for a state that is not of this library."""
-        if is_part_of_code(name) or is_own(self.holders.get(name, Layout)):
+        if name in self.codes or is_own(self.holders.get(name, Layout)):
             return False
         own = (x for (field, _), x in self.abstract.items() if field == name)
         return any(x.ndim and jnp.issubdtype(x.dtype, jnp.floating) for x in own)
@@ -144,12 +161,12 @@ class Layout:
 
     def get(self, state: Any) -> dict[Where, Any]:
         """What stands at each parameter's place in each field."""
-        entries = self.structure.flatten_up_to(empty(state))
+        entries = self.structure.flatten_up_to(apart(empty(state)))
         return {w: x for w, x in zip(self.where, entries, strict=True) if w}
 
     def set(self, state: Any, values: dict[Where, Any]) -> Any:
         """The state with other values at some places."""
-        entries = self.structure.flatten_up_to(empty(state))
+        entries = self.structure.flatten_up_to(apart(empty(state)))
         placed = zip(self.where, entries, strict=True)
         return self.structure.unflatten(
             [values.get(w, x) if w else x for w, x in placed]
@@ -200,11 +217,6 @@ def field_name(name: str) -> str:
     return name.rpartition("/")[2]
 
 
-def is_part_of_code(name: str) -> bool:
-    """Whether a field is an array of a code, such as "inner_state/mu.left"."""
-    return "." in field_name(name)
-
-
 def boxed_state(tx: Any, params: Any) -> Any:
     """``tx.init(params)`` by shapes alone, arrays boxed with their parameter's path."""
     check_arrays(params)
@@ -218,4 +230,5 @@ def boxed_state(tx: Any, params: Any) -> Any:
         boxes.append(ParamBox(x, parts, mesh_spec(leaf), kind))
     # A function of its own, or JAX would answer from memory what is recorded and
     # limited anew at every call.
-    return jax.eval_shape(lambda params: tx.init(params), treedef.unflatten(boxes))
+    state = jax.eval_shape(lambda params: tx.init(params), treedef.unflatten(boxes))
+    return apart(state)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_optax._src.leaves.context import layer_place
+from lowrank_optax._src.leaves.paths import Path
 from lowrank_optax._src.linalg.random import over_keys
 
 
@@ -26,9 +27,11 @@ class Seed(NamedTuple):
     place: jax.Array | int
 
 
-def leaf_seed(key: int | jax.Array, path: str) -> Seed:
+def leaf_seed(key: int | jax.Array, path: Path) -> Seed:
     """The seed of the leaf at a path, for a key or an int that stands for one."""
-    name = np.uint32(zlib.crc32(path.encode()))
+    # A slash within a part is another character than the one between two.
+    text = "/".join(part.replace("/", "\0") for part in path)
+    name = np.uint32(zlib.crc32(text.encode()))
     return Seed(_threefry(key), name, layer_place())
 
 

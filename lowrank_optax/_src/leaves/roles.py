@@ -8,6 +8,8 @@ from lowrank_optax._src.leaves.matrix import MatrixView
 
 # A first moment is linear in the gradient; a second one quadratic, so never negative.
 Role = Literal["first", "second"]
+# What is known of a field; "code" is an array of what is stored compressed.
+Known = Role | Literal["code"] | None
 
 # What these names mean in Optax's states, and in this library's.
 FIRST_MOMENTS = frozenset({"mu", "trace", "ema", "m", "momentum", "exp_avg"})
@@ -60,8 +62,11 @@ def _package(holder: type) -> str:
     return holder.__module__.partition(".")[0]
 
 
-def holder_of(state: Any, key_path: tuple[Any, ...], field: str) -> type:
-    """The class of the state in which a field of this name stands, on a path."""
+def holder_of(state: Any, key_path: tuple[Any, ...], field: str = "") -> type:
+    """The class of the state in which a field of this name stands, on a path.
+
+    Without a name, of the last one on the path.
+    """
     holder = type(state)
     for key in key_path:
         if isinstance(key, jax.tree_util.GetAttrKey):

@@ -159,7 +159,12 @@ def clip_by_matrix_rms(
 
 
 def _clip(u: jax.Array, threshold: ArrayLike) -> jax.Array:
-    size = jnp.sqrt(jnp.mean(_squares(u), axis=(-2, -1), keepdims=True))
+    def root_mean_square(x):
+        return jnp.sqrt(jnp.mean(_squares(x), axis=(-2, -1), keepdims=True))
+
+    # Where squares exceed the range of floats, those of smaller numbers do not.
+    size, least = root_mean_square(u), 2.0**-80
+    size = jnp.where(jnp.isinf(size), root_mean_square(least * u) / least, size)
     return u / jnp.maximum(1.0, size / threshold)
 
 

@@ -57,7 +57,8 @@ def fira_project(
 
     Differs from the reference code in: the residual is that of the paper, which the
     code computes with alpha (``reference=(b1, b2)`` does so too); a zero gradient does
-    not lock the limiter; what differs for `galore_project`.
+    not lock the limiter, to which a residual counts as 1.4e-3 of its gradient at least,
+    see `FiraResidual`; what differs for `galore_project`.
 
     References:
       Chen et al., Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank

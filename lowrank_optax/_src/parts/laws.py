@@ -8,12 +8,13 @@ arrive as ``(*batch, m, n)`` in float32 at least, basis side on the left; write
 the others beyond their laws, or lacks itself, it may say: see `compatible`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lowrank_optax._src.leaves.matrix import MatrixView
+from lowrank_optax._src.leaves.roles import Known
 from lowrank_optax._src.linalg.products import Lying
 
 Step = Int[Array, ""]
@@ -77,12 +78,18 @@ class Transfer(Protocol):
     """What becomes of the inner optimizer's moments when the basis is renewed."""
 
     def carry(
-        self, moments: dict[str, Array], overlap: Float[Array, "*b r r"]
+        self,
+        moments: dict[str, Array],
+        overlap: Float[Array, "*b r r"],
+        known: Mapping[str, Known],
     ) -> dict[str, Array]:
         """The moments in the new basis, by ``overlap = new^T old``.
 
         ``moments`` maps state field paths to arrays of the leaf, (\\*b, r, n) or of
-        another shape. Law: second moments stay >= 0.
+        another shape; ``known`` says what each field is, by the class of the state that
+        it stands in: a "first" moment, linear in the gradient, a "second" one,
+        quadratic in it, an array of a "code", or None where nothing tells. Law: second
+        moments stay >= 0.
         """
         ...
 
@@ -129,9 +136,13 @@ class Observer(Recovery, Protocol):
         ...
 
     def observe(
-        self, basis: Float[Array, "*b m r"], moments: dict[str, Array], state: Any
+        self,
+        basis: Float[Array, "*b m r"],
+        moments: dict[str, Array],
+        known: Mapping[str, Known],
+        state: Any,
     ) -> Any:
-        """The state after a look at the moments, named as in `Transfer.carry`."""
+        """The state after a look at the moments, told as in `Transfer.carry`."""
         ...
 
 

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax._src.leaves.fields import field_name
-from lowrank_optax._src.leaves.roles import FIRST_MOMENTS
 from lowrank_optax._src.linalg import matmul
 from lowrank_optax._src.parts import compatible
 from lowrank_optax._src.parts.bounds import most_of_adam
@@ -312,11 +310,11 @@ class SparseResidual:
         """Whether the warm-up has just ended."""
         return jnp.all(state.age == self.warmup)
 
-    def observe(self, basis, moments, state):
+    def observe(self, basis, moments, known, state):
         first = [
             x
             for name, x in moments.items()
-            if field_name(name) in FIRST_MOMENTS and x.shape[-2:-1] == basis.shape[-1:]
+            if known[name] == "first" and x.shape[-2:-1] == basis.shape[-1:]
         ]
         if not first:
             raise ValueError(

@@ -5,8 +5,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from lowrank_optax._src.leaves.fields import field_name, is_part_of_code
-from lowrank_optax._src.leaves.roles import FIRST_MOMENTS, SECOND_MOMENTS
+from lowrank_optax._src.leaves.fields import field_name
 from lowrank_optax._src.linalg import matmul
 from lowrank_optax._src.parts import compatible
 
@@ -24,7 +23,7 @@ class Keep:
 
     requires: ClassVar[tuple[str, ...]] = (compatible.ALIGNED,)
 
-    def carry(self, moments, overlap):
+    def carry(self, moments, overlap, known):
         return moments
 
 
@@ -36,8 +35,8 @@ class Reset:
     >>> tx = lro.galore_project(optax.trace(0.9), rank=4, transfer=lro.Reset())
     """
 
-    def carry(self, moments, overlap):
-        _refuse_codes(moments, self)
+    def carry(self, moments, overlap, known):
+        _refuse_codes(moments, known, self)
         return {name: jnp.zeros_like(x) for name, x in moments.items()}
 
 
@@ -72,43 +71,34 @@ class Rotate:
                 f"`coverage` must be above 0 and at most 1, got {self.coverage}."
             )
 
-    def carry(self, moments, overlap):
-        _refuse_codes(moments, self)
-        r = overlap.shape[-1]
+    def carry(self, moments, overlap, known):
+        _refuse_codes(moments, known, self)
         square = overlap * overlap
         covered = jnp.sum(square, axis=-1, keepdims=True)
         square = square / jnp.maximum(covered, self.coverage)
-        carried = {}
-        widths = {
-            x.shape[-1]
-            for name, x in moments.items()
-            if field_name(name) in FIRST_MOMENTS and x.ndim == overlap.ndim
-        }
+        told = {name: self._role(name, known) for name in moments}
+        _refuse_columns(moments, overlap, told)
+        carried = dict(moments)
         for name, x in moments.items():
-            rows = field_name(name) == "v_row" and x.shape[-1] == r
-            if field_name(name) in FIRST_MOMENTS.union(self.first):
-                carried[name] = matmul(overlap, x)
-            elif field_name(name) in SECOND_MOMENTS.union(self.second):
-                if rows:
-                    carried[name] = matmul(square, x[..., None])[..., 0]
-                elif x.ndim == overlap.ndim and x.shape[-2] == r:
-                    carried[name] = matmul(square, x)
-                elif widths and r not in widths and x.shape[-2:] == (1, r):
-                    field = f"the state field '{name}' of shape {x.shape}"
-                    need = "second moments whose rows are the basis vectors"
-                    raise compatible.cannot_use("Rotate", field, "it", need, "that")
-                else:
-                    carried[name] = x
-            elif x.ndim == overlap.ndim and x.shape[-2] == r:
-                raise ValueError(
-                    f"Cannot rotate the inner optimizer's state field '{name}' of "
-                    f"shape {x.shape}: its name does not tell whether it is a first or "
-                    "a second moment. Name it in Rotate(first=...) or "
-                    "Rotate(second=...), or use Keep() or Reset()."
-                )
-            else:
-                carried[name] = x
+            by = {"first": overlap, "second": square}.get(told[name])
+            if by is None:
+                _refuse_unknown(name, x, overlap)
+            elif _is_along(x, overlap):
+                carried[name] = matmul(by, x)
+            elif self._is_factor(name) and x.shape == overlap.shape[:-1]:
+                carried[name] = matmul(by, x[..., None])[..., 0]
         return carried
+
+    def _role(self, name, known):
+        """What a field is, by what the user says or else by what is known."""
+        field = field_name(name)
+        if field in self.first:
+            return "first"
+        return "second" if field in self.second else known[name]
+
+    def _is_factor(self, name):
+        """Whether a field may have a number for each basis vector, and no more."""
+        return field_name(name) in {"v_row", *self.first, *self.second}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,13 +114,46 @@ class RotateFirst:
     ... )
     """
 
-    def carry(self, moments, overlap):
-        names = {name for name in moments if field_name(name) not in SECOND_MOMENTS}
-        return moments | Rotate().carry({k: moments[k] for k in names}, overlap)
+    def carry(self, moments, overlap, known):
+        rest = {name: x for name, x in moments.items() if known[name] != "second"}
+        return moments | Rotate().carry(rest, overlap, known)
 
 
-def _refuse_codes(moments, transfer) -> None:
-    for name in filter(is_part_of_code, moments):
+def _is_along(x, overlap) -> bool:
+    """Whether the rows of a moment, or of each of a stack, are the basis vectors."""
+    return x.ndim == overlap.ndim and x.shape[-2] == overlap.shape[-1]
+
+
+def _refuse_unknown(name, x, overlap) -> None:
+    if _is_along(x, overlap) or x.shape == overlap.shape[:-1]:
+        raise ValueError(
+            f"Cannot rotate the inner optimizer's state field '{name}' of shape "
+            f"{x.shape}: nothing tells whether it is a first or a second moment. Name "
+            "it in Rotate(first=...) or Rotate(second=...), or use Keep() or Reset()."
+        )
+
+
+def _refuse_columns(moments, overlap, told) -> None:
+    """Refuse second moments that are one number for each basis vector, in a row.
+
+    Where moments have r columns as well, nothing tells them apart.
+    """
+    r = overlap.shape[-1]
+    widths = {
+        x.shape[-1]
+        for name, x in moments.items()
+        if told[name] == "first" and x.ndim == overlap.ndim
+    }
+    for name, x in moments.items():
+        whole = _is_along(x, overlap) or told[name] != "second"
+        if not whole and widths and r not in widths and x.shape[-2:] == (1, r):
+            field = f"the state field '{name}' of shape {x.shape}"
+            need = "second moments whose rows are the basis vectors"
+            raise compatible.cannot_use("Rotate", field, "it", need, "that")
+
+
+def _refuse_codes(moments, known, transfer) -> None:
+    for name in (name for name in moments if known[name] == "code"):
         kind = type(transfer).__name__
         raise ValueError(
             f"Cannot use {kind} around compressed state: {kind} requires moments as "
