@@ -48,10 +48,6 @@ def alike(parameters):
     return jax.tree.map(jnp.zeros_like, parameters)
 
 
-def scaled(learning_rate, matrices=lro.MatrixAxes()):
-    return optax.chain(adaptive(matrices=matrices), optax.scale(-learning_rate))
-
-
 INNERS = {
     "adam": lambda: adaptive(),
     "chain": lambda: optax.chain(
@@ -59,7 +55,6 @@ INNERS = {
         adaptive(recovery=lro.FiraResidual()),
         optax.scale(-0.1),
     ),
-    "two rates": lambda: lro.two_rates(scaled)(0.1, dense_learning_rate=0.2),
 }
 
 

@@ -164,6 +164,17 @@ def test_state_is_placed_as_that_of_the_method_alone():
             assert own.spec == optax.tree.get(alone, field)[name].spec
 
 
+def test_unused_ranks_are_freed():
+    params = {"w": jnp.ones((6, 8)), "b": jnp.ones(8)}  # ones are of rank 1
+    tx = lro.two_rates(lro.adarankgrad_adamw)(0.1, 4, dense_learning_rate=0.2)
+    _, state = tx.update(params, tx.init(params), params)
+    smaller, cut = lro.rank.shrink(tx, state, params, multiple_of=2)
+    basis = optax.tree.get(cut.inner_states["matrices"], "basis")
+    assert basis["w"].shape == (8, 2)
+    updates, _ = smaller.update(params, cut, params)
+    assert_close(updates, tx.update(params, state, params)[0])
+
+
 def test_what_has_no_rate_is_refused():
     match = "Cannot give galore_project two rates: it has no argument `learning_rate`"
     with pytest.raises(TypeError, match=match):

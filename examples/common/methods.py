@@ -199,6 +199,14 @@ def check_methods(
         )
 
 
+def check_rates(learning_rate: float | None, dense_learning_rate: float | None) -> None:
+    """Raises ValueError for a rate that is not above 0, by name."""
+    rates = {"learning_rate": learning_rate, "dense_learning_rate": dense_learning_rate}
+    for name, rate in rates.items():
+        if rate is not None and not rate > 0:
+            raise ValueError(f"{name} must be above 0, not {rate}")
+
+
 def matrix_state_bytes(tx: optax.GradientTransformation, params: Any) -> int:
     """The part of the optimizer's state that belongs to the matrices.
 
