@@ -1,14 +1,15 @@
 """Which trials the comparison is made of, and which comes next.
 
 The rate d of all leaves that are no matrices is tuned once, with the method at full
-rank, and is the same for all methods with that rule. Then each method has a ladder of
+rank, and is the same for all others: AdamW's, and Lion's for the two that move by
+signs. Then each method has a ladder of
 rates m of its matrices, on a seed that counts for nothing else, and runs at the best of
 them with the seeds that count: at one rank for all, and at the rank whose state is
 nearest in bytes to GaLore's.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 # Each with the rate its ladder begins at. GaLore and its kind, for which 0.25 of it is
@@ -81,11 +82,12 @@ class Protocol:
 Losses = Mapping[Trial, float]
 
 
-@dataclass(frozen=True)
 class Missing(Exception):
     """Raised where a step of the protocol needs a trial that was not run yet."""
 
-    trial: Trial
+    def __init__(self, trial: Trial):
+        super().__init__(trial)
+        self.trial = trial
 
 
 def ladder(
@@ -191,17 +193,19 @@ class Study:
         dense, rate = best(self.dense_ladder(method)), best(self.rate_ladder(method))
         return [Trial(method, rank, dense, rate, seed) for seed in self.protocol.seeds]
 
-    def missing(self, methods: tuple[str, ...]) -> Iterator[Trial]:
+    def missing(self, methods: Sequence[str]) -> Iterator[Trial]:
         """The trials known to be missing, in the order in which they are run.
 
         Of a ladder only the next rung is known.
         """
+        told = set(self._losses)
         for same_bytes in (False, True):
             for method in methods:
                 try:
                     wanted = self.counted(method, same_bytes)
                 except Missing as missing:
-                    if not same_bytes:
-                        yield missing.trial
-                    continue
-                yield from (trial for trial in wanted if trial not in self._losses)
+                    wanted = [missing.trial]
+                for trial in wanted:
+                    if trial not in told:
+                        told.add(trial)
+                        yield trial

@@ -84,6 +84,8 @@ def rows(
 
 def table(found: Mapping[str, Row], references: Mapping[str, Row]) -> str:
     """The rows, with differences to the reference methods."""
+    if not found:
+        return "None is there yet."
     header = ["method", "rank", "d", "m", "seeds", "validation loss"]
     header += [f"minus {name}" for name in REFERENCES] + ["state of matrices, KiB"]
     lines = []
@@ -223,7 +225,7 @@ def write(settings: Any, study: Study, results: Results, trainer: Trainer) -> No
 
 def missing(study: Study, methods: Sequence[str]) -> str:
     """Whether all of the protocol is there, and else what is not."""
-    wanted = list(study.missing(tuple(methods)))
+    wanted = list(study.missing(methods))
     if not wanted:
         return "All trials of the protocol are there."
     names = dict.fromkeys(trial.method for trial in wanted)
