@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -82,7 +83,12 @@ def test_every_method_has_a_way_to_be_built():
 
 
 def test_a_quick_run_writes_its_record_and_goes_on_from_what_is_there(tmp_path):
-    few = dataclasses.replace(QUICK, methods=("adamw", "galore_adamw"), out=tmp_path)
+    few = dataclasses.replace(
+        QUICK,
+        methods=("adamw", "galore_adamw"),
+        data=f"path:{Path(record.__file__).parent}",
+        out=tmp_path,
+    )
     main(dataclasses.replace(few, minutes=0.0))
     page = (tmp_path / "comparison.md").read_text()
     assert "**Not complete**: at least 1 trials are missing, of adamw." in page

@@ -130,7 +130,9 @@ def _relora(
     )
 
 
-_DENSE = 3e-2  # tuned with AdamW, see benchmarks/records/comparison.md
+# By coarse searches on a model of a million parameters; benchmarks/comparison tunes
+# them further.
+_DENSE = 3e-2
 
 METHODS = {
     "adamw": Method(optimizer(optax.adamw), 3e-3, _DENSE),
