@@ -109,6 +109,7 @@ from lowrank_optax._src.training.accumulate import (
     accumulate_gradients as accumulate_gradients,
 )
 from lowrank_optax._src.training.inject import inject_hyperparams as inject_hyperparams
+from lowrank_optax._src.training.two_rates import two_rates as two_rates
 
 __version__ = "0.1.0"
 
@@ -201,4 +202,5 @@ __all__ = [
     "scale_by_ldadam",
     "state_bytes",
     "state_shardings",
+    "two_rates",
 ]

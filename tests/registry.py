@@ -53,6 +53,16 @@ class Method:
         """Whether it ends in a learning rate: its updates are for adding."""
         return "learning_rate" in self.kwargs
 
+    @property
+    def is_alias(self) -> bool:
+        """Whether it is a chain of a transformation that is tried by itself."""
+        return self.is_optimizer and self.name != "two_rates"
+
+    @property
+    def public(self) -> Callable[..., Any]:
+        """The public function of its name: the factory, or what made it."""
+        return getattr(lro, self.name.partition("-")[0])
+
     def descend(self, updates: Any, size: float = 1.0) -> Any:
         """Its updates as what is added to parameters."""
         return (
@@ -437,6 +447,13 @@ METHODS = [
         dict(learning_rate=0.02, scale=1.0, **_GALORE),
         ("mu", "nu"),
         lro.adam_mini(0.02),
+    ),
+    Method(
+        "two_rates",
+        lro.two_rates(lro.galore_adamw),
+        dict(learning_rate=0.02, dense_learning_rate=0.03, scale=1.0, **_GALORE),
+        ("mu", "nu"),
+        optax.adam(0.03),
     ),
 ]
 

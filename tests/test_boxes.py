@@ -17,7 +17,7 @@ import lowrank_optax as lro
 
 BY_NAME = {method.name: method for method in METHODS}
 # An optimizer is one of these in a chain of Optax's, which has no state in boxes.
-TRANSFORMATIONS = [method for method in METHODS if not method.is_optimizer]
+TRANSFORMATIONS = [method for method in METHODS if not method.is_alias]
 
 
 # Masks and labels by functions

@@ -272,6 +272,7 @@ def test_learning_rates_are_those_of_the_papers_table():
     assert Glue(task="rte").rates("ldadamw") == [5e-4]
     assert Glue(task="sst2").rates("scratch") == [7e-6]
     assert Glue(task="mrpc").rates("i3s_adamw") == [5e-4]  # as GaLore's
+    assert Glue(task="mrpc").rates("lion") == [1e-5]  # a seventh of AdamW's
     assert Glue(task="mrpc", grid=(0.5, 2)).rates("adamw") == [3.5e-5, 1.4e-4]
     assert Glue(task="mrpc", learning_rate=1e-2).rates("lora") == [1e-2]
     preset = Glue(task="mnli").chosen_task.preset

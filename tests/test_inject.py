@@ -23,7 +23,8 @@ from lowrank_optax._src.methods.optimizer import Static
 NUMBERS = set(
     "learning_rate b1 b2 eps rho switch_step max_residual_energy warmup residual_scale "
     "limiter decay_rate clipping_threshold momentum update_every max_interval "
-    "min_interval threshold max_stretch scale weight_decay".split()
+    "min_interval threshold max_stretch scale weight_decay dense_learning_rate "
+    "dense_weight_decay".split()
 )
 STATIC = set(
     "inner tx rule dense codecs rank max_rank min_rank leading num_heads density bits "

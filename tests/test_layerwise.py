@@ -122,6 +122,9 @@ METHODS = {
         0.05, rank=2, update_every=3, matrices=matrices
     ),
     "apollo_adamw": lro.apollo_adamw(0.05, 2, update_every=3, matrices=matrices),
+    "two rates": lro.two_rates(lro.galore_adamw)(
+        0.05, 2, update_every=3, matrices=matrices, dense_learning_rate=0.01
+    ),
     "fira_adamw": lro.fira_adamw(0.05, 2, update_every=3, matrices=matrices),
     "mlorc_lion without a warm start": lro.mlorc_lion(
         0.05, 2, matrices=matrices, warm_start=False

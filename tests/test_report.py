@@ -70,7 +70,7 @@ def make_run(method, seed=0, rank=None, moments=False):
             records[-1]["probe"] = {"gradient": 0.6, "overlap": 0.4 + seed / 20}
             if moments:
                 records[-1]["probe"] |= {"first_moment": 0.7, "second_moment": 0.9}
-    return Run(method, rank, 1e-3, 400_000, 3_000_000, 1_200_000, 1024, records)
+    return Run(method, rank, 1e-3, 3e-2, 400_000, 3_000_000, 1_200_000, 1024, records)
 
 
 def test_a_run_is_summed_up_by_its_records():
@@ -108,6 +108,7 @@ def test_the_table_has_a_row_a_run():
         "`adamw`",
         "",
         "0.001",
+        "0.03",
         "7.000 → 3.143",
         "23.2",
         "400,000",

@@ -127,9 +127,14 @@ INJECTED = lro.inject_hyperparams(lro.mlorc_lion)(
 )
 
 
-@pytest.mark.parametrize("name", [*METHODS, "injected"])
+TWO_RATES = lro.two_rates(lro.galore_adamw)(
+    0.1, 3, dense_learning_rate=0.2, matrices=MATRICES
+)
+
+
+@pytest.mark.parametrize("name", [*METHODS, "injected", "two rates"])
 def test_types_are_kept_on_explicit_axes(name):
-    tx = METHODS.get(name, INJECTED)
+    tx = (METHODS | {"injected": INJECTED, "two rates": TWO_RATES})[name]
     mesh = two_devices(AxisType.Explicit)
     with jax.set_mesh(mesh):
         params = place(random_like(SHAPES, 0), mesh)

@@ -10,7 +10,7 @@ from registry import METHODS
 
 import lowrank_optax as lro
 
-FACTORIES = {method.factory.__name__: method.factory for method in METHODS}
+FACTORIES = {m.name: m.factory for m in METHODS if "-" not in m.name}
 SIGNATURES = {k: inspect.signature(f, eval_str=True) for k, f in FACTORIES.items()}
 PARAMETERS = {k: dict(s.parameters) for k, s in SIGNATURES.items()}
 ALIASES = [name for name, p in PARAMETERS.items() if "learning_rate" in p]
@@ -23,6 +23,7 @@ ORDER = (
     *("update_every", "max_interval", "min_interval", "threshold", "max_stretch"),
     *("subspace", "refresh", "transfer", "recovery"),
     *("scale", "weight_decay", "mask", "side", "matrices", "key"),
+    *("dense_learning_rate", "dense_weight_decay"),
 )
 
 # What may be given by position besides the learning rate and the rank, or the inner

@@ -1,5 +1,6 @@
 """The methods an example can be asked for by name: how it trains, and what."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -45,9 +46,11 @@ class Method:
 
     Attributes:
       build: called with a learning rate (float or schedule), a rank, the steps
-        between two choices of the subspace and a weight decay; the ones a method has
-        no use for it ignores.
-      learning_rate: the peak rate where none is given.
+        between two choices of the subspace and a weight decay, of which it ignores
+        those that the method has no use for; and by name with `dense`, another rate
+        for embeddings, head, biases and norms.
+      learning_rate: the peak rate where none is given, of the matrices.
+      dense_learning_rate: that of all other leaves.
       rank: the rank where none is given; None for methods that have no rank.
       needs: what else `build` is given, by name: `heads`, those of queries and of keys;
         `steps`, of the whole run.
@@ -57,194 +60,116 @@ class Method:
 
     build: Callable[..., optax.GradientTransformation]
     learning_rate: float
+    dense_learning_rate: float
     rank: int | None = None
     needs: tuple[str, ...] = ()
     linear: Callable[..., LowRankLinear] | None = None
 
 
+def optimizer(
+    factory: Callable[..., optax.GradientTransformation], **fixed: Any
+) -> Callable[..., optax.GradientTransformation]:
+    """`Method.build` of a whole optimizer of this library, or of Optax.
+
+    Args:
+      factory: such as `lro.galore_adamw`.
+      fixed: arguments that are always the same.
+    """
+
+    def build(
+        learning_rate: optax.ScalarOrSchedule,
+        rank: int | None,
+        every: int,
+        decay: float,
+        dense: optax.ScalarOrSchedule | None = None,
+    ) -> optax.GradientTransformation:
+        made, rates = factory, {"learning_rate": learning_rate}
+        if dense is not None:
+            made, rates = lro.two_rates(factory), rates | {"dense_learning_rate": dense}
+        known = {
+            **dict.fromkeys(("rank", "max_rank"), rank),
+            **dict.fromkeys(("update_every", "max_interval"), every),
+            "weight_decay": decay,
+            "matrices": matrices,
+        }
+        taken = inspect.signature(made).parameters
+        return made(**rates, **{k: x for k, x in known.items() if k in taken}, **fixed)
+
+    return build
+
+
+def _golore(*given: Any, steps: int, **rates: Any) -> optax.GradientTransformation:
+    switch = int(0.8 * steps)  # the paper's
+    return optimizer(lro.golore_adamw, switch_step=switch, scale=0.25)(*given, **rates)
+
+
+def _galore_plus(*given: Any, heads: Any, **rates: Any) -> optax.GradientTransformation:
+    return optimizer(lro.galore_plus_adamw, num_heads=heads)(*given, **rates)
+
+
+def _adam_mini(
+    learning_rate: optax.ScalarOrSchedule, weight_decay: float
+) -> optax.GradientTransformation:
+    """Without `matrices`, by which Adam-mini would choose other blocks."""
+    return lro.adam_mini(learning_rate, weight_decay=weight_decay)
+
+
+def _adapters(*given: Any, **rates: Any) -> optax.GradientTransformation:
+    return freeze(optimizer(optax.adamw)(*given, **rates))
+
+
+def _relora(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int | None,
+    every: int,
+    decay: float,
+    dense: optax.ScalarOrSchedule | None = None,
+) -> optax.GradientTransformation:
+    return relora_adamw(
+        learning_rate, every, weight_decay=decay, dense_learning_rate=dense
+    )
+
+
+# By coarse searches on a model of a million parameters; benchmarks/comparison tunes
+# them further.
+_DENSE = 3e-2
+
 METHODS = {
-    "adamw": Method(
-        lambda lr, rank, every, decay: optax.adamw(lr, weight_decay=decay), 3e-3
-    ),
-    "galore_adamw": Method(
-        lambda lr, rank, every, decay: lro.galore_adamw(
-            lr, rank=rank, update_every=every, weight_decay=decay, matrices=matrices
-        ),
-        1e-2,
-        rank=32,
-    ),
-    "galore_adafactor": Method(
-        lambda lr, rank, every, decay: lro.galore_adafactor(
-            lr, rank=rank, update_every=every, weight_decay=decay, matrices=matrices
-        ),
-        1e-2,
-        rank=32,
-    ),
-    "mlorc_adamw": Method(
-        lambda lr, rank, every, decay: lro.mlorc_adamw(
-            lr, rank=rank, weight_decay=decay, matrices=matrices
-        ),
-        3e-3,
-        rank=4,
-    ),
-    "mlorc_lion": Method(
-        lambda lr, rank, every, decay: lro.mlorc_lion(
-            lr, rank=rank, weight_decay=decay, matrices=matrices
-        ),
-        1e-3,
-        rank=4,
-    ),
-    "fira_adamw": Method(
-        lambda lr, rank, every, decay: lro.fira_adamw(
-            lr, rank=rank, update_every=every, weight_decay=decay, matrices=matrices
-        ),
-        1e-2,
-        rank=32,
-    ),
-    "i3s_adamw": Method(
-        lambda lr, rank, every, decay: lro.i3s_adamw(
-            lr, rank=rank, update_every=every, weight_decay=decay, matrices=matrices
-        ),
-        1e-2,
-        rank=32,
-    ),
+    "adamw": Method(optimizer(optax.adamw), 3e-3, _DENSE),
+    "lion": Method(optimizer(optax.lion), 1e-3, 3e-3),
+    "galore_adamw": Method(optimizer(lro.galore_adamw), 1.5e-2, _DENSE, 32),
+    "galore_adafactor": Method(optimizer(lro.galore_adafactor), 1.5e-2, _DENSE, 32),
+    "mlorc_adamw": Method(optimizer(lro.mlorc_adamw), 3e-3, _DENSE, 4),
+    "mlorc_lion": Method(optimizer(lro.mlorc_lion), 1e-3, 3e-3, 4),
+    "fira_adamw": Method(optimizer(lro.fira_adamw), 1.5e-2, _DENSE, 32),
+    "i3s_adamw": Method(optimizer(lro.i3s_adamw), 1.5e-2, _DENSE, 32),
     "fira_i3s_adamw": Method(
-        lambda lr, rank, every, decay: lro.fira_adamw(
-            lr,
-            rank=rank,
-            update_every=every,
-            weight_decay=decay,
-            subspace=lro.ImportanceSampled(),
-            matrices=matrices,
-        ),
-        1e-2,
-        rank=32,
+        optimizer(lro.fira_adamw, subspace=lro.ImportanceSampled()), 1.5e-2, _DENSE, 32
     ),
-    "golore_adamw": Method(
-        lambda lr, rank, every, decay, steps: lro.golore_adamw(
-            lr,
-            switch_step=int(0.8 * steps),  # the paper's
-            rank=rank,
-            update_every=every,
-            scale=0.25,
-            weight_decay=decay,
-            matrices=matrices,
-        ),
-        1e-2,
-        rank=32,
-        needs=("steps",),
-    ),
-    "ldadamw": Method(
-        lambda lr, rank, every, decay: lro.ldadamw(
-            lr, rank=rank, weight_decay=decay, matrices=matrices
-        ),
-        3e-3,
-        rank=32,
-    ),
-    "adamw_8bit": Method(
-        lambda lr, rank, every, decay: lro.adamw_8bit(lr, weight_decay=decay), 3e-3
-    ),
-    "galore_adamw_8bit": Method(
-        lambda lr, rank, every, decay: lro.galore_adamw_8bit(
-            lr, rank=rank, update_every=every, weight_decay=decay, matrices=matrices
-        ),
-        1e-2,
-        rank=32,
-    ),
-    "adarankgrad_adamw": Method(
-        lambda lr, rank, every, decay: lro.adarankgrad_adamw(
-            lr, max_rank=rank, max_interval=every, weight_decay=decay, matrices=matrices
-        ),
-        1e-2,
-        rank=32,
-    ),
+    "golore_adamw": Method(_golore, 1.5e-2, _DENSE, 32, ("steps",)),
+    "ldadamw": Method(optimizer(lro.ldadamw), 3e-3, _DENSE, 32),
+    "adamw_8bit": Method(optimizer(lro.adamw_8bit), 3e-3, _DENSE),
+    "galore_adamw_8bit": Method(optimizer(lro.galore_adamw_8bit), 1.5e-2, _DENSE, 32),
+    "adarankgrad_adamw": Method(optimizer(lro.adarankgrad_adamw), 1.5e-2, _DENSE, 32),
     "adarankgrad_adamw_8bit": Method(
-        lambda lr, rank, every, decay: lro.adarankgrad_adamw_8bit(
-            lr, max_rank=rank, max_interval=every, weight_decay=decay
-        ),
-        1e-2,
-        rank=32,
+        optimizer(lro.adarankgrad_adamw_8bit), 1.5e-2, _DENSE, 32
     ),
-    "apollo_adamw": Method(
-        lambda lr, rank, every, decay: lro.apollo_adamw(
-            lr, rank=rank, update_every=every, weight_decay=decay, matrices=matrices
-        ),
-        1e-2,
-        rank=32,
-    ),
+    "apollo_adamw": Method(optimizer(lro.apollo_adamw), 1e-2, _DENSE, 32),
     "apollo_mini_adamw": Method(
-        lambda lr, rank, every, decay: lro.apollo_adamw(
-            lr,
-            rank=rank,
-            update_every=every,
-            scale=128**0.5,
-            weight_decay=decay,
-            per="tensor",
-            matrices=matrices,
-        ),
-        1e-2,
-        rank=1,
+        optimizer(lro.apollo_adamw, scale=128**0.5, per="tensor"), 1e-2, _DENSE, 1
     ),
-    "flora": Method(
-        lambda lr, rank, every, decay: lro.flora(
-            lr, rank=rank, update_every=every, weight_decay=decay, matrices=matrices
-        ),
-        1e-2,
-        rank=32,
-    ),
-    "galore_plus_adamw": Method(
-        lambda lr, rank, every, decay, heads: lro.galore_plus_adamw(
-            lr,
-            rank=rank,
-            update_every=every,
-            weight_decay=decay,
-            num_heads=heads,
-            matrices=matrices,
-        ),
-        1e-2,
-        rank=32,
-        needs=("heads",),
-    ),
+    "flora": Method(optimizer(lro.flora), 1e-2, _DENSE, 32),
+    "galore_plus_adamw": Method(_galore_plus, 1.5e-2, _DENSE, 32, ("heads",)),
     "q_galore_adamw_8bit": Method(
-        lambda lr, rank, every, decay: lro.q_galore_adamw_8bit(
-            lr, rank=rank, update_every=every, weight_decay=decay, matrices=matrices
-        ),
-        1e-2,
-        rank=32,
+        optimizer(lro.q_galore_adamw_8bit), 1.5e-2, _DENSE, 32
     ),
-    "adam_mini": Method(
-        lambda lr, rank, every, decay: lro.adam_mini(lr, weight_decay=decay), 3e-3
-    ),
-    "galore_adam_mini": Method(
-        lambda lr, rank, every, decay: lro.galore_adam_mini(
-            lr, rank=rank, update_every=every, weight_decay=decay, matrices=matrices
-        ),
-        1e-2,
-        rank=32,
-    ),
-    "lora": Method(
-        lambda lr, rank, every, decay: freeze(optax.adamw(lr, weight_decay=decay)),
-        3e-3,
-        rank=32,
-        linear=LoRALinear,
-    ),
-    "dora": Method(
-        lambda lr, rank, every, decay: freeze(optax.adamw(lr, weight_decay=decay)),
-        3e-3,
-        rank=32,
-        linear=DoRALinear,
-    ),
-    "relora": Method(
-        lambda lr, rank, every, decay: relora_adamw(lr, every, weight_decay=decay),
-        3e-3,
-        rank=32,
-        linear=LoRALinear,
-    ),
+    "adam_mini": Method(optimizer(_adam_mini), 3e-3, _DENSE),
+    "galore_adam_mini": Method(optimizer(lro.galore_adam_mini), 1.5e-2, _DENSE, 32),
+    "lora": Method(_adapters, 3e-3, _DENSE, 32, linear=LoRALinear),
+    "dora": Method(_adapters, 3e-3, _DENSE, 32, linear=DoRALinear),
+    "relora": Method(_relora, 3e-3, _DENSE, 32, linear=LoRALinear),
     "factorized": Method(
-        lambda lr, rank, every, decay: optax.adamw(lr, weight_decay=decay),
-        3e-3,
-        rank=32,
-        linear=FactorizedLinear,
+        optimizer(optax.adamw), 3e-3, _DENSE, 32, linear=FactorizedLinear
     ),
 }
 
@@ -274,6 +199,14 @@ def check_methods(
             f"Cannot train {adapted[0]} layerwise: its layers are not the model's."
             " Choose optimizers as methods, or leave --layerwise out."
         )
+
+
+def check_rates(learning_rate: float | None, dense_learning_rate: float | None) -> None:
+    """Raises ValueError for a rate that is not above 0, by name."""
+    rates = {"learning_rate": learning_rate, "dense_learning_rate": dense_learning_rate}
+    for name, rate in rates.items():
+        if rate is not None and not rate > 0:
+            raise ValueError(f"{name} must be above 0, not {rate}")
 
 
 def matrix_state_bytes(tx: optax.GradientTransformation, params: Any) -> int:

@@ -79,13 +79,19 @@ def full_moments(opt_state: Any, params: Any) -> dict[str, Any]:
     Returns:
       `first_moment` and `second_moment`, as far as there are any.
     """
-    shapes = jax.tree.map(jnp.shape, params)
-    return {
-        name: moment
-        for name, field in (("first_moment", "mu"), ("second_moment", "nu"))
-        for _, moment in optax.tree.get_all_with_path(opt_state, field)
-        if jax.tree.map(jnp.shape, moment) == shapes
-    }
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    shapes = {path: jnp.shape(x) for path, x in leaves}
+    moments = {}
+    for name, field in (("first_moment", "mu"), ("second_moment", "nu")):
+        kept = {  # of matrices and of all else in a tree each
+            path: x
+            for _, tree in optax.tree.get_all_with_path(opt_state, field)
+            for path, x in jax.tree_util.tree_leaves_with_path(tree)
+            if jnp.shape(x) == shapes.get(path)
+        }
+        if kept.keys() == shapes.keys():
+            moments[name] = treedef.unflatten(kept[path] for path in shapes)
+    return moments
 
 
 def _top_share(x: jax.Array) -> jax.Array:

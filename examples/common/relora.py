@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import lowrank_optax as lro
 from examples.common.adapters import draw_a, freeze, is_adapter, merged_kernel
 
 _WARMUP = 10  # the part of a period, one in so many steps, that the rate rises again
@@ -31,7 +32,11 @@ class MergeState(NamedTuple):
 
 
 def relora_adamw(
-    learning_rate: optax.ScalarOrSchedule, every: int, *, weight_decay: float = 0.0
+    learning_rate: optax.ScalarOrSchedule,
+    every: int,
+    *,
+    weight_decay: float = 0.0,
+    dense_learning_rate: optax.ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformation:
     """AdamW that merges the adapters after every so many steps.
 
@@ -43,7 +48,17 @@ def relora_adamw(
       learning_rate: a number or a schedule; the restarts are made on top of it.
       every: steps between two merges, at least 1.
       weight_decay: decoupled, of everything trained.
+      dense_learning_rate: of embeddings, norms and head; None for the same.
     """
+
+    def descent(
+        learning_rate: optax.ScalarOrSchedule,
+    ) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.add_decayed_weights(weight_decay),
+            optax.scale_by_learning_rate(rewarmed(learning_rate, every)),
+        )
+
     restarted = restart(optax.scale_by_adam(), every)
 
     def label(params: Any) -> Any:
@@ -55,8 +70,9 @@ def relora_adamw(
                 optax.partition(
                     {"adapter": restarted, "other": optax.scale_by_adam()}, label
                 ),
-                optax.add_decayed_weights(weight_decay),
-                optax.scale_by_learning_rate(rewarmed(learning_rate, every)),
+                lro.two_rates(descent)(
+                    learning_rate, dense_learning_rate=dense_learning_rate
+                ),
             )
         ),
         merge_every(every),

@@ -27,6 +27,8 @@ STYLE = {
     "legend.frameon": False,
     "savefig.dpi": 150,
 }
+# The two columns of `Run.rates`.
+RATES = ("learning rate", "of embeddings, head, norms")
 _SMOOTHING = 0.9  # of the training curves: weight of the past in the moving average
 
 
@@ -37,7 +39,8 @@ class Run:
     Attributes:
       method: its name.
       rank: its rank, None where it has none.
-      learning_rate: the peak rate.
+      learning_rate: the peak rate of the matrices.
+      dense_learning_rate: that of all other leaves.
       trained_parameters: how many numbers the optimizer may change.
       state_bytes: what the optimizer's state takes.
       matrix_state_bytes: the part of it that belongs to the matrices, which are the
@@ -50,11 +53,17 @@ class Run:
     method: str
     rank: int | None
     learning_rate: float
+    dense_learning_rate: float
     trained_parameters: int
     state_bytes: int
     matrix_state_bytes: int
     tokens_per_step: int
     records: Sequence[Record]
+
+    @property
+    def rates(self) -> tuple[str, str]:
+        """Both rates, for a table."""
+        return f"{self.learning_rate:g}", f"{self.dense_learning_rate:g}"
 
     @property
     def initial_validation_loss(self) -> float:
@@ -87,6 +96,7 @@ class Run:
         return {
             "rank": self.rank,
             "learning_rate": self.learning_rate,
+            "dense_learning_rate": self.dense_learning_rate,
             "initial_validation_loss": self.initial_validation_loss,
             "validation_loss": self.validation_loss,
             "perplexity": self.perplexity,
@@ -192,7 +202,7 @@ def table(runs: Sequence[Run]) -> str:
     header = [
         "method",
         "rank",
-        "learning rate",
+        *RATES,
         "validation loss",
         "perplexity",
         "trained parameters",
@@ -205,7 +215,7 @@ def table(runs: Sequence[Run]) -> str:
         [
             f"`{run.method}`",
             "" if run.rank is None else str(run.rank),
-            f"{run.learning_rate:g}",
+            *run.rates,
             f"{run.initial_validation_loss:.3f} → {run.validation_loss:.3f}",
             f"{run.perplexity:,.1f}",
             f"{run.trained_parameters:,}",

@@ -81,36 +81,48 @@ class Job:
         epoch = len(self.train.layout) // s.batch_size
         return s.epochs * epoch if s.steps is None else s.steps
 
-    def hyperparameters(self, method: str) -> tuple[float, int | None]:
-        """Peak learning rate and rank, where none was asked for the preset's or the
-        method's own.
+    def rank(self, method: str) -> int | None:
+        """The rank, the method's own where none was asked for."""
+        s, own = self.settings, METHODS[method]
+        return own.rank if s.rank is None or own.rank is None else s.rank
+
+    def rates(self, method: str) -> tuple[float, float]:
+        """Peak learning rates of matrices and of all else; where none was asked for,
+        the preset's one for both or the method's own.
 
         Raises:
           ValueError: a model with weights, and no rate for the method.
         """
         s, own = self.settings, METHODS[method]
-        rank = own.rank if s.rank is None or own.rank is None else s.rank
-        if s.learning_rate is not None:
-            return s.learning_rate, rank
         if self.base.params is None:
-            return own.learning_rate, rank
+            return s.learning_rate or own.learning_rate, (
+                s.dense_learning_rate or own.dense_learning_rate
+            )
+        rate = s.learning_rate or self._published_rate(method)
+        return rate, s.dense_learning_rate or rate
+
+    def _published_rate(self, method: str) -> float:
+        s = self.settings
         rates = METAMATH_RATES if s.preset is None else RATES[s.preset]
         if method not in rates:
             raise ValueError(
                 f"There is no learning rate to fine-tune with {method}: give one by"
                 " --learning-rate."
             )
-        return rates[method], rank
+        return rates[method]
 
     def optimizer(self, method: str) -> optax.GradientTransformation:
         """The method under its schedule, behind a clip of the gradient's norm."""
         s, own, config = self.settings, METHODS[method], self.base.config
-        lr, rank = self.hyperparameters(method)
         heads = (config.num_attention_heads, config.kv_heads)
         known = {"heads": heads, "steps": self.steps}
-        more = {name: known[name] for name in own.needs}
-        schedule = warmup_linear(lr, self.steps, s.warmup)
-        tx = own.build(schedule, rank, s.update_every, s.weight_decay, **more)
+        more: dict[str, Any] = {name: known[name] for name in own.needs}
+        rate, dense = self.rates(method)
+        if dense != rate:
+            more["dense"] = warmup_linear(dense, self.steps, s.warmup)
+        schedule = warmup_linear(rate, self.steps, s.warmup)
+        given = (schedule, self.rank(method), s.update_every, s.weight_decay)
+        tx = own.build(*given, **more)
         if method in _ADAPTERS_ONLY:
             tx = freeze(tx, self.frozen(method))
         if not s.layerwise:  # else the step clips
@@ -123,7 +135,7 @@ class Job:
 
     def adapted(self, method: str, model: Llama, rngs: nnx.Rngs) -> Llama:
         """The model as the method trains it."""
-        linear, (_, rank) = METHODS[method].linear, self.hyperparameters(method)
+        linear, rank = METHODS[method].linear, self.rank(method)
         if linear is not None and rank is not None:
             adapt(model.layers, linear, rank, rngs=rngs)
         return model
@@ -303,11 +315,10 @@ class Job:
         def matrices(tree: Any) -> Any:
             return jax.tree.map(lambda x: x if x.ndim > 1 else None, tree)
 
-        _, rank = self.hyperparameters(method)
         adapters = lro.adapters.extract_lora(
             matrices(params),
             matrices(self.base.params),
-            rank=rank if method == "lora" else None,
+            rank=self.rank(method) if method == "lora" else None,
         )
         lro.adapters.save_peft(
             adapters,
@@ -321,13 +332,14 @@ class Job:
         self, method: str, seed: int, tx: Any, params: Any, match: float | None
     ) -> Finetuned:
         """What the report has to say of a run that is done."""
-        lr, rank = self.hyperparameters(method)
+        rate, dense = self.rates(method)
         records = read_metrics(self.out / method / f"seed-{seed}" / METRICS_FILE)
         freed = sum(record.get("freed_bytes", 0) for record in records)
         run = Run(
             method=method,
-            rank=rank,
-            learning_rate=lr,
+            rank=self.rank(method),
+            learning_rate=rate,
+            dense_learning_rate=dense,
             trained_parameters=trained_parameters(params, self.frozen(method)),
             state_bytes=lro.state_bytes(tx, params) - freed,
             matrix_state_bytes=matrix_state_bytes(tx, params) - freed,

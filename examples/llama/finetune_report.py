@@ -8,7 +8,14 @@ from statistics import mean
 from typing import Any
 
 from examples.common.files import write_json
-from examples.common.report import Plot, Run, markdown_table, memory_bars, write_page
+from examples.common.report import (
+    RATES,
+    Plot,
+    Run,
+    markdown_table,
+    memory_bars,
+    write_page,
+)
 from examples.common.seeds import curves, mean_and_spread, scores, written
 from examples.llama.finetune_settings import PUBLISHED
 from examples.llama.pretrain import RESULT
@@ -42,7 +49,7 @@ def comparison(before: float | None, runs: Finished) -> str:
     header = [
         "method",
         "rank",
-        "learning rate",
+        *RATES,
         "loss before",
         "loss after",
         "exact match before",
@@ -61,7 +68,7 @@ def comparison(before: float | None, runs: Finished) -> str:
             [
                 f"`{method}`",
                 "" if run.rank is None else str(run.rank),
-                f"{run.learning_rate:g}",
+                *run.rates,
                 written([x.initial_validation_loss for x in all_runs], 3),
                 written([x.validation_loss for x in all_runs], 3),
                 "" if before is None else f"{before:.1%}",

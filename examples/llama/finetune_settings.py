@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from examples.common.methods import check_methods
+from examples.common.methods import check_methods, check_rates
 from examples.llama.instructions import ARITHMETIC
 
 
@@ -58,8 +58,11 @@ class Finetune:
     test_examples: int | None = 200
     """Examples to test on, spread over the file; None for all."""
     learning_rate: float | None = None
-    """Peak learning rate of every method. Default: the preset's, for a model with
-    weights that of mlorc-metamath, from scratch each method's own."""
+    """Peak learning rate of every method's matrices. Default: the preset's, for a model
+    with weights that of mlorc-metamath, from scratch each method's own."""
+    dense_learning_rate: float | None = None
+    """Peak learning rate of embedding, head and norms. Default: from scratch each
+    method's own; for a model with weights that of the matrices, as in the papers."""
     rank: int | None = None
     """Rank of every low-rank method. Default: each method's own."""
     update_every: int = 50
@@ -107,8 +110,7 @@ class Finetune:
             whole = type(value) is int
             if whole and value < 1:
                 raise ValueError(f"{field.name} must be at least 1, not {value}")
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be above 0, not {self.learning_rate}")
+        check_rates(self.learning_rate, self.dense_learning_rate)
         for name in ("weight_decay", "temperature"):
             if not getattr(self, name) >= 0:
                 raise ValueError(

@@ -89,7 +89,7 @@ class Job:
         rngs = nnx.Rngs(self.settings.seed)
         model = Llama(self.config, rngs=rngs)
         if method is not None:
-            linear, (_, rank) = METHODS[method].linear, self.hyperparameters(method)
+            linear, rank = METHODS[method].linear, self.rank(method)
             if linear is not None and rank is not None:
                 adapt(model.layers, linear, rank, rngs=rngs)
         return model
@@ -142,23 +142,29 @@ class Job:
         count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.params))
         return f"{self.settings.model} ({count:,} parameters, from scratch)"
 
-    def hyperparameters(self, method: str) -> tuple[float, int | None]:
-        """Peak learning rate and rank, the method's own where none was asked for."""
+    def rank(self, method: str) -> int | None:
+        """The rank, the method's own where none was asked for."""
         s, own = self.settings, METHODS[method]
-        lr = own.learning_rate if s.learning_rate is None else s.learning_rate
-        rank = own.rank if s.rank is None or own.rank is None else s.rank
-        return lr, rank
+        return own.rank if s.rank is None or own.rank is None else s.rank
+
+    def rates(self, method: str) -> tuple[float, float]:
+        """Peak learning rates of matrices and of all else, the method's own where none
+        was asked for."""
+        s, own = self.settings, METHODS[method]
+        return s.learning_rate or own.learning_rate, (
+            s.dense_learning_rate or own.dense_learning_rate
+        )
 
     def optimizer(self, method: str) -> optax.GradientTransformation:
         """The method under its schedule, behind a clip of the gradient's norm."""
         s = self.settings
-        lr, rank = self.hyperparameters(method)
-        schedule = warmup_cosine(lr, s.steps)
+        schedule, dense = (warmup_cosine(x, s.steps) for x in self.rates(method))
         own = METHODS[method]
         heads = (self.config.num_attention_heads, self.config.kv_heads)
         known = {"heads": heads, "steps": s.steps}
         more = {name: known[name] for name in own.needs}
-        tx = own.build(schedule, rank, s.update_every, s.weight_decay, **more)
+        given = (schedule, self.rank(method), s.update_every, s.weight_decay)
+        tx = own.build(*given, dense=dense, **more)
         if s.layerwise:
             return tx  # the step clips
         return optax.chain(optax.clip_by_global_norm(_CLIP), tx)
@@ -199,13 +205,14 @@ class Job:
         save_llama(model, directory / MODEL, self.tokens.tokenizer)
 
         params = jax.eval_shape(task.init)
-        lr, rank = self.hyperparameters(method)
+        rate, dense = self.rates(method)
         records = read_metrics(directory / METRICS_FILE)
         freed = sum(record.get("freed_bytes", 0) for record in records)
         return Run(
             method=method,
-            rank=rank,
-            learning_rate=lr,
+            rank=self.rank(method),
+            learning_rate=rate,
+            dense_learning_rate=dense,
             trained_parameters=trained_parameters(params),
             state_bytes=lro.state_bytes(tx, params) - freed,
             matrix_state_bytes=matrix_state_bytes(tx, params) - freed,
@@ -311,8 +318,11 @@ def finish(job: Job, runs: list[Run]) -> list[Path]:
         f" {data['sha256'][:16]}), {data['train_tokens']:,} tokens to train on,"
         f" {data['validation_tokens']:,} held out by document",
         "training": f"{s.steps} steps of {s.batch_size} x {s.seq_len} tokens, seed"
-        f" {s.seed}, equal batches for every method; one seed and learning rates from"
-        " a coarse search do not rank methods",
+        f" {s.seed}, equal batches for every method; one seed does not rank methods",
+        "learning rates": "each method's own two by default, of matrices and of"
+        " embedding, head and norms, from coarse searches at this size: see"
+        " benchmarks/records/comparison.md. GaLore and its kind multiply the former by"
+        " their scale, 0.25",
         "machine": job.facts["device"],
         "versions": ", ".join(f"{k} {v}" for k, v in job.facts["versions"].items()),
     }

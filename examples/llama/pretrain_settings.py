@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from examples.common.methods import check_methods
+from examples.common.methods import check_methods, check_rates
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,9 @@ class Pretrain:
     seq_len: int = 128
     """Tokens in a sequence."""
     learning_rate: float | None = None
-    """Peak learning rate of every method. Default: each method's own."""
+    """Peak learning rate of every method's matrices. Default: each method's own."""
+    dense_learning_rate: float | None = None
+    """Peak learning rate of embedding, head and norms. Default: each method's own."""
     rank: int | None = None
     """Rank of every low-rank method. Default: each method's own."""
     update_every: int = 50
@@ -78,8 +80,7 @@ class Pretrain:
                 raise ValueError(
                     f"{name} must be at least 1, not {getattr(self, name)}"
                 )
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be above 0, not {self.learning_rate}")
+        check_rates(self.learning_rate, self.dense_learning_rate)
         if not self.weight_decay >= 0:
             raise ValueError(
                 f"weight_decay must be at least 0, not {self.weight_decay}"

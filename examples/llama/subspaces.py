@@ -125,7 +125,8 @@ def follow(job: Job, method: str) -> tuple[list[Row], list[Row]]:
             if done % s.update_every:
                 continue
             bar.set_postfix_str(f"loss {float(loss):.3f}", refresh=False)
-            ((_, bases),) = optax.tree.get_all_with_path(state, "basis")
+            found = optax.tree.get_all_with_path(state, "basis")
+            (bases,) = (x for _, x in found if jax.tree.leaves(x))  # of matrices
             if first is None or last is None:
                 first = last = bases
                 continue

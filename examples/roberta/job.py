@@ -122,7 +122,9 @@ class Job:
         s, preset = self.settings, self.settings.chosen_task.preset
         own = METHODS["adamw" if method == SCRATCH else method]
         known = {"heads": (self.config.num_attention_heads,) * 2, "steps": self.steps}
-        more = {name: known[name] for name in own.needs}
+        more: dict[str, Any] = {name: known[name] for name in own.needs}
+        if s.dense_learning_rate is not None:
+            more["dense"] = warmup_linear(s.dense_learning_rate, self.steps, s.warmup)
         schedule = warmup_linear(learning_rate, self.steps, s.warmup)
         tx = own.build(
             schedule, s.rank_of(method), preset.update_every, s.weight_decay, **more
@@ -309,6 +311,7 @@ class Job:
             "method": method,
             "rank": self.settings.rank_of(method),
             "learning_rate": rate,
+            "dense_learning_rate": self.settings.dense_learning_rate or rate,
             "trained_parameters": trained_parameters(params, frozen),
             "state_bytes": lro.state_bytes(tx, params) - freed,
             "matrix_state_bytes": matrix_state_bytes(tx, params) - freed,

@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 
 from examples.common.files import write_json
-from examples.common.report import Plot, Run, markdown_table, memory_bars, write_page
+from examples.common.report import (
+    RATES,
+    Plot,
+    Run,
+    markdown_table,
+    memory_bars,
+    write_page,
+)
 from examples.common.seeds import curves, mean_and_spread, scores, written
 from examples.roberta.job import Job, Trained
 from examples.roberta.scores import SCORES
@@ -30,7 +37,7 @@ def comparison(job: Job, trained: Mapping[str, Trained]) -> str:
     header = [
         "method",
         "rank",
-        "learning rate",
+        *RATES,
         *names,
         "trained parameters",
         "optimizer state",
@@ -45,7 +52,7 @@ def comparison(job: Job, trained: Mapping[str, Trained]) -> str:
             [
                 f"`{method}`",
                 "" if run.rank is None else str(run.rank),
-                f"{run.learning_rate:g}",
+                *run.rates,
                 *(written(_percents(job, runs, name)) for name in names),
                 f"{run.trained_parameters:,}",
                 f"{run.state_bytes:,} B",
@@ -183,6 +190,7 @@ def _summary(job: Job, found: Trained) -> dict[str, Any]:
     return {
         "rank": first.rank,
         "learning_rate": found.learning_rate,
+        "dense_learning_rate": first.dense_learning_rate,
         "tried": {f"{rate:g}": score for rate, score in found.tried.items()},
         "trained_parameters": first.trained_parameters,
         "state_bytes": first.state_bytes,

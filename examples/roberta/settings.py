@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from examples.common.methods import METHODS, check_methods
+from examples.common.methods import METHODS, check_methods, check_rates
 from examples.roberta.masked import ENCODERS
 from examples.roberta.stdlib import STDLIB
 from examples.roberta.tasks import GLUE, Preset, Task
@@ -50,9 +50,13 @@ class Glue:
     each."""
     grid: tuple[float, ...] = ()
     """Multiples of each method's learning rate to try on the first seed; the best by
-    validation is used."""
+    validation is used. A dense learning rate that is given stays as it is."""
     learning_rate: float | None = None
-    """Peak learning rate of every method. Default: the papers' for task and method."""
+    """Peak learning rate of every method's matrices. Default: the papers' for task and
+    method."""
+    dense_learning_rate: float | None = None
+    """Peak learning rate of embeddings, head, biases and norms. Default: that of the
+    matrices, as in the papers."""
     rank: int = 8
     """Rank of every low-rank method."""
     epochs: float | None = None
@@ -139,8 +143,7 @@ class Glue:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if not preset.epochs > 0:
             raise ValueError(f"epochs must be above 0, not {preset.epochs}")
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be above 0, not {self.learning_rate}")
+        check_rates(self.learning_rate, self.dense_learning_rate)
         if not self.weight_decay >= 0:
             raise ValueError(
                 f"weight_decay must be at least 0, not {self.weight_decay}"

@@ -41,8 +41,8 @@ class Preset:
 
     def learning_rate(self, method: str) -> float:
         """The rate for any method of examples/common/methods.py."""
-        if method == "mlorc_lion":
-            return self.mlorc * _LION
+        if method in ("lion", "mlorc_lion"):
+            return (self.full if method == "lion" else self.mlorc) * _LION
         named = [name for name, methods in _NEAREST.items() if method in methods]
         # What projects gradients is scaled as GaLore is.
         return getattr(self, named[0] if named else "galore")

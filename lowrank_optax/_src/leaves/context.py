@@ -23,6 +23,7 @@ _depth = jax.make_user_context(default_value=1)
 _limits = jax.make_user_context(default_value=())
 _beside = jax.make_user_context(default_value=())
 _recording = jax.make_user_context(default_value=None)
+_whole = jax.make_user_context(default_value=())
 _place: ContextVar[jax.Array | int] = ContextVar("place", default=0)
 _log: ContextVar[list[Any] | None] = ContextVar("log", default=None)
 
@@ -74,7 +75,8 @@ def limits() -> tuple[tuple[Path, int], ...]:
 
 def around() -> tuple[Any, ...]:
     """What the shapes of a state depend on, besides parameters and transformation."""
-    return limits(), accumulating() is not None, layer_depth(), _beside.value
+    known = accumulating() is not None, layer_depth(), _beside.value, _whole.value
+    return limits(), *known
 
 
 def limited_ranks(
@@ -100,6 +102,19 @@ def without_gradient(
 def beside() -> dict[Path, jax.ShapeDtypeStruct]:
     """The parameters that are left out of an update, see `without_gradient`."""
     return dict(_beside.value)
+
+
+def part_of(choices: Mapping[Path, Any]) -> contextlib.AbstractContextManager[Any]:
+    """Let what is given a part of a tree know what was made of the whole one.
+
+    Whoever asks for it has `matrices=specs.OfTheWhole(...)`.
+    """
+    return _whole(tuple(choices.items()))
+
+
+def whole() -> dict[Path, Any]:
+    """The choices of the tree of which those within are a part, see `part_of`."""
+    return dict(_whole.value)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from lowrank_optax._src.leaves import matrix
 from lowrank_optax._src.leaves.choose import view_dense, view_leaves
 from lowrank_optax._src.leaves.matrix import Matrices, MatrixView, Side
 from lowrank_optax._src.leaves.paths import flatten
+from lowrank_optax._src.leaves.specs import is_said
 from lowrank_optax._src.leaves.transformation import transformation
 from lowrank_optax._src.methods.galore import galore_project
 from lowrank_optax._src.methods.optimizer import Mask, optimizer
@@ -175,7 +176,7 @@ def _squares(x: jax.Array) -> jax.Array:
 
 def _views(tree: Any, matrices: Matrices, creating: bool = False) -> list[MatrixView]:
     """Every leaf by the rows and columns it is given, or by its own last two axes."""
-    if matrices is None:
+    if not is_said(matrices):
         seen = view_dense(tree, creating)
     else:
         seen = view_leaves(tree, matrices, "left", creating)

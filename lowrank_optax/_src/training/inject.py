@@ -48,8 +48,8 @@ def inject_hyperparams(
     0.009999999776482582
     """
     static = {static_args} if isinstance(static_args, str) else set(static_args)
-    usual = _signature(project_gradients).parameters
-    for name, own in _signature(factory).parameters.items():
+    usual = signature_of(project_gradients).parameters
+    for name, own in signature_of(factory).parameters.items():
         typed = usual.get(name, own) if own.annotation is own.empty else own
         if _is_part(own.default) or _is_static(typed.annotation):
             static.add(name)
@@ -64,7 +64,8 @@ def inject_hyperparams(
     return make
 
 
-def _signature(factory: Callable[..., Any]) -> inspect.Signature:
+def signature_of(factory: Callable[..., Any]) -> inspect.Signature:
+    """The arguments of a factory, their types evaluated if they can be."""
     try:
         return inspect.signature(factory, eval_str=True)
     except (AttributeError, NameError, SyntaxError, TypeError):
