@@ -20,7 +20,8 @@ import tables  # noqa: E402
 import lowrank_optax  # noqa: E402
 
 project = "lowrank_optax"
-copyright = "the lowrank_optax authors"
+author = "the lowrank_optax authors"
+copyright = author
 version = release = lowrank_optax.__version__
 
 extensions = [
@@ -45,7 +46,6 @@ nb_output_stderr = "show"
 default_role = "py:obj"
 add_module_names = False
 autodoc_member_order = "bysource"
-autodoc_default_options = {"show-inheritance": False}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 # As a list of names; Sphinx takes the first of two names on a line for a type.

@@ -149,14 +149,15 @@ def _code(name: str) -> str:
 
 def _formula(state: str) -> str:
     text = re.sub(r"(?<=[\w)]) (?=[\w(])", r" \, ", state)
-    return "$" + re.sub(r"(\d+)/(\d+)", r"\\tfrac{\1}{\2}", text) + "$"
+    text = re.sub(r"(\d+)/(\d+)", r"\\tfrac{\1}{\2}", text)
+    return f"${{{text}}}$"  # in braces, so that no line ends inside
 
 
 def table() -> str:
     """All methods, with the state of a matrix and of LLaMA-7B."""
     lines = [
-        "| method | transformation | optimizer | state of a matrix | LLaMA-7B, GB |",
-        "|---|---|---|---|---|",
+        "| method | without and with a rate | state of a matrix | LLaMA-7B, GB |",
+        "|---|---|---|---|",
     ]
     for method in METHODS:
         check(method)
@@ -164,13 +165,14 @@ def table() -> str:
         if method.page:
             title = f"[{title}](/methods/{method.page}.md)"
         sizes = [
-            f"{gigabytes(llama_bytes(method, rank))}{f' (r = {rank})' if rank else ''}"
+            f"{gigabytes(llama_bytes(method, rank))}"
+            + (f" (r\u00a0=\u00a0{rank})" if rank else "")
             for rank in method.ranks or (None,)
         ]
+        names = filter(None, (method.transformation, method.optimizer))
         cells = (
             title,
-            _code(method.transformation),
-            _code(method.optimizer),
+            " ".join(map(_code, names)),
             _formula(method.state),
             ", ".join(sizes),
         )
@@ -210,11 +212,10 @@ def _default(value: Any) -> str:
 
 def facts(page: str) -> str:
     """The head of a method's page: names, state, bytes, defaults."""
-    lines = ["| | |", "|---|---|"]
     own = [x for x in METHODS if x.page == page]
     factories = [x.transformation for x in own] + [x.optimizer for x in own]
     names = list(dict.fromkeys(filter(None, factories)))
-    lines.append(f"| public names | {', '.join(map(_code, names))} |")
+    lines = [f"| public names | {', '.join(map(_code, names))} |", "|---|---|"]
     for method in own:
         lines.append(
             f"| state of {method.title} | {_formula(method.state)} numbers a matrix |"

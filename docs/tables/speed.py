@@ -34,7 +34,7 @@ def _line(key: Key, row: dict) -> list[str]:
         f"`{key.case}`" + (", kernels" if key.tier == "pallas" else ""),
         both("words", ".2f"),
         both("launches", "d"),
-        " / ".join(f"{x:.0f}" for x in temporaries),
+        " / ".join(dict.fromkeys(f"{x:.0f}" for x in temporaries)),
         " / ".join(dict.fromkeys(times)),
         f"{row['compile_s']:.1f}",
     ]
