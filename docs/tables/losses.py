@@ -2,6 +2,7 @@
 
 import statistics
 from itertools import cycle
+from typing import Any
 
 import matplotlib.pyplot as plt
 
@@ -20,47 +21,67 @@ this table.
 """
 
 
-def _figures(trials: list[dict]) -> tuple[float, float, float]:
-    """Mean and standard deviation of the loss, and the mean bytes of the state."""
-    losses = [x["validation_loss"] for x in trials]
-    spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
-    state = statistics.fmean(x["mean_state_bytes"] for x in trials)
-    return statistics.fmean(losses), spread, state
+def _groups() -> tuple[dict[str, dict[str, dict]], bool]:
+    """Rank, losses and bytes of each method by kind of comparison; whether it is old.
+
+    Bytes are of the whole state in the old record, of the matrices' in the new one.
+    """
+    found = record("comparison")["figures"]
+    if "methods" not in found:
+        groups = {"Equal rank": "equal_rank", "Equal bytes": "equal_bytes"}
+        return {title: found[key] for title, key in groups.items()}, False
+
+    def one(method: dict[str, Any]) -> dict[str, Any]:
+        trials = method["trials"]
+        return {
+            "rank": method["rank"],
+            "losses": {x["seed"]: x["validation_loss"] for x in trials},
+            "matrix_state_bytes": statistics.fmean(
+                x["mean_state_bytes"] for x in trials
+            ),
+        }
+
+    old = {name: one(method) for name, method in found["methods"].items()}
+    return {"Equal rank": old}, True
 
 
-def superseded(found: dict) -> bool:
-    """Whether one rate served all leaves: records since then name that of the rest."""
-    methods = found["figures"]["methods"].values()
-    return not any("dense" in key for method in methods for key in method)
+def _spread(losses: dict[Any, float]) -> tuple[float, float]:
+    values = list(losses.values())
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return statistics.fmean(values), deviation
 
 
 def comparison() -> str:
     """Methods tuned and compared on real text."""
+    groups, old = _groups()
     found = record("comparison")
     settings = found["settings"]
-    lines = []
-    for name, method in found["figures"]["methods"].items():
-        mean, spread, state = _figures(method["trials"])
-        rates = [method["rate"]] + [v for k, v in method.items() if "dense_rate" in k]
-        lines.append(
-            (
-                f"`{name}`",
-                str(method["rank"] or ""),
-                ", ".join(f"{x:g}" for x in rates),
-                f"{mean:.3f} ± {spread:.3f}",
-                f"{state / 1024:,.0f}",
+    parts = [SUPERSEDED] if old else []
+    state = "state, KiB" if old else "state of matrices, KiB"
+    for title, methods in groups.items():
+        lines = []
+        for name, x in methods.items():
+            mean, deviation = _spread(x["losses"])
+            lines.append(
+                (
+                    f"`{name}`",
+                    str(x["rank"] or ""),
+                    str(len(x["losses"])),
+                    f"{mean:.3f} ± {deviation:.3f}",
+                    f"{x['matrix_state_bytes'] / 1024:,.0f}",
+                )
             )
-        )
-    head = ("", "rank", "learning rate", "validation loss", "state, KiB")
-    about = (
+        head = ("", "rank", "seeds", "validation loss", state)
+        parts += [f"**{title}.**\n"] if len(groups) > 1 else []
+        parts.append(rows(head, lines, figures=True) + "\n")
+    parts.append(
         f"{made_on(found['machine'])} Model {settings['model']}, {settings['steps']} "
         f"steps of {settings['batch_size']} x {settings['seq_len']} tokens of the "
-        f"Python standard library, subspaces every {settings['update_every']} steps, "
-        f"seeds {settings['seeds']}: mean and standard deviation. The ladders of rates "
-        "are in `benchmarks/records/comparison.md`.\n"
+        f"Python standard library, subspaces every {settings['update_every']} steps; "
+        "mean and standard deviation over the seeds. How the rates were chosen is in "
+        "`benchmarks/records/comparison.md`.\n"
     )
-    notice = [SUPERSEDED] if superseded(found) else []
-    return "\n".join([*notice, rows(head, lines, figures=True), "", about])
+    return "\n".join(parts)
 
 
 def task() -> str:
@@ -69,9 +90,10 @@ def task() -> str:
     lines = []
     for name, run in found["runs"].items():
         f1 = run["scores"]["f1"]
+        method, comma, note = name.partition(",")
         lines.append(
             (
-                f"`{name.partition(',')[0]}`{''.join(name.partition(',')[1:])}",
+                f"`{method}`{comma}{note}",
                 str(run["rank"] or ""),
                 f"{run['learning_rate']:g}",
                 f"{100 * f1['mean']:.2f} ± {100 * f1['spread']:.2f}",
@@ -88,18 +110,20 @@ def task() -> str:
 
 
 def plot() -> Plot:
-    """Loss against bytes of state."""
-    found = record("comparison")
+    """Loss against bytes of state, at equal rank."""
+    groups, old = _groups()
 
     def draw(axes: plt.Axes) -> None:
-        methods = found["figures"]["methods"].items()
-        for (name, method), mark in zip(methods, cycle("os^vD<>pXh*")):
-            mean, spread, state = _figures(method["trials"])
+        methods = groups["Equal rank"].items()
+        for (name, x), mark in zip(methods, cycle("os^vD<>pXh*"), strict=False):
+            mean, deviation = _spread(x["losses"])
+            size = x["matrix_state_bytes"] / 2**20
             axes.errorbar(
-                state / 2**20, mean, 2 * spread, fmt=mark, ms=6, capsize=3, label=name
+                size, mean, 2 * deviation, fmt=mark, ms=6, capsize=3, label=name
             )
-        axes.set_xlabel("optimizer state, MiB")
-        axes.set_ylabel("validation loss")
+        of = "" if old else " of the matrices"
+        axes.set_xlabel(f"optimizer state{of}, MiB")
+        axes.set_ylabel("validation loss" + (", superseded" if old else ""))
         axes.legend(fontsize=8, frameon=False, bbox_to_anchor=(1, 1))
 
     return Plot("loss_by_bytes", draw, (7.5, 4.2))

@@ -83,29 +83,44 @@ def accumulation() -> str:
     return rows(("GaLore", "state", *wrappers), lines, figures=True)
 
 
+# Title and rank of each bar; Fira, I3S and GoLore are as GaLore.
+_BARS = {
+    "AdamW of Optax": None,
+    "Adam-mini": None,
+    "Adam in 8 bits": None,
+    "GaLore": 1024,
+    "GaLore in 8 bits": 1024,
+    "AdaRankGrad": 128,
+    "APOLLO": 128,
+    "MLorc-AdamW": 4,
+    "MLorc-Lion": 4,
+    "Flora with Adafactor": 128,
+    "Q-GaLore": 128,
+    "GaLore with Adafactor": 128,
+}
+
+
 def bars() -> Plot:
-    """The state of LLaMA-7B by method, at the first rank of each."""
+    """The state of LLaMA-7B by method."""
     found = []
-    for method in METHODS:
-        for rank in method.ranks[:1] or (None,):
-            label = method.title + (f", r = {rank}" if rank else "")
-            found.append((llama_bytes(method, rank) / 1e9, label))
+    for title, rank in _BARS.items():
+        size = llama_bytes(_titled(title), rank) / 1e9
+        found.append((size, title + (f", r = {rank}" if rank else ""), not rank))
     found.sort(reverse=True)
 
     def draw(axes: plt.Axes) -> None:
-        sizes, labels = zip(*found, strict=True)
+        sizes, labels, full = zip(*found, strict=True)
         places = range(len(sizes))
-        full = [x.startswith(("AdamW", "Adam ", "Adam-mini")) for x in labels]
         colors = ["#8a929b" if x else "#2f7fc1" for x in full]
         axes.barh(places, sizes, color=colors)
-        axes.set_yticks(places, labels, fontsize=8)
+        axes.set_yticks(places, labels, fontsize=9)
         for place, size in enumerate(sizes):
-            axes.text(size + 0.4, place, f"{size:.2f}", va="center", fontsize=8)
+            axes.text(size + 0.6, place, f"{size:.1f}", va="center", fontsize=9)
         axes.set_xlabel("optimizer state of LLaMA-7B, GB (grey: full rank)")
-        axes.set_xlim(0, 1.1 * sizes[0])
+        axes.set_xlim(0, 1.12 * sizes[0])
         axes.set_ylim(-0.7, len(sizes) - 0.3)
 
-    return Plot("bytes_by_method", draw, (7.0, 6.0))
+    return Plot("bytes_by_method", draw, (5.8, 4.0))
 
 
 def ranks() -> Plot:
