@@ -1,5 +1,5 @@
-# The commands that need nothing but Python 3.11 or newer: `make demo`, `make test` and
-# `make test-accelerators`. Each makes an environment, installs what it needs into it
+# The commands that need nothing but Python 3.11 or newer: `make demo`, `make test`,
+# `make docs` and `make test-accelerators`. Each makes an environment, installs what it needs into it
 # once, and runs.
 
 PYTHON ?= python3
@@ -16,7 +16,7 @@ NEWEST := $(addprefix tests/test_,$(addsuffix .py, \
 	q_galore sharding adapters llama_model \
 	example_files example_checkpoints example_data))
 
-.PHONY: demo test test-newest test-accelerators lint notebooks
+.PHONY: demo test test-newest test-accelerators lint notebooks docs
 
 demo: $(VENV)/examples.stamp
 	$(VENV)/bin/python -m examples.llama.pretrain
@@ -40,6 +40,10 @@ lint: $(VENV)/test.stamp $(VENV)/lint.stamp
 # Runs them and writes their outputs; some minutes each.
 notebooks: $(VENV)/test.stamp
 	$(VENV)/bin/python -m notebooks.execute
+
+# The site, in docs/_build/html; a warning fails it.
+docs: $(VENV)/docs.stamp
+	$(VENV)/bin/python -m sphinx --fail-on-warning --keep-going docs docs/_build/html
 
 $(VENV)/%.stamp: pyproject.toml | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install -e '.[$*]'

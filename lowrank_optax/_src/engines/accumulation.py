@@ -20,8 +20,8 @@ class AccumulateState(NamedTuple):
 
     Attributes:
       count: gradients in the sum, int32.
-      total: their sum, (*batch, r, n) at matrices and of the parameter's own shape
-        elsewhere.
+      total: their sum, ``(*batch, r, n)`` at matrices and of the parameter's own
+        shape elsewhere.
       inner_state: the engine's own, a `ProjectState`.
     """
 

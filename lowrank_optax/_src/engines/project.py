@@ -59,11 +59,12 @@ class ProjectState(NamedTuple):
 
     Attributes:
       step: updates made so far, int32.
-      basis: (*batch, m, r) at matrices, ``MaskedNode()`` elsewhere; set at a refresh.
-        Of a subspace that is not stored, the step at which it was drawn, int32.
+      basis: ``(*batch, m, r)`` at matrices, ``MaskedNode()`` elsewhere; set at a
+        refresh. Of a subspace that is not stored, the step at which it was drawn,
+        int32.
       refresh: scalars of the refresh rule at matrices.
       recovery: state of the recovery at matrices.
-      inner_state: of the inner optimizer, on (*batch, r, n) at matrices and on the
+      inner_state: of the inner optimizer, on ``(*batch, r, n)`` at matrices and on the
         parameter's own shape elsewhere.
     """
 

@@ -37,7 +37,7 @@ class LowRank:
     """A randomized rank-r approximation, renewed at every step: MLorc's compression.
 
     ``A ~ Q Q^T A``, ``Q = orth(A Omega)``, where Omega is the previous right factor
-    with `oversample` random columns beside it, so that one product with A serves as
+    with ``oversample`` random columns beside it, so that one product with A serves as
     well as a power iteration: moments turn slowly. Truncated to rank r by the
     eigenvectors of the small ``(Q^T A)(Q^T A)^T``. Exact at full rank.
 

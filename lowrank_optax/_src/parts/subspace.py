@@ -21,14 +21,15 @@ class TopSingular:
 
     Args:
       method: how they are found.
-        "svd": exactly, as the GaLore paper does; slow on accelerators.
-        "gram_eigh": by two eigendecompositions of smaller Gram matrices, and products;
-        exact down to 1e-5 of the largest singular value.
-        "rsvd": Gaussian sketch of rank + 8 columns with one power iteration, matmuls
-        only: the default.
-        "subspace_iteration": the same with two power iterations.
-        "warm": one power iteration that starts from the old basis, with 8 Gaussian
-        columns beside it.
+
+        - "svd": exactly, as the GaLore paper does; slow on accelerators.
+        - "gram_eigh": by two eigendecompositions of smaller Gram matrices, and
+          products; exact down to 1e-5 of the largest singular value.
+        - "rsvd": Gaussian sketch of rank + 8 columns with one power iteration, matmuls
+          only: the default.
+        - "subspace_iteration": the same with two power iterations.
+        - "warm": one power iteration that starts from the old basis, with 8 Gaussian
+          columns beside it.
     """
 
     method: Method = "rsvd"

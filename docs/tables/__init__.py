@@ -1,0 +1,50 @@
+"""The site's tables and plots, made from the records and from the code at each build.
+
+A page includes what it needs from `_generated`. Nothing that was measured or that the
+code decides is typed into a page.
+"""
+
+import tomllib
+from pathlib import Path
+
+from benchmarks.faults import table as faults_table
+from tables import choice, losses, memory, methods, speed
+from tables.records import ROOT, record
+
+
+def repository() -> str:
+    """The address of the repository."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return project["urls"]["Repository"]
+
+
+def _texts() -> dict[str, str]:
+    pages = dict.fromkeys(x.page for x in methods.METHODS if x.page)
+    faults = faults_table(record("faults")["figures"])
+    return {
+        "methods": methods.table(),
+        **{f"facts_{page}": methods.facts(page) for page in pages},
+        "choice": choice.figures(),
+        "comparison": losses.comparison(),
+        "mrpc": losses.task(),
+        "memory": memory.everything(),
+        "memory_step": memory.step(),
+        "memory_accumulation": memory.accumulation(),
+        "speed_h100": speed.table("h100", "7b", "float32"),
+        "speed_h100_bfloat16": speed.table("h100", "7b", "bfloat16"),
+        "speed_h100_stacked": speed.table("h100", "7b-stacked", "float32"),
+        "speed_v5e": speed.table("v5e", "7b", "float32"),
+        "speed_v5e_bfloat16": speed.table("v5e", "7b", "bfloat16"),
+        "faults": faults[faults.index("\n| ") + 1 :],
+    }
+
+
+def write(folder: Path) -> None:
+    """Write all tables and plots, but leave those alone that have not changed."""
+    folder.mkdir(exist_ok=True)
+    for name, text in _texts().items():
+        path = folder / f"{name}.md"
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+    for plot in (memory.bars(), memory.ranks(), losses.plot()):
+        plot.save(folder)
