@@ -10,6 +10,8 @@ from typing import Any, Protocol, TypeVar
 from examples.common.errors import BadFile, one_line
 from examples.common.interrupt import Interrupted, StopRequest
 from examples.common.lock import sole_use
+from examples.common.processes import by_first, is_first, together
+from examples.common.settings import device_flags
 
 REFUSED = 2
 STOPPED = 130
@@ -34,23 +36,25 @@ def command(
     module: str,
     prepare: Callable[[], J],
     begin: Callable[[J], None],
-    work: Callable[[J, StopRequest], tuple[str, Sequence[Path]]],
+    work: Callable[[J, StopRequest], tuple[str, Sequence[Path]] | None],
 ) -> int:
     """Runs a job; returns the exit status: 0, 2 for bad input, 130 if stopped.
 
     Args:
       module: of the command, such as `examples.llama.pretrain`.
       prepare: makes the job; writes nothing.
-      begin: puts it on record, unless it is resumed.
-      work: does it; what is printed in the end, and the files written.
+      begin: puts it on record, unless it is resumed; of several processes the first.
+      work: does it; what is printed in the end, and the files written. None in all but
+        the first process.
     """
     began = time.perf_counter()
     name = module.rpartition(".")[2]
     with ExitStack() as stack:
         try:
-            job = prepare()
-            stack.enter_context(sole_use(job.out, job.settings.resume))
-            begin(job)
+            job = together(prepare)
+            use = sole_use(job.out, job.settings.resume)
+            by_first(lambda: stack.enter_context(use))
+            by_first(lambda: begin(job))
         except (ValueError, OSError, MemoryError) as error:
             return refused(name, error)
         except KeyboardInterrupt:
@@ -58,13 +62,18 @@ def command(
             return STOPPED
         stop = stack.enter_context(StopRequest())
         try:
-            shown, paths = work(job, stop)
+            done = work(job, stop)
         except (BadFile, OSError) as error:
             return refused(name, error)
         except Interrupted as stopped:
             resume = f"python -m {module} --resume --out {job.out}"
-            print(f"{stopped}; go on with: {resume}", file=sys.stderr)
+            resume += device_flags(job.settings)
+            if is_first():
+                print(f"{stopped}; go on with: {resume}", file=sys.stderr)
             return STOPPED
+    if done is None:
+        return 0
+    shown, paths = done
     print(shown)
     print(f"{time.perf_counter() - began:.0f} seconds in all; written:")
     for path in paths:
@@ -74,5 +83,6 @@ def command(
 
 def refused(name: str, error: BaseException) -> int:
     """Says in one line why a command cannot go on; returns the exit status."""
-    print(f"{name}:", one_line(error), file=sys.stderr)
+    if is_first():
+        print(f"{name}:", one_line(error), file=sys.stderr)
     return REFUSED
