@@ -1,11 +1,14 @@
 """What commands share: errors as one line, one process at a time, stop and resume."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
+
+import jax
 
 from examples.common.errors import BadFile, one_line
 from examples.common.interrupt import Interrupted, StopRequest
@@ -66,11 +69,20 @@ def command(
         except (BadFile, OSError) as error:
             return refused(name, error)
         except Interrupted as stopped:
-            resume = f"python -m {module} --resume --out {job.out}"
-            resume += device_flags(job.settings)
             if is_first():
-                print(f"{stopped}; go on with: {resume}", file=sys.stderr)
+                print(f"{stopped}; {_go_on(module, job)}", file=sys.stderr)
             return STOPPED
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1:
+                raise
+            print(
+                f"{name}: process {jax.process_index()} has lost the others:"
+                f" {one_line(error)}; {_go_on(module, job)}",
+                file=sys.stderr,
+                flush=True,
+            )
+            # At once: at its end JAX would wait for minutes for those that have gone.
+            os._exit(STOPPED)
     if done is None:
         return 0
     shown, paths = done
@@ -79,6 +91,11 @@ def command(
     for path in paths:
         print(f"  {path}")
     return 0
+
+
+def _go_on(module: str, job: Job) -> str:
+    flags = f"--resume --out {job.out}{device_flags(job.settings)}"
+    return f"go on with: python -m {module} {flags}"
 
 
 def refused(name: str, error: BaseException) -> int:
