@@ -13,7 +13,7 @@ from examples.common.errors import one_line
 T = TypeVar("T")
 
 
-class Elsewhere(ValueError):
+class Elsewhere(OSError):
     """Another process cannot go on, and this one not without it."""
 
 

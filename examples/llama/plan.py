@@ -247,15 +247,22 @@ def report(plan: Plan) -> str:
         "activations (estimated)": need.activations,
         "total at a time (estimated)": need.total,
     }
-    rows = [[name, f"{size / 2**30:,.2f} GiB"] for name, size in parts.items() if size]
+    rows = [[name, in_words(size)] for name, size in parts.items() if size]
     lines.append(markdown_table(["on each device", "size"], rows))
     if METHODS[plan.method].linear is None:
         other = needs(replace(plan, layerwise=not plan.layerwise)).total
         ordinary, small = sorted((need.total, other), reverse=True)
-        saved = f"{(ordinary - small) / 2**30:,.2f} GiB of {ordinary / 2**30:,.2f}"
+        saved = f"{in_words(ordinary - small)} of {in_words(ordinary)}"
         words = "save" if plan.layerwise else "would save"
-        lines += ["", f"Per-layer updates {words} {saved} GiB a device (--layerwise)."]
+        lines += ["", f"Per-layer updates {words} {saved} a device (--layerwise)."]
     return "\n".join(lines)
+
+
+def in_words(size: int) -> str:
+    """A size for people."""
+    if size < 2**30:
+        return f"{size / 2**20:,.2f} MiB"
+    return f"{size / 2**30:,.2f} GiB"
 
 
 def main(argv: list[str] | None = None) -> int:
