@@ -31,7 +31,7 @@ from examples.common.lock import sole_use
 from examples.common.loop import TrainState
 from examples.common.metrics import read_metrics
 from examples.common.schedule import warmup_cosine
-from examples.common.settings import read_record, write_record
+from examples.common.settings import read_record, settings_record, write_record
 from examples.common.tokens import END_OF_TEXT, Packed
 from examples.llama import finetune, pretrain
 from examples.llama.finetune_settings import Finetune
@@ -291,9 +291,7 @@ def test_resume_without_a_directory_takes_the_latest(tmp_path, monkeypatch, caps
     for date in ("20260101-000000", "20260102-000000"):
         run = tmp_path / "runs" / f"pretrain-{date}"
         run.mkdir(parents=True)
-        settings = dataclasses.asdict(Pretrain()) | {"steps": 7}
-        del settings["out"], settings["resume"], settings["smoke"]
-        write_record(run, {"settings": settings})
+        write_record(run, settings_record(Pretrain(steps=7)))
     assert main(["--resume", "--steps", "8"]) == 2
     said = capsys.readouterr().err
     assert "runs/pretrain-20260102-000000 with steps = 8" in said

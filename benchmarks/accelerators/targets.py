@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
@@ -65,13 +66,17 @@ def environment(target: str) -> dict[str, str]:
     }
 
 
+def devices(target: str, topology: str) -> list[jax.Device]:
+    """The devices of a topology, which need not be there."""
+    if TARGETS[target].platform == "cuda":
+        found = topologies.get_topology_desc(
+            target, "cuda", target_config=_H100, topology=topology
+        )
+    else:
+        found = topologies.get_topology_desc(topology, "tpu")
+    return list(found.devices)
+
+
 def sharding(target: str) -> SingleDeviceSharding:
     """Where arrays of a program for a target are: on one device of its kind."""
-    found = TARGETS[target]
-    if found.platform == "cuda":
-        devices = topologies.get_topology_desc(
-            target, "cuda", target_config=_H100, topology=found.topology
-        ).devices
-    else:
-        devices = topologies.get_topology_desc(found.topology, "tpu").devices
-    return SingleDeviceSharding(devices[0])
+    return SingleDeviceSharding(devices(target, TARGETS[target].topology)[0])

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import orbax.checkpoint as ocp
 
 from examples.common.errors import BadFile, one_line
 from examples.common.files import file_sha256, read_object, write_json
+from examples.common.processes import is_first, together
 
 MANIFEST = "checksums.json"
 
@@ -147,16 +149,24 @@ def check_metrics(checkpoint: Path, metrics: Path) -> None:
 def save(
     manager: ocp.CheckpointManager, step: int, state: Any, metrics: Path | None = None
 ) -> None:
-    """Writes a checkpoint with its manifest, or nothing.
+    """Writes a checkpoint with its manifest, or nothing: each process its part.
 
     Raises:
       OSError: naming the checkpoint, such as on a full disk.
     """
+    together(partial(_save, manager, step, state, metrics))
+
+
+def _save(
+    manager: ocp.CheckpointManager, step: int, state: Any, metrics: Path | None
+) -> None:
     path, failed = Path(manager.directory) / str(step), None
     with _one_error():
         try:
+            # Returns when all processes have written.
             manager.save(step, args=ocp.args.StandardSave(state))
-            seal(path, metrics)
+            if is_first():
+                seal(path, metrics)
         except (OSError, ValueError, RuntimeError) as error:
             failed = one_line(error)
         if failed is not None:

@@ -1,5 +1,6 @@
 """What commands share: errors as one line, one process at a time, stop and resume."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -7,9 +8,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import jax
+
 from examples.common.errors import BadFile, one_line
 from examples.common.interrupt import Interrupted, StopRequest
 from examples.common.lock import sole_use
+from examples.common.processes import by_first, is_first, together
+from examples.common.settings import device_flags
 
 REFUSED = 2
 STOPPED = 130
@@ -34,23 +39,25 @@ def command(
     module: str,
     prepare: Callable[[], J],
     begin: Callable[[J], None],
-    work: Callable[[J, StopRequest], tuple[str, Sequence[Path]]],
+    work: Callable[[J, StopRequest], tuple[str, Sequence[Path]] | None],
 ) -> int:
     """Runs a job; returns the exit status: 0, 2 for bad input, 130 if stopped.
 
     Args:
       module: of the command, such as `examples.llama.pretrain`.
       prepare: makes the job; writes nothing.
-      begin: puts it on record, unless it is resumed.
-      work: does it; what is printed in the end, and the files written.
+      begin: puts it on record, unless it is resumed; of several processes the first.
+      work: does it; what is printed in the end, and the files written. None in all but
+        the first process.
     """
     began = time.perf_counter()
     name = module.rpartition(".")[2]
     with ExitStack() as stack:
         try:
-            job = prepare()
-            stack.enter_context(sole_use(job.out, job.settings.resume))
-            begin(job)
+            job = together(prepare)
+            use = sole_use(job.out, job.settings.resume)
+            by_first(lambda: stack.enter_context(use))
+            by_first(lambda: begin(job))
         except (ValueError, OSError, MemoryError) as error:
             return refused(name, error)
         except KeyboardInterrupt:
@@ -58,13 +65,27 @@ def command(
             return STOPPED
         stop = stack.enter_context(StopRequest())
         try:
-            shown, paths = work(job, stop)
+            done = work(job, stop)
         except (BadFile, OSError) as error:
             return refused(name, error)
         except Interrupted as stopped:
-            resume = f"python -m {module} --resume --out {job.out}"
-            print(f"{stopped}; go on with: {resume}", file=sys.stderr)
+            if is_first():
+                print(f"{stopped}; {_go_on(module, job)}", file=sys.stderr)
             return STOPPED
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1:
+                raise
+            print(
+                f"{name}: process {jax.process_index()} has lost the others:"
+                f" {one_line(error)}; {_go_on(module, job)}",
+                file=sys.stderr,
+                flush=True,
+            )
+            # At once: at its end JAX would wait for minutes for those that have gone.
+            os._exit(STOPPED)
+    if done is None:
+        return 0
+    shown, paths = done
     print(shown)
     print(f"{time.perf_counter() - began:.0f} seconds in all; written:")
     for path in paths:
@@ -72,7 +93,13 @@ def command(
     return 0
 
 
+def _go_on(module: str, job: Job) -> str:
+    flags = f"--resume --out {job.out}{device_flags(job.settings)}"
+    return f"go on with: python -m {module} {flags}"
+
+
 def refused(name: str, error: BaseException) -> int:
     """Says in one line why a command cannot go on; returns the exit status."""
-    print(f"{name}:", one_line(error), file=sys.stderr)
+    if is_first():
+        print(f"{name}:", one_line(error), file=sys.stderr)
     return REFUSED

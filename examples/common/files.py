@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from examples.common.errors import BadFile, one_line
+from examples.common.processes import by_first, of_first
 
 T = TypeVar("T")
 
@@ -86,7 +87,7 @@ def read_or_make(
     """What the JSON file holds; where there is none, what is made and then written.
 
     The value is the one read back in both cases: a resumed job sees what it would
-    have seen.
+    have seen. Of several processes each calls this, and makes the value.
 
     Args:
       path: the file.
@@ -97,8 +98,9 @@ def read_or_make(
     Raises:
       BadFile: the file is damaged, or was edited, naming it.
     """
-    if not path.exists():
-        write_json(path, make())
+    if not of_first(path.exists):
+        made = make()
+        by_first(lambda: write_json(path, made))
     value = read_json(path)
     try:
         return check(value)

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -18,7 +18,9 @@ import lowrank_optax as lro
 from examples.common import checkpoints
 from examples.common.errors import BadFile
 from examples.common.interrupt import Interrupted, StopRequest
-from examples.common.metrics import MetricsLog, Record
+from examples.common.mesh import Placement, laid
+from examples.common.metrics import MetricsLog, NoLog, Record
+from examples.common.processes import any_of, by_first, is_first, of_first, whole
 
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -129,6 +131,7 @@ def train(
     label: str,
     stop: StopRequest,
     best: Best | None = None,
+    placement: Placement | None = None,
 ) -> TrainState:
     """Trains to the end, from the directory's latest whole checkpoint if it has one.
 
@@ -145,9 +148,12 @@ def train(
       label: what the progress bar calls the run.
       stop: asked after every step.
       best: what becomes of the best parameters.
+      placement: where all of it lies; None for a single device. A checkpoint may be
+        of another mesh.
 
     Returns:
-      The state after the last step.
+      The state after the last step; its parameters on the host, where there is a
+      placement.
 
     Raises:
       Interrupted: `stop` was requested; a checkpoint of the step then under way is
@@ -157,7 +163,9 @@ def train(
       OSError: something cannot be written, such as on a full disk.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    return _Loop(task, tx, timetable, probe, directory, label, stop, best).run()
+    loop = _Loop(task, tx, timetable, probe, directory, label, stop, best, placement)
+    state = loop.run()
+    return state if placement is None else state._replace(params=whole(state.params))
 
 
 class _Loop:
@@ -173,9 +181,11 @@ class _Loop:
         label: str,
         stop: StopRequest,
         best: Best | None,
+        placement: Placement | None,
     ):
         self.task, self.tx, self.timetable, self.probe = task, tx, timetable, probe
         self.directory, self.label, self.stop, self.best = directory, label, stop, best
+        self.placement = placement
         self.metrics = directory / METRICS_FILE
         self.gradient = jax.jit(task.probed or jax.grad(task.loss))
         self.loss = jax.jit(task.loss)
@@ -183,25 +193,39 @@ class _Loop:
     def run(self) -> TrainState:
         """The state after the last step."""
         folder = self.directory / CHECKPOINTS
-        start = checkpoints.newest(folder, checkpoints.warn)
+        start = of_first(partial(self._newest, folder))
         state = self._initial()
         with _manager(folder) as manager:
             if start is not None:
-                checkpoints.check_metrics(folder / str(start), self.metrics)
                 state = self._restored(manager, start, state)
                 # Its ranks may have shrunk since the start.
                 self.tx = lro.rank.fit(self.tx, state.opt_state)
             if start == self.timetable.steps:
                 return state
-            with MetricsLog(self.metrics, keep=start) as log:
+            with MetricsLog(self.metrics, keep=start) if is_first() else NoLog() as log:
                 return self._take_steps(manager, log, state, start)
 
+    def _newest(self, folder: Path) -> int | None:
+        """The step to go on from."""
+        start = checkpoints.newest(folder, checkpoints.warn)
+        if start is not None:
+            checkpoints.check_metrics(folder / str(start), self.metrics)
+        return start
+
     def _initial(self) -> TrainState:
-        params, bases = self.task.init(), []
+        init, tx_init, where = self.task.init, self.tx.init, self.placement
+        params = init() if where is None else where.made(init)
+        bases = []
         if self.probe is not None:
             batch = self.task.validation[0]
             bases = self.probe.start(jax.eval_shape(self.gradient, params, batch))
-        return TrainState(params, self.tx.init(params), bases)
+        if where is not None:
+            bases = where.copies(bases)
+            tx_init = jax.jit(tx_init, out_shardings=where.state(self.tx, params))
+        return TrainState(params, tx_init(params), bases)
+
+    def _batch(self, batch: Any) -> Any:
+        return batch if self.placement is None else self.placement.batch(batch)
 
     def _restored(
         self, manager: ocp.CheckpointManager, start: int, state: TrainState
@@ -213,25 +237,30 @@ class _Loop:
             raise ForeignCheckpoint(
                 f"The checkpoint {path} is of another model or method: {error}"
             ) from error
+        if self.placement is not None:
+            # What has shrunk may be split otherwise.
+            fitted = lro.rank.fit(self.tx, saved.opt_state)
+            where = self.placement.state(fitted, saved.params)
+            saved = saved._replace(opt_state=laid(saved.opt_state, where))
         restored: Any = manager.restore(start, args=ocp.args.StandardRestore(saved))
         return restored
 
     def _take_steps(
         self,
         manager: ocp.CheckpointManager,
-        log: MetricsLog,
+        log: MetricsLog | NoLog,
         state: TrainState,
         start: int | None,
     ) -> TrainState:
         at, task = self.timetable, self.task
         # Compiled ahead, so that no measured step holds the compilation.
-        shapes = task.shapes or [task.batch(0)]
-        steps = _compiled(task, self.tx, state, shapes)
+        shapes = [self._batch(x) for x in task.shapes or [task.batch(0)]]
+        steps = _compiled(task, self.tx, state, shapes, self.placement)
         if start is None:
             record, state = self._validate(state)
             peak = max(map(_peak_bytes, steps.values()))
             log.write({"step": 0, "peak_bytes": peak, **record})
-        top = self._top(log.kept)
+        top = of_first(partial(self._top, log.kept))
         first = (start or 0) + 1
         with _progress_bar(self.label, first - 1, at.steps) as bar:
             for done in range(first, at.steps + 1):
@@ -243,15 +272,18 @@ class _Loop:
                     record |= extra
                     top = self._keep_best(record, top, state)
                 freed = 0
-                if not last and done % at.shrink_every == 0:
+                # It would need the whole state in one process.
+                alone = jax.process_count() == 1
+                if alone and not last and done % at.shrink_every == 0:
                     self.tx, state, freed = _shrink(self.tx, state)
                 if freed:
                     record["freed_bytes"] = freed
                     bar.write(f"{self.label}: step {done} freed {freed:,} bytes")
-                    steps = _compiled(task, self.tx, state, shapes)
+                    state = self._again_placed(state)
+                    steps = _compiled(task, self.tx, state, shapes, self.placement)
                 if validated or freed or done % at.log_every == 0:
                     log.write({"step": done, **record})
-                stopped = self.stop.requested
+                stopped = any_of(self.stop.requested)
                 if last or stopped or done % at.checkpoint_every == 0:
                     log.sync()
                     checkpoints.save(manager, done, state, self.metrics)
@@ -259,10 +291,17 @@ class _Loop:
                     raise Interrupted(f"{self.label} stopped after step {done}")
         return state
 
+    def _again_placed(self, state: TrainState) -> TrainState:
+        """The state after it has shrunk: it may be split otherwise."""
+        if self.placement is None:
+            return state
+        where = self.placement.state(self.tx, state.params)
+        return state._replace(opt_state=jax.device_put(state.opt_state, where))
+
     def _step(
         self, steps: dict[Hashable, Any], state: TrainState, done: int, bar: tqdm
     ) -> tuple[TrainState, Record]:
-        batch = self.task.batch(done - 1)
+        batch = self._batch(self.task.batch(done - 1))
         began = time.perf_counter()
         params, opt_state, measured = steps[_shape_of(batch)](*state[:2], batch)
         record: Record = {name: float(value) for name, value in measured.items()}
@@ -280,11 +319,12 @@ class _Loop:
         if task.evaluate is not None:
             record |= task.evaluate(state.params)
         else:
-            losses = [float(self.loss(state.params, x)) for x in task.validation]
+            batches = map(self._batch, task.validation)
+            losses = [float(self.loss(state.params, x)) for x in batches]
             record["validation_loss"] = float(np.mean(losses))
         if probe is None:
             return record, state
-        grads = self.gradient(state.params, task.validation[0])
+        grads = self.gradient(state.params, self._batch(task.validation[0]))
         measured, bases = probe.measure(grads, state.opt_state, state.bases)
         record["probe"] = {name: float(x) for name, x in measured.items() if x}
         return record, state._replace(bases=bases)
@@ -299,7 +339,8 @@ class _Loop:
     def _keep_best(self, record: Record, top: float, state: TrainState) -> float:
         if self.best is None or not record[self.best.metric] > top:
             return top
-        self.best.save(state.params)
+        params = state.params if self.placement is None else whole(state.params)
+        by_first(partial(self.best.save, params))
         return record[self.best.metric]
 
 
@@ -308,9 +349,15 @@ def _compiled(
     tx: optax.GradientTransformation,
     state: TrainState,
     batches: Sequence[Any],
+    placement: Placement | None,
 ) -> dict[Hashable, Any]:
     """The step for each shape of a batch."""
-    step = _step(task.loss, task.step_of, tx)
+    out = None
+    if placement is not None:
+        # What goes into the next step lies as what came into this one.
+        leaves, treedef = jax.tree.flatten(state[:2])
+        out = tuple(x.sharding for x in leaves), treedef, placement.replicated
+    step = _step(task.loss, task.step_of, tx, out)
     return {
         _shape_of(batch): step.lower(*state[:2], batch).compile() for batch in batches
     }
@@ -337,6 +384,7 @@ def _step(
     loss_of: Callable[[Any, Any], jax.Array],
     step_of: Callable[[optax.GradientTransformation], Callable[..., Any]] | None,
     tx: optax.GradientTransformation,
+    out: tuple[tuple[Any, ...], Any, Any] | None,
 ) -> Any:
     def step(params: Any, opt_state: Any, batch: Any) -> tuple[Any, Any, Record]:
         loss, grads = jax.value_and_grad(loss_of)(params, batch)
@@ -344,7 +392,13 @@ def _step(
         measured = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return optax.apply_updates(params, updates), opt_state, measured
 
-    return jax.jit(step_of(tx) if step_of else step, donate_argnums=(0, 1))
+    where = None
+    if out is not None:
+        leaves, treedef, measured = out
+        where = (*treedef.unflatten(leaves), measured)
+    return jax.jit(
+        step_of(tx) if step_of else step, donate_argnums=(0, 1), out_shardings=where
+    )
 
 
 def _shrink(tx: Any, state: TrainState) -> tuple[Any, TrainState, int]:
@@ -408,5 +462,6 @@ def _progress_bar(label: str, start: int, steps: int) -> tqdm:
         initial=start,
         total=steps,
         dynamic_ncols=True,
+        disable=not is_first(),
         bar_format="{desc}: {n_fmt}/{total_fmt} |{bar}| ETA {remaining}{postfix}",
     )

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,24 @@ def summed_up(
             f" changed. Restore it, or delete {metrics.parent} to run it again."
         )
     return found, read_metrics(metrics)
+
+
+class NoLog:
+    """That of a process that does not write."""
+
+    kept: Sequence[Record] = ()
+
+    def write(self, record: Record) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def __enter__(self) -> "NoLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 class MetricsLog:

@@ -14,6 +14,7 @@ import tyro
 from examples.common.errors import BadFile
 from examples.common.files import read_object, write_json
 from examples.common.lock import is_free
+from examples.common.processes import connect, is_first
 from examples.common.typed import checked_fields
 
 S = TypeVar("S")
@@ -22,7 +23,8 @@ RUNS = Path("runs")
 RECORD = "run.json"
 
 # No part of the record: they say where and how; what --smoke changes is in the rest.
-_UNRECORDED = ("out", "resume", "smoke")
+_DEVICES = ("mesh", "coordinator", "num_processes", "process_id")
+_UNRECORDED = ("out", "resume", "smoke", *_DEVICES)
 
 
 def parse_settings(
@@ -41,7 +43,8 @@ def parse_settings(
       argv: the flags.
       name: of the job; the directory of a new run is `runs/NAME-DATE`.
       full: the defaults, a dataclass with at least the fields `out` (Path or None),
-        `resume` and `smoke` (bool).
+        `resume` and `smoke` (bool). Where it has those of `Processes`, these are
+        joined.
       smoke: the defaults under `--smoke`.
       presets: what takes the place of defaults under a name, for a dataclass with a
         field `preset` (str or None).
@@ -63,13 +66,17 @@ def parse_settings(
             )
         defaults: Any = full
         given = _parse(argv, dataclasses.replace(defaults, **presets[preset]))
+    if hasattr(given, "coordinator"):
+        connect(given)
     if given.resume:
         out = given.out or _latest(name)
         recorded = _recorded(out, full)
         _check_unchanged(recorded, _parse(argv, recorded), out)
-        return dataclasses.replace(recorded, resume=True), out
+        now = {x: getattr(given, x) for x in _UNRECORDED if hasattr(given, x)}
+        return dataclasses.replace(recorded, **now), out
     out = given.out or RUNS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if not is_free(out):
+    # The first process may have begun there already.
+    if is_first() and not is_free(out):
         raise ValueError(
             f"Cannot start a run in {out}: it is not empty. Continue that run with"
             " --resume, or choose another --out."
@@ -81,6 +88,16 @@ def settings_record(settings: Any) -> dict[str, Any]:
     """The settings as JSON can hold them, under the key that `--resume` looks for."""
     fields = dataclasses.asdict(settings)
     return {"settings": {k: v for k, v in fields.items() if k not in _UNRECORDED}}
+
+
+def device_flags(settings: Any) -> str:
+    """The flags that say on what devices a job runs, each behind a space."""
+    given = {name: getattr(settings, name, None) for name in _DEVICES}
+    return "".join(
+        f" --{name.replace('_', '-')} {value}"
+        for name, value in given.items()
+        if value is not None
+    )
 
 
 def write_record(out: Path, facts: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from examples.common.interrupt import Interrupted, StopRequest
+from examples.common.processes import any_of, is_first
 from examples.llama.generate import generate
 from examples.llama.instructions import Instruction, final_number
 from examples.llama.model import Llama
@@ -42,8 +43,9 @@ def answer(
     """
 
     def watched(batches: Iterable[int]) -> Iterator[int]:
-        for batch in tqdm(batches, desc=label, dynamic_ncols=True):
-            if stop_request.requested:
+        bar = tqdm(batches, desc=label, dynamic_ncols=True, disable=not is_first())
+        for batch in bar:
+            if any_of(stop_request.requested):
                 raise Interrupted(f"{label} stopped")
             yield batch
 

@@ -10,7 +10,6 @@ from scratch, and says so.
 """
 
 import dataclasses
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,8 @@ import tokenizers
 import lowrank_optax as lro
 from examples.common.command import command
 from examples.common.interrupt import StopRequest
+from examples.common.mesh import machine
+from examples.common.processes import by_first
 from examples.common.settings import parse_settings, settings_record, unchanged
 from examples.common.tokens import TOKENIZER, tokenizer_sha256
 from examples.llama.base import load_base
@@ -84,7 +85,7 @@ def prepare(settings: Finetune, out: Path) -> Job:
             module.__name__: module.__version__
             for module in (lro, jax, optax, flax, tokenizers)
         },
-        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
+        "device": machine(s.mesh),
     }
     asked = [chosen.test[i] for i in problems]
     job = Job(s, out, base, rows, tested, asked, prompts, facts)
@@ -121,12 +122,16 @@ def begin(job: Job) -> None:
         job.save()
 
 
-def work(job: Job, stop: StopRequest) -> tuple[str, list[Path]]:
+def work(job: Job, stop: StopRequest) -> tuple[str, list[Path]] | None:
     """Trains with every method; the table that is printed, and the files written."""
     before = job.before(stop)
     runs = {method: job.run(method, stop) for method in job.settings.methods}
-    paths = write_files(job.out, job.facts, job.steps, before, runs)
-    return comparison(before, runs), paths
+
+    def finish() -> tuple[str, list[Path]]:
+        paths = write_files(job.out, job.facts, job.steps, before, runs)
+        return comparison(before, runs), paths
+
+    return by_first(finish)
 
 
 def main(argv: list[str] | None = None) -> int:

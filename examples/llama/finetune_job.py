@@ -24,9 +24,11 @@ from examples.common.adapters import (
 from examples.common.files import read_or_make
 from examples.common.interrupt import StopRequest
 from examples.common.loop import METRICS_FILE, Task, Timetable, train
+from examples.common.mesh import Placement
 from examples.common.methods import METHODS, matrix_state_bytes
 from examples.common.metrics import read_metrics
 from examples.common.precision import in_float32
+from examples.common.processes import by_first
 from examples.common.report import Run
 from examples.common.schedule import warmup_linear
 from examples.common.settings import write_record
@@ -73,6 +75,11 @@ class Job:
     problems: Sequence[Instruction]
     prompts: Sequence[Sequence[int]]
     facts: dict[str, Any]
+
+    @cached_property
+    def placement(self) -> Placement | None:
+        """Where all of it lies, as `--mesh` says."""
+        return Placement.of(self.settings.mesh)
 
     @property
     def steps(self) -> int:
@@ -193,6 +200,8 @@ class Job:
                 f"Cannot fill a batch of {s.batch_size} rows of {s.seq_len} tokens: the"
                 f" examples make {len(self.train.layout)}. Lower --batch-size."
             )
+        if self.placement is not None:
+            self.placement.check_rows(s.batch_size)
         limit = self.base.config.max_position_embeddings
         for problem, prompt in zip(self.problems, self.prompts, strict=True):
             if len(prompt) + s.max_new_tokens > limit:
@@ -263,7 +272,7 @@ class Job:
         """
         s, graph, tx = self.settings, self.graph(method), self.optimizer(method)
         init = self.init(method)
-        sums = partial(loss_sums, graph)
+        sums, where = partial(loss_sums, graph), self.placement
         compiled = jax.jit(sums)
         validation = self.test.batches(s.batch_size)
 
@@ -273,7 +282,8 @@ class Job:
             return total / jnp.maximum(count, 1)
 
         def evaluate(params: Any) -> dict[str, float]:
-            parts = [compiled(params, batch) for batch in validation]
+            batches = validation if where is None else map(where.batch, validation)
+            parts = [compiled(params, batch) for batch in batches]
             total, count = (sum(map(float, x)) for x in zip(*parts, strict=True))
             return {"validation_loss": total / count}
 
@@ -297,16 +307,22 @@ class Job:
                 s.shrink_every,
             )
             # Only the parameters: the optimizer's memory is for the answers.
-            params = train(task, tx, timetable, None, directory, label, stop).params
+            params = train(
+                task, tx, timetable, None, directory, label, stop, placement=where
+            ).params
             model = self.trained(graph, params)
-            save_llama(model, directory / MODEL, self.base.tokenizer)
-            if s.export_adapter is not None:
-                self.export(method, seed, params_of(model))
+            by_first(lambda: self.save_model(method, seed, model, directory / MODEL))
             match = self.answer(model, directory, seed, label, stop)
             shapes = jax.eval_shape(lambda x: x, params)
             return self.sum_up(method, seed, tx, shapes, match)
 
         return [one(seed) for seed in s.seeds]
+
+    def save_model(self, method: str, seed: int, model: Llama, directory: Path) -> None:
+        """Writes a model that is trained, and its adapter if one is asked for."""
+        save_llama(model, directory, self.base.tokenizer)
+        if self.settings.export_adapter is not None:
+            self.export(method, seed, params_of(model))
 
     def export(self, method: str, seed: int, params: Any) -> None:
         """Writes what was added to the base's weights as an adapter."""

@@ -95,6 +95,18 @@ class Finetune:
     shrink_every: int = 100
     """Steps between two searches for ranks that are no longer used, in methods that
     adapt them; the memory of these is freed."""
+    mesh: str | None = None
+    """Devices to train on, such as data=2,fsdp=4,model=2, whose product is their
+    number: data splits the batch, fsdp batch and weights, model the matrices (tensor
+    parallel). Default: one device."""
+    coordinator: str | None = None
+    """HOST:PORT of the first of several processes. Each is started with the same
+    flags, --out and --mesh among them, but for --process-id. Ranks are then not
+    searched for to be shrunk."""
+    num_processes: int | None = None
+    """How many processes there are."""
+    process_id: int | None = None
+    """Which of them this one is, from 0, which writes and prints."""
     smoke: bool = False
     """Smaller defaults: all of it in less than a minute, to see that it works."""
 
@@ -107,7 +119,7 @@ class Finetune:
             raise ValueError("seeds must be at least 0")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            whole = type(value) is int
+            whole = type(value) is int and field.name != "process_id"
             if whole and value < 1:
                 raise ValueError(f"{field.name} must be at least 1, not {value}")
         check_rates(self.learning_rate, self.dense_learning_rate)

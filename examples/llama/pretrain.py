@@ -9,7 +9,6 @@ The text defaults to Python's own standard library, so nothing is downloaded.
 
 import dataclasses
 import math
-import os
 import platform
 import sys
 from collections.abc import Callable
@@ -32,9 +31,11 @@ from examples.common.errors import BadFile
 from examples.common.files import write_json
 from examples.common.interrupt import StopRequest
 from examples.common.loop import METRICS_FILE, Task, Timetable, train
+from examples.common.mesh import Placement, machine
 from examples.common.methods import METHODS, matrix_state_bytes
 from examples.common.metrics import read_metrics
 from examples.common.probe import Probe
+from examples.common.processes import by_first
 from examples.common.report import Run, table, write_report
 from examples.common.schedule import warmup_cosine
 from examples.common.settings import (
@@ -132,6 +133,11 @@ class Job:
         return model
 
     @cached_property
+    def placement(self) -> Placement | None:
+        """Where all of it lies, as `--mesh` says."""
+        return Placement.of(self.settings.mesh)
+
+    @cached_property
     def params(self) -> Any:
         """Shapes and types of the plain model's parameters."""
         return jax.eval_shape(self.task.init)
@@ -173,6 +179,8 @@ class Job:
         """Raises ValueError for what would fail later: too little text, a method
         that does not fit the model."""
         self.task.batch(0)
+        if self.placement is not None:
+            self.placement.check_rows(self.settings.batch_size)
         for method in self.settings.methods:
             task, tx = self.task_of(method), self.optimizer(method)
             params = jax.eval_shape(task.init)
@@ -200,9 +208,12 @@ class Job:
         )
         # Which would need the whole gradient.
         probe = None if s.layerwise else Probe.of(self.params, _PROBE_RANK)
-        state = train(task, tx, timetable, probe, directory, method, stop)
+        where = self.placement
+        state = train(
+            task, tx, timetable, probe, directory, method, stop, placement=where
+        )
         model = self.trained(method, state.params)
-        save_llama(model, directory / MODEL, self.tokens.tokenizer)
+        by_first(lambda: save_llama(model, directory / MODEL, self.tokens.tokenizer))
 
         params = jax.eval_shape(task.init)
         rate, dense = self.rates(method)
@@ -268,7 +279,7 @@ def prepare(settings: Pretrain, out: Path) -> Job:
         "versions": {
             module.__name__: module.__version__ for module in (lro, jax, optax, flax)
         },
-        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
+        "device": machine(settings.mesh),
     }
     job = Job(settings, out, config, tokens, facts)
     job.check()
@@ -339,10 +350,10 @@ def begin(job: Job) -> None:
         job.save()
 
 
-def work(job: Job, stop: StopRequest) -> tuple[str, list[Path]]:
+def work(job: Job, stop: StopRequest) -> tuple[str, list[Path]] | None:
     """Trains with every method; the table that is printed, and the files written."""
     runs = [job.run(method, stop) for method in job.settings.methods]
-    return table(runs), finish(job, runs)
+    return by_first(lambda: (table(runs), finish(job, runs)))
 
 
 def main(argv: list[str] | None = None) -> int:

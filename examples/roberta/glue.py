@@ -10,7 +10,6 @@ and fine-tuned to tell which package of the standard library a snippet is from.
 
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,8 @@ import lowrank_optax as lro
 from examples.common.command import command
 from examples.common.files import sha256
 from examples.common.interrupt import StopRequest
+from examples.common.mesh import machine
+from examples.common.processes import by_first
 from examples.common.settings import (
     parse_settings,
     settings_record,
@@ -123,7 +124,7 @@ def prepare(settings: Glue, out: Path) -> Job:
         "versions": {
             module.__name__: module.__version__ for module in (lro, jax, optax, flax)
         },
-        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
+        "device": machine(settings.mesh),
     }
     facts = json.loads(json.dumps(facts))
     if settings.resume:
@@ -222,14 +223,18 @@ def begin(job: Job) -> None:
         write_record(job.out, job.facts)
 
 
-def work(job: Job, stop: StopRequest) -> tuple[str, list[Path]]:
+def work(job: Job, stop: StopRequest) -> tuple[str, list[Path]] | None:
     """Trains with every method; the table that is printed, and the files written."""
     weights = job.load(stop)
     trained = {
         method: job.run(method, weights, stop) for method in job.settings.methods
     }
-    paths = write_files(job, trained)
-    return comparison(job, trained), paths
+
+    def finish() -> tuple[str, list[Path]]:
+        paths = write_files(job, trained)
+        return comparison(job, trained), paths
+
+    return by_first(finish)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,10 @@ from examples.common.loop import (
     Timetable,
     train,
 )
+from examples.common.mesh import Placement
 from examples.common.methods import METHODS, matrix_state_bytes
 from examples.common.metrics import read_metrics, summed_up
+from examples.common.processes import by_first
 from examples.common.report import Run
 from examples.common.schedule import warmup_linear
 from examples.common.typed import checked_fields
@@ -100,6 +102,11 @@ class Job:
     weights: Weights | None
     facts: dict[str, Any]
 
+    @cached_property
+    def placement(self) -> Placement | None:
+        """Where all of it lies, as `--mesh` says."""
+        return Placement.of(self.settings.mesh)
+
     @property
     def batch_size(self) -> int:
         return self.settings.chosen_task.preset.batch_size
@@ -146,7 +153,12 @@ class Job:
         return _abstract(method, self.settings.rank_of(method), self.config)[1]
 
     def check(self) -> None:
-        """Raises ValueError for a method that does not fit the model."""
+        """Raises ValueError for a method that does not fit the model, or a batch that
+        does not fit the mesh."""
+        if self.placement is not None:
+            rows = [self.batch_size, *[_PRETRAIN_BATCH] * self.settings.made_here]
+            for size in rows:
+                self.placement.check_rows(size)
         for method in self.settings.methods:
             rate, *_ = self.settings.rates(method)
             jax.eval_shape(self.optimizer(method, rate).init, self.shapes(method))
@@ -169,6 +181,7 @@ class Job:
             batch_size=_PRETRAIN_BATCH,
             seed=s.seeds[0],
             stop=stop,
+            placement=self.placement,
         )
         return load_classifier(directory, self.config.labels)
 
@@ -226,7 +239,7 @@ class Job:
         for rate in found:
             if rate != best:
                 loser = self._directory(method, rate, first) / BEST
-                shutil.rmtree(loser, ignore_errors=True)
+                by_first(partial(shutil.rmtree, loser, ignore_errors=True))
         return Trained(best, found, tried[best] | one(best, other_seeds, stop))
 
     def best(self, run: Run) -> dict[str, Any]:
@@ -263,7 +276,8 @@ class Job:
 
         def summary() -> dict[str, Any]:
             label = f"{method}, rate {rate:g}, seed {seed}"
-            train(task, tx, timetable, None, directory, label, stop, best)
+            where = self.placement
+            train(task, tx, timetable, None, directory, label, stop, best, where)
             return self._sum_up(method, rate, tx, directory)
 
         found, records = summed_up(
@@ -273,13 +287,14 @@ class Job:
             partial(checked_fields, Run, but=("records",)),
         )
         # Of use only to a run that is under way, and larger than all else.
-        shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+        leftover = directory / CHECKPOINTS
+        by_first(partial(shutil.rmtree, leftover, ignore_errors=True))
         return Run(**found, records=records)
 
     def evaluate(self, graph: nnx.GraphDef, params: Any) -> dict[str, float]:
         """Loss and scores over all validation sets, and of each if there are more."""
         predictions = {
-            name: _predict(graph, params, part, self.batch_size)
+            name: _predict(graph, params, part, self.batch_size, self.placement)
             for name, part in self.validation.items()
         }
         losses, predicted = map(np.concatenate, zip(*predictions.values(), strict=True))
@@ -375,8 +390,8 @@ def _losses(logits: jax.Array, labels: Any) -> jax.Array:
 
 # Methods that train the same model share what is compiled.
 @lru_cache(maxsize=2)
-def _predictor(graph: nnx.GraphDef) -> Callable[..., Any]:
-    @jax.jit
+def _predictor(graph: nnx.GraphDef, out: Any) -> Callable[..., Any]:
+    @partial(jax.jit, out_shardings=out)
     def predict(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         logits = _logits(graph, params, batch, None)
         numbers = jnp.issubdtype(batch["labels"].dtype, jnp.floating)
@@ -387,13 +402,20 @@ def _predictor(graph: nnx.GraphDef) -> Callable[..., Any]:
 
 
 def _predict(
-    graph: nnx.GraphDef, params: Any, data: Encoded, size: int
+    graph: nnx.GraphDef,
+    params: Any,
+    data: Encoded,
+    size: int,
+    placement: Placement | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The loss and the prediction of every example."""
     losses = np.zeros(len(data), np.float32)
     predicted = np.zeros_like(data.labels)
     for rows in data.validation_rows(size):
-        found = _predictor(graph)(params, data.batch(rows, size))
+        batch, out = data.batch(rows, size), None
+        if placement is not None:
+            batch, out = placement.batch(batch), placement.replicated
+        found = _predictor(graph, out)(params, batch)
         for all_rows, own in zip((losses, predicted), found, strict=True):
             all_rows[rows] = np.asarray(own)[: len(rows)]
     return losses, predicted

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from tokenizers import Tokenizer
 
 from examples.common.interrupt import StopRequest
 from examples.common.loop import CHECKPOINTS, Task, Timetable, train
+from examples.common.mesh import Placement
+from examples.common.processes import by_first, of_first
 from examples.common.schedule import warmup_linear
 from examples.common.tokens import Packed
 from examples.roberta.config import EncoderConfig
@@ -108,6 +111,7 @@ def pretrain(
     batch_size: int,
     seed: int,
     stop: StopRequest,
+    placement: Placement | None = None,
 ) -> None:
     """Makes a base checkpoint in the directory, or goes on with it; once only.
 
@@ -115,7 +119,7 @@ def pretrain(
       ValueError: too little text.
       Interrupted: on request of `stop`.
     """
-    if not (directory / CONFIG).exists():
+    if not of_first((directory / CONFIG).exists):
         task = _task(config, tokenizer, texts, batch_size, seed)
         rate = warmup_linear(_LEARNING_RATE, steps, _WARMUP)
         tx = optax.chain(
@@ -124,11 +128,14 @@ def pretrain(
         )
         often = max(1, steps // _VALIDATIONS)
         timetable = Timetable(steps, 1, often, often, steps)
-        state = train(task, tx, timetable, None, directory, "masked tokens", stop)
+        label = "masked tokens"
+        state = train(
+            task, tx, timetable, None, directory, label, stop, placement=placement
+        )
         model = MaskedLM(config, rngs=nnx.Rngs(seed))
         nnx.update(model, state.params)
-        save_model(model.encoder, directory, tokenizer)
-    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+        by_first(partial(save_model, model.encoder, directory, tokenizer))
+    by_first(partial(shutil.rmtree, directory / CHECKPOINTS, ignore_errors=True))
 
 
 def _task(

@@ -85,6 +85,18 @@ class Glue:
     shrink_every: int = 100
     """Steps between two searches for ranks that are no longer used, in methods that
     adapt them; the memory of these is freed."""
+    mesh: str | None = None
+    """Devices to train on, such as data=2,fsdp=4,model=2, whose product is their
+    number: data splits the batch, fsdp batch and weights, model the matrices (tensor
+    parallel). Default: one device."""
+    coordinator: str | None = None
+    """HOST:PORT of the first of several processes. Each is started with the same
+    flags, --out and --mesh among them, but for --process-id. Ranks are then not
+    searched for to be shrunk."""
+    num_processes: int | None = None
+    """How many processes there are."""
+    process_id: int | None = None
+    """Which of them this one is, from 0, which writes and prints."""
     smoke: bool = False
     """Smaller defaults: all of it in less than a minute, to see that it works."""
 
@@ -139,6 +151,7 @@ class Glue:
         preset: Preset = self.chosen_task.preset
         for name, value in {**vars(preset), **vars(self)}.items():
             counts = isinstance(value, int) and not isinstance(value, bool)
+            counts &= name != "process_id"
             if counts and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if not preset.epochs > 0:
