@@ -484,7 +484,7 @@ SHORT = ["--smoke", "--seq-len", "4", "--batch-size", "1", "--data"]
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--methods", "adamw", "sgdd"], "'sgdd': choose from adamw, galore_adamw"),
+        (["--methods", "adamw", "sgdd"], "'sgdd': choose from adamw, lion"),
         (["--methods", "adamw", "adamw"], "each at most once"),
         (["--data", "path:nowhere/at/all"], "nowhere/at/all': no such path"),
         (["--data", "nonsense"], "expected auto, stdlib"),

@@ -13,9 +13,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from scipy.stats import t as student
 
-from benchmarks.comparison.protocol import Missing, Study, Trial, best, dense_rule
-from benchmarks.comparison.trials import Result, Trainer
-from benchmarks.record import RECORDS, write_record
+from benchmarks.comparison.protocol import METHODS, Missing, Study, Trial
+from benchmarks.comparison.trials import VALIDATION_BATCHES, Result, Trainer
+from benchmarks.record import write_record
 from examples.common.files import aside
 from examples.common.report import STYLE, markdown_table
 
@@ -47,6 +47,13 @@ class Row:
         """Of the state of the matrices, without unused ranks; mean over the run."""
         used = [mean(x["used_state_bytes"]) for x in self.trials.values()]
         return mean(used) - next(iter(self.trials.values()))["dense_state_bytes"]
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "rank": next(iter(self.trials)).rank,
+            "losses": self.losses,
+            "matrix_state_bytes": self.used_bytes,
+        }
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -118,86 +125,81 @@ def _written(values: Sequence[float], sign: str = "") -> str:
     return f"{middle:{sign}.3f}" + (f" ± {half:.3f}" if math.isfinite(half) else "")
 
 
-def ladders(study: Study, methods: Sequence[str]) -> str:
-    """The losses by rate of every ladder, those under way included."""
+def ladders(study: Study, results: Results, methods: Sequence[str]) -> str:
+    """The losses on the tuning seed by rate, those of ladders under way included."""
+    tuning = [x for x in results if x.seed == study.protocol.tuning_seed]
     lines = []
-    for rule in dict.fromkeys(dense_rule(method) for method in methods):
-        lines.append(_rungs(f"d, by {rule}", lambda m: study.dense_ladder(m), rule))
     for method in methods:
-        lines.append(_rungs(f"m of {method}", lambda m: study.rate_ladder(m), method))
-    return "\n".join(lines)
+        own = [x for x in tuning if x.method == method]
+        for dense in sorted({x.dense_rate for x in own}):
+            rungs = sorted(
+                (x.rate, results[x]["validation_loss"])
+                for x in own
+                if x.dense_rate == dense
+            )
+            shown = ", ".join(f"{rate:g} {loss:.3f}" for rate, loss in rungs)
+            lines.append(f"- {method}, d {dense:g}: {shown}")
+    return "\n".join(lines) or "None is there yet."
 
 
-def _rungs(name: str, ladder: Any, method: str) -> str:
-    try:
-        found = ladder(method)
-    except Missing:
-        return f"- {name}: under way"
-    shown = (f"{rate:g} {loss:.3f}" for rate, loss in found.items())
-    return f"- {name}: {', '.join(shown)}; best {best(found):g}"
+def plot(panels: Mapping[str, Mapping[str, Row]], path: Path) -> None:
+    """Loss against bytes of the matrices' state, with confidence intervals.
 
-
-def plot(equal_rank: Mapping[str, Row], equal_bytes: Mapping[str, Row], path: Path):
-    """Loss against bytes of the matrices' state, with confidence intervals."""
+    Args:
+      panels: by their titles, the rows of each, AdamW among them once it is there.
+      path: of the file.
+    """
     with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(
-            1, 2, figsize=(13, 6), sharey=True, layout="constrained"
+        figure, all_axes = plt.subplots(
+            1, len(panels), figsize=(13, 6), sharey=True, layout="constrained"
         )
-        for axes, found, title in zip(
-            panels,
-            (equal_rank, equal_bytes),
-            ("equal rank", "equal bytes"),
-            strict=True,
-        ):
-            for index, row in enumerate(found.values()):
-                middle, half = interval(list(row.losses.values()))
-                axes.errorbar(
-                    row.used_bytes / 2**10,
-                    middle,
-                    yerr=half if math.isfinite(half) else None,
-                    fmt="osD^v"[index % 5],
-                    color=f"C{index % 10}",
-                    capsize=3,
-                    label=row.method,
-                )
+        for axes, (title, found) in zip(all_axes, panels.items(), strict=True):
+            if "adamw" in found:
+                _points(axes, found)
+            axes.axhline(0, color="gray", lw=1)
             axes.set(xlabel="optimizer state of the matrices (KiB)", title=title)
-            axes.set_xlim(left=0)
-        panels[0].set(ylabel="validation loss (nats per token)")
-        for axes in panels:
-            handles, labels = axes.get_legend_handles_labels()
-            if handles:
-                axes.legend(handles, labels, fontsize=7, ncols=2)
+        all_axes[0].set(ylabel="validation loss minus AdamW's, seed by seed")
+        figure.legend(
+            *all_axes[0].get_legend_handles_labels(), loc="outside right", fontsize=8
+        )
         with aside(path) as draft:
             figure.savefig(draft, format="png")
         plt.close(figure)
 
 
+def _points(axes: Any, found: Mapping[str, Row]) -> None:
+    """A point a method; those of equal bytes stand beside each other."""
+    gap, last = max(row.used_bytes for row in found.values()) / 2**10 / 110, -math.inf
+    for row in sorted(found.values(), key=lambda row: row.used_bytes):
+        middle, half = interval(differences(row, found["adamw"]))
+        last = max(last + gap, row.used_bytes / 2**10)
+        style = list(METHODS).index(row.method)
+        axes.errorbar(
+            last,
+            middle,
+            yerr=half if math.isfinite(half) else None,
+            fmt="os^D"[style // 5],
+            color=f"C{style % 10}",
+            capsize=2,
+            label=row.method,
+        )
+    axes.set_xlim(left=0)
+
+
 def write(settings: Any, study: Study, results: Results, trainer: Trainer) -> None:
     """Writes comparison.md, comparison.json and the plot, of whatever is there."""
-    out: Path = settings.out or RECORDS
-    methods, protocol = settings.methods, study.protocol
+    out: Path = settings.out
     equal_rank, equal_bytes = (
-        rows(study, results, methods, same_bytes) for same_bytes in (False, True)
+        rows(study, results, settings.methods, same_bytes)
+        for same_bytes in (False, True)
     )
     references = {k: equal_rank[k] for k in REFERENCES if k in equal_rank}
     out.mkdir(parents=True, exist_ok=True)
-    plot(equal_rank, references | equal_bytes, out / _PLOT)
-    seconds = sum(x["seconds"] for x in results.values())
-    data = trainer.job.facts["data"]
-    seeds = ", ".join(map(str, protocol.seeds))
+    panels = {"equal rank": equal_rank, "equal bytes": references | equal_bytes}
+    plot(panels, out / _PLOT)
     parts = (
-        missing(study, methods),
-        f"{trainer.job.model_fact} on {data['source']} (Python {data['python']}, "
-        f"SHA-256 {data['sha256'][:16]}): {trainer.setup}. {len(results)} trials, "
-        f"{seconds / 3600:.1f} hours. d is the learning rate of embedding, head and "
-        "norms, tuned once with the method at full rank (AdamW, and Lion for the two "
-        "with its signs) and the same for all others; m that of the matrices, as the "
-        "method's `learning_rate`: GaLore and its kind multiply it by their scale, "
-        f"0.25. Each m is the best of a ladder on seed {protocol.tuning_seed}; the "
-        f"losses are those of seeds {seeds} on {64 * settings.batch_size} sequences. "
-        "± is half of the 95% confidence interval of the mean; differences are "
-        "paired, seed by seed. State: of the matrices alone, without ranks that are "
-        "not used, mean over the run.",
+        missing(study, settings.methods),
+        about(settings, study, results, trainer),
         "## Equal rank",
         table(equal_rank, references),
         "## Equal bytes",
@@ -205,22 +207,35 @@ def write(settings: Any, study: Study, results: Results, trainer: Trainer) -> No
         f"GaLore's at rank {settings.rank}, the rates those of the table above.",
         table(equal_bytes, references),
         f"![Loss against bytes of the state]({_PLOT})",
+        "Points of equal bytes stand beside each other, the leftmost at its place.",
         "## Ladders",
-        f"Validation loss by rate, seed {protocol.tuning_seed}:",
-        ladders(study, methods),
+        f"Validation loss by m, seed {study.protocol.tuning_seed}:",
+        ladders(study, results, settings.methods),
     )
-    kept = {
-        name: {
-            method: {
-                "rank": next(iter(row.trials)).rank,
-                "losses": row.losses,
-                "matrix_state_bytes": row.used_bytes,
-            }
-            for method, row in found.items()
-        }
-        for name, found in (("equal_rank", equal_rank), ("equal_bytes", equal_bytes))
+    figures = {
+        "equal_rank": {name: row.summary() for name, row in equal_rank.items()},
+        "equal_bytes": {name: row.summary() for name, row in equal_bytes.items()},
     }
-    write_record("comparison", settings, kept, "\n\n".join(parts), settings.out)
+    write_record("comparison", settings, figures, "\n\n".join(parts), out)
+
+
+def about(settings: Any, study: Study, results: Results, trainer: Trainer) -> str:
+    """What was run, and what the columns mean."""
+    data, protocol = trainer.job.facts["data"], study.protocol
+    hours = sum(x["seconds"] for x in results.values()) / 3600
+    return (
+        f"{trainer.job.model_fact} on {data['source']} (Python {data['python']}, "
+        f"SHA-256 {data['sha256'][:16]}): {trainer.setup}. {len(results)} trials, "
+        f"{hours:.1f} hours. d is the learning rate of embedding, head and norms, "
+        "tuned once with the method at full rank (AdamW, and Lion for the two with its "
+        "signs) and the same for all others; m that of the matrices, as the method's "
+        "`learning_rate`: GaLore and its kind multiply it by their scale, 0.25. Each m "
+        f"is the best of a ladder on seed {protocol.tuning_seed}; the losses are those "
+        f"of seeds {', '.join(map(str, protocol.seeds))} on "
+        f"{VALIDATION_BATCHES * settings.batch_size} sequences. ± is half of the 95% "
+        "confidence interval of the mean; differences are paired, seed by seed. State: "
+        "of the matrices alone, without ranks that are not used, mean over the run."
+    )
 
 
 def missing(study: Study, methods: Sequence[str]) -> str:

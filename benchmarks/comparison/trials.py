@@ -20,7 +20,7 @@ from examples.common.tokens import Packed
 from examples.llama.model import Llama
 from examples.llama.pretrain import Job, init_and_loss
 
-_VALIDATION_BATCHES = 64
+VALIDATION_BATCHES = 64
 _SIZES = 4  # how many times along a run unused ranks are looked for
 _LARGEST_RANK = 128
 
@@ -127,7 +127,7 @@ class Trainer:
             if (done + 1) % max(1, s.steps // _SIZES) == 0:
                 sizes.append(_used_bytes(tx, state, params))
         validation = Packed(self.job.tokens.validation, s.seq_len).fixed_batches(
-            _VALIDATION_BATCHES, s.batch_size
+            VALIDATION_BATCHES, s.batch_size
         )
         losses = [float(self._validation_loss(params, batch)) for batch in validation]
         whole = lro.state_bytes(tx, params)

@@ -24,13 +24,16 @@ def two_rates(
 
     Embeddings, heads, biases and norms go through the same optimizer at full rank, but
     the rate that suits them is seldom that of a projected matrix. Inside, this is
-    `optax.partition` of two instances of the factory, whose groups are "matrices" and
-    "dense".
+    `optax.partition` of two instances of the factory, whose states are
+    ``inner_states["matrices"]`` and ``inner_states["dense"]``: what looks for a field
+    such as ``mu`` finds two.
 
     Which leaves are matrices is told as the methods tell it: by ``matrices=``, else by
     `default_matrices`. A matrix that stays at full rank, as the rank saves nothing
     there, keeps the rate of the matrices: which leaf has which rate depends neither on
-    the rank nor on the method.
+    the rank nor on the method. `layerwise`, `rank.shrink`, `accumulate_gradients` and
+    the reports take the result as they take the factory's own, and refuse what they
+    refuse of that, such as AdaRankGrad by layers.
 
     Args:
       factory: of an optimizer that takes a ``learning_rate``, such as
