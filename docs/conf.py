@@ -39,7 +39,7 @@ myst_links_external_new_tab = False
 # Pages are executed at each build; a committed notebook, which has its outputs, is not.
 nb_execution_mode = "auto"
 nb_execution_raise_on_error = True
-nb_execution_timeout = 120
+nb_execution_timeout = 600  # seconds a cell, on a machine that is busy with others
 nb_merge_streams = True
 nb_output_stderr = "show"
 
