@@ -227,6 +227,12 @@ def test_a_run_goes_on_with_fewer_devices(mesh, alone, eight, tmp_path, capsys):
         assert_same_steps(out, alone, method)
 
 
+def test_per_layer_updates_on_two_devices_take_the_same_steps(flags, alone, tmp_path):
+    out, mesh = tmp_path / "run", ["--mesh", "fsdp=2", "--layerwise"]
+    assert pretrain.main([*flags, *mesh, "--methods", "adamw", "--out", str(out)]) == 0
+    assert_same_steps(out, alone, "adamw")
+
+
 def test_fine_tuning_on_two_devices_takes_the_steps_of_one(tmp_path):
     losses = {}
     flags = ["--smoke", "--steps", "3", "--test-examples", "8", "--train-examples"]
