@@ -79,7 +79,10 @@ def compiled(plan: Plan) -> int:
     state = laid(jax.eval_shape(tx.init, params), where.state(tx, params))
     shape = plan.batch_size, plan.seq_len + 1
     rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where.rows)
-    make = step_of(plan.config, 1.0) if plan.layerwise else ordinary(plan.config)
+    if plan.layerwise:
+        make = step_of(plan.config, 1.0, parts=where.parts)
+    else:
+        make = ordinary(plan.config)
     given = params, state
     out = *jax.tree.map(lambda x: x.sharding, given), where.replicated
     step = jax.jit(make(tx), donate_argnums=(0, 1), out_shardings=out)

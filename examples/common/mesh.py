@@ -158,14 +158,18 @@ class Placement:
         """The parameters without their values, where they lie."""
         return laid(params, self.params(params))
 
+    @property
+    def parts(self) -> int:
+        """Over how many devices the rows of a batch are split."""
+        return math.prod(self.mesh.shape[axis] for axis in _BATCH)
+
     def check_rows(self, rows: int) -> None:
         """Raises ValueError for a batch whose rows cannot be split evenly."""
-        parts = math.prod(self.mesh.shape[axis] for axis in _BATCH)
-        if rows % parts:
+        if rows % self.parts:
             sizes = ", ".join(f"{axis}={self.mesh.shape[axis]}" for axis in _BATCH)
             raise ValueError(
-                f"Cannot split a batch of {rows} rows over {sizes}: {parts} does not"
-                f" divide it. Change --batch-size, or use more of model in --mesh."
+                f"Cannot split a batch of {rows} rows over {sizes}: {self.parts} does"
+                " not divide it. Change --batch-size, or use more of model in --mesh."
             )
 
     def made(self, make: Callable[[], Any]) -> Any:

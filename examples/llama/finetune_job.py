@@ -163,9 +163,11 @@ class Job:
     @cached_property
     def step_of(self) -> Callable[..., Any] | None:
         """What makes steps of per-layer updates, if they are asked for."""
-        return (
-            step_of(self.config, _CLIP, Batch.text) if self.settings.layerwise else None
-        )
+        if not self.settings.layerwise:
+            return None
+        where = self.placement
+        parts = 1 if where is None else where.parts
+        return step_of(self.config, _CLIP, Batch.text, parts)
 
     def init(self, method: str) -> Callable[[int], Any]:
         """Of a seed, the parameters that the method starts from."""

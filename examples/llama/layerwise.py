@@ -18,17 +18,19 @@ def step_of(
     config: LlamaConfig,
     clip: float | None,
     text_of: Callable[[Any], Text] = whole_rows,
+    parts: int = 1,
 ) -> Callable[[optax.GradientTransformation], Callable[..., Any]]:
     """What makes a training step of an optimizer.
 
     The step is ``(params, opt_state, batch) -> (params, opt_state, record)``. A layer
     is six blocks, so that the gradients of few of its weights exist at a time, and the
-    scores of the attention for one row at a time.
+    scores of the attention for one row at a time on each device.
 
     Args:
       config: of the model, with `scan_layers`.
       clip: the largest norm of the gradient; None for any.
       text_of: what is in a batch.
+      parts: over how many devices its rows are split.
     """
     shapes = nnx.eval_shape(lambda: Llama(config))
     graph, one_graph = nnx.graphdef(shapes), nnx.graphdef(shapes.layers)
@@ -49,12 +51,16 @@ def step_of(
 
     def attend(w: Any, given: tuple[jax.Array, ...], text: Text) -> Any:
         @jax.checkpoint
-        def one_row(row: Any) -> jax.Array:
-            qkv, segments = jax.tree.map(lambda x: x[None], row)
-            return within(segments)(*qkv)[0]
+        def row_of_each(rows: Any) -> jax.Array:
+            qkv, segments = rows
+            return within(segments)(*qkv)
+
+        def turns(a: jax.Array) -> jax.Array:
+            return a.reshape(parts, -1, *a.shape[1:]).swapaxes(0, 1)
 
         x, *qkv = given
-        return x, jax.lax.map(one_row, (qkv, text.segments))
+        mixed = jax.lax.map(row_of_each, jax.tree.map(turns, (qkv, text.segments)))
+        return x, mixed.swapaxes(0, 1).reshape(-1, *mixed.shape[2:])
 
     def join(w: Any, given: tuple[jax.Array, ...], text: Text) -> jax.Array:
         x, mixed = given

@@ -176,7 +176,7 @@ def needs(plan: Plan) -> Need:
     )
     layers = sum(jax.tree.leaves(grads["layers"]))
     outer = {k: sum(jax.tree.leaves(v)) for k, v in grads.items() if k != "layers"}
-    rows = plan.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
+    rows = plan.batch_size // plan.placement.parts
     step = Activations(config, rows, plan.seq_len, mesh.shape["model"])
     gathered = _gathered(plan, params)
     if plan.layerwise:

@@ -108,7 +108,7 @@ class Job:
             batch=lambda step: train.batch(s.seed, step, s.batch_size),
             validation=validation.fixed_batches(_VALIDATION_BATCHES, s.batch_size),
             tokens_per_step=s.batch_size * s.seq_len,
-            step_of=step_of(self.config, _CLIP) if s.layerwise else None,
+            step_of=self.step_of if s.layerwise else None,
         )
 
     def task_of(self, method: str) -> Task:
@@ -131,6 +131,12 @@ class Job:
         model = nnx.merge(graph, params)
         merge(model.layers)
         return model
+
+    @property
+    def step_of(self) -> Callable[..., Any]:
+        """What makes steps of per-layer updates."""
+        where = self.placement
+        return step_of(self.config, _CLIP, parts=1 if where is None else where.parts)
 
     @cached_property
     def placement(self) -> Placement | None:
