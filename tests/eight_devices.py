@@ -1,4 +1,4 @@
-"""A program for eight simulated devices, run by `test_eight_devices.py`.
+"""A program for eight simulated devices, run by `test_many_devices.py`.
 
 States are split by all axes of a mesh, updated there and equal to those of one device;
 saved by Orbax while they are trained on, and restored onto fewer devices; and shrunk.

@@ -14,10 +14,12 @@ from lowrank_optax._src.leaves.placing import fitting, names, place_by_rules
 def state_shardings(tx: Any, params: Any, mesh: jax.sharding.Mesh) -> Any:
     """Where each array of ``tx.init(params)`` belongs, as a tree of `NamedSharding`.
 
-    For a weight sharded ``(a, b)``, a basis or left factor gets ``(a, None)`` on its
-    own shape, moments and right factors ``(None, b)``; batch axes keep theirs; dense
-    state follows its parameter, and what belongs to no parameter is replicated. So is
-    an array whose shape the spec does not fit (Optax's own factored states).
+    For a weight sharded ``(a, b)``, a basis or left factor gets ``((a, b), None)`` on
+    its own shape, moments and right factors ``(None, (b, a))``: thin arrays are split
+    along their long side by all that splits the weight, its own axis first, or by that
+    alone within ``split_states("own")``. Batch axes keep theirs, dense state follows
+    its parameter, and what belongs to no parameter is replicated, as are Optax's own
+    factored states. What does not divide an axis splits another one, or none.
 
     Args:
       tx: any Optax transformation, chains and wrappers included.
@@ -28,6 +30,8 @@ def state_shardings(tx: Any, params: Any, mesh: jax.sharding.Mesh) -> Any:
 
     Returns:
       A tree like ``tx.init(params)``, for ``jax.jit(tx.init, out_shardings=...)``.
+      Without, a compiled ``init`` knows nothing of where parameters lie on automatic
+      axes, and XLA puts its arrays where it likes, most often whole on every device.
 
     Raises:
       ValueError: where a parameter's spec names an axis that the mesh does not have,
