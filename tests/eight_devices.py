@@ -102,6 +102,11 @@ def nnx_steps_are_those_of_one_device(name):
         optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
         shardings = lro.state_shardings(tx, place(PARAMS, mesh), mesh)
         check_places(nnx.as_pure(optimizer.opt_state), shardings)
+        with lro.split_states("own"):
+            other = nnx.Optimizer(model, tx, wrt=nnx.Param)
+            places = lro.state_shardings(tx, place(PARAMS, mesh), mesh)
+        check_places(nnx.as_pure(other.opt_state), places)
+        assert places != shardings
         grads = nnx.state(model, nnx.Param)
         nnx.replace_by_pure_dict(grads, place(GRADS[0], mesh))
         before = nnx.to_pure_dict(nnx.state(model, nnx.Param))

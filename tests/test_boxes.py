@@ -199,7 +199,8 @@ def test_logical_names_go_by_the_rules():
         assert specs(lro.state_shardings(tx, without, MESH)) == want
     with pytest.raises(ValueError, match="'bias'.*no axis 'e'.*logical_axis_rules"):
         lro.state_shardings(tx, without, MESH)
-    logical = nn.get_partition_spec(jax.eval_shape(tx.init, without))
+    with jax.sharding.use_abstract_mesh(AbstractMesh((8, 8), ("e", "m"))):  # by chance
+        logical = nn.get_partition_spec(jax.eval_shape(tx.init, without))
     state = nn.logical_to_mesh_sharding(logical, MESH, RULES)
     arrays = jax.tree.leaves(jax.eval_shape(tx.init, without))
     with lro.split_states("own"):  # no name stands for two axes
@@ -211,11 +212,17 @@ def test_nnx_states_go_by_the_rules_of_logical_names():
     tx = lro.galore_adamw(0.1, rank=2)
     want = specs(lro.state_shardings(tx, PLAIN, MESH))
     boxed = {
-        k: nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), out_sharding=LOGICAL[k])
+        k: nnx.Param(
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+            out_sharding=LOGICAL[k],
+            eager_sharding=False,
+        )
         for k, shape in SHAPES.items()
     }
     with nn.logical_axis_rules(RULES):
         assert specs(lro.state_shardings(tx, boxed, MESH)) == want
+    with pytest.raises(ValueError, match="no axis 'e'.*logical_axis_rules"):
+        lro.state_shardings(tx, boxed, MESH)
 
 
 # Placements

@@ -115,7 +115,8 @@ def _place_of_box(box: Any) -> Place | None:
         spec = _by_rules_of_nnx(box, spec)
     mesh = getattr(box, "mesh", None) or jax.sharding.get_abstract_mesh()
     known = all(name in mesh.shape for entry in spec for name in names(entry))
-    return Place(spec, mesh if known else None)
+    logical = is_linen(box) and hasattr(box, "rules")
+    return Place(spec, mesh if known and not logical else None)
 
 
 def _whole_spec(box: Any) -> tuple[Any, ...] | None:
