@@ -20,6 +20,7 @@ from lowrank_optax._src.engines.rules import leafwise as leafwise
 from lowrank_optax._src.leaves.default import default_matrices as default_matrices
 from lowrank_optax._src.leaves.matrix import MatrixAxes as MatrixAxes
 from lowrank_optax._src.leaves.matrix import MatrixView as MatrixView
+from lowrank_optax._src.leaves.placing import split_states as split_states
 from lowrank_optax._src.leaves.specs import matrix_rules as matrix_rules
 from lowrank_optax._src.methods.adafactor import galore_adafactor as galore_adafactor
 from lowrank_optax._src.methods.adafactor import (
@@ -101,6 +102,7 @@ from lowrank_optax._src.parts.transfer import Keep as Keep
 from lowrank_optax._src.parts.transfer import Reset as Reset
 from lowrank_optax._src.parts.transfer import Rotate as Rotate
 from lowrank_optax._src.parts.transfer import RotateFirst as RotateFirst
+from lowrank_optax._src.report.compare import check_state as check_state
 from lowrank_optax._src.report.memory import describe as describe
 from lowrank_optax._src.report.memory import memory_report as memory_report
 from lowrank_optax._src.report.memory import state_bytes as state_bytes
@@ -159,6 +161,7 @@ __all__ = [
     "adarankgrad_adamw_8bit",
     "apollo_adamw",
     "apollo_scale",
+    "check_state",
     "compress_state",
     "default_matrices",
     "describe",
@@ -200,6 +203,7 @@ __all__ = [
     "scale_by_adafactor",
     "scale_by_adam_mini",
     "scale_by_ldadam",
+    "split_states",
     "state_bytes",
     "state_shardings",
     "two_rates",

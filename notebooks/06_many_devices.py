@@ -16,10 +16,10 @@
 #
 # # Many devices
 #
-# Low-rank state is sharded as the weight it belongs to: of the weight's two axes, one
-# is that of the basis or left factor, the other that of the moments or right factor.
-# This notebook shows where each array goes, what an update moves between devices, and
-# what is left on each. Where there is one device only, eight are simulated on the CPU.
+# Low-rank state is split by all axes of the mesh that split the weight it belongs to:
+# the long axis of a basis, a factor or a projected moment has them all. This notebook
+# shows where each array goes, what an update moves between devices, and what is left on
+# each. Where there is one device only, eight are simulated on the CPU.
 
 # %%
 import os
@@ -128,10 +128,10 @@ for name, tx in OPTIMIZERS.items():
             print(f"  {'/'.join(keys):12} {x.shape!s:12} {x.sharding.spec}")
 
 # %% [markdown]
-# The moments of AdamW are split as the weight is. Of GaLore, the basis has the axis
-# that it was taken from, and the moments the other. MLorc's two factors share the
-# weight's two axes. With Flax NNX nothing of this is needed: the annotations of the
-# parameters are enough.
+# The moments of AdamW are split as the weight is. GaLore's basis and moments and the
+# two factors of MLorc are split along their long axis by both axes of the mesh, that of
+# the weight's own axis first. With Flax NNX nothing of this is needed: the annotations
+# of the parameters are enough.
 #
 # ## What an update moves
 #
@@ -262,8 +262,9 @@ for name, state in states.items():
     assert held == predicted.bytes_per_device
 
 # %% [markdown]
-# And LLaMA-7B, from shapes alone, over more and more devices: once with the rows of
-# each matrix split, once with a mesh of two axes, as above.
+# And LLaMA-7B, from shapes alone, over more and more devices that split the rows of
+# each matrix; and GaLore's state split by no more than its own axis of the weight, as
+# `lro.split_states("own")` chooses.
 
 # %%
 MODEL = "smoke" if SMALL else "llama_7b"
@@ -274,36 +275,32 @@ shapes = jax.eval_shape(
 COUNTS = [n for n in (1, 2, 4, 8) if n <= len(devices)]
 
 
-def gib_per_device(tx, rows, columns):
-    """Weights, gradients and state, the matrices split into so many parts each way."""
+def gib_per_device(tx, count, by):
+    """Weights, gradients and state, the rows of matrices split into so many parts."""
     mesh = jax.make_mesh(
-        (rows, columns),
-        ("fsdp", "tensor"),
-        axis_types=(AxisType.Auto, AxisType.Auto),
-        devices=devices[: rows * columns],
+        (count,), ("fsdp",), axis_types=(AxisType.Auto,), devices=devices[:count]
     )
 
     def place(x):
-        spec = P("fsdp", "tensor") if x.ndim == 2 else P("fsdp")
         return jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
+            x.shape, x.dtype, sharding=NamedSharding(mesh, P("fsdp"))
         )
 
-    report = lro.memory_report(tx, jax.tree.map(place, shapes), mesh)
+    with lro.split_states(by):
+        report = lro.memory_report(tx, jax.tree.map(place, shapes), mesh)
     return sum(row.bytes_per_device for row in report) / 2**30
 
 
 galore, mlorc = lro.galore_adamw(1e-2, rank=1024), lro.mlorc_adamw(1e-3, rank=4)
 figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-for name, tx, columns in (
-    ("adamw", optax.adamw(1e-3), 1),
-    ("galore_adamw, rank 1024, rows split", galore, 1),
-    ("galore_adamw, rank 1024, two axes", galore, 2),
-    ("mlorc_adamw, rank 4", mlorc, 1),
+for name, tx, by in (
+    ("adamw", optax.adamw(1e-3), "all"),
+    ("galore_adamw, rank 1024, own axes", galore, "own"),
+    ("galore_adamw, rank 1024", galore, "all"),
+    ("mlorc_adamw, rank 4", mlorc, "all"),
 ):
-    counts = [n for n in COUNTS if n >= columns]
-    gib = [gib_per_device(tx, n // columns, columns) for n in counts]
-    axes.plot(counts, gib, marker="o", label=f"{name}: {gib[-1]:.1f} GiB")
+    gib = [gib_per_device(tx, n, by) for n in COUNTS]
+    axes.plot(COUNTS, gib, marker="o", label=f"{name}: {gib[-1]:.1f} GiB")
 axes.set(xlabel="devices", ylabel="GiB on each device", xscale="log", yscale="log")
 axes.set(title=f"{MODEL}: weights, gradients, state in float32")
 axes.set_xticks(COUNTS, map(str, COUNTS))
@@ -313,7 +310,7 @@ axes.legend(title=f"on {COUNTS[-1]} devices:", loc="lower left", fontsize="small
 plt.show()
 
 # %% [markdown]
-# Where only rows are split, one of a weight's two factors stays whole on each device.
-# At rank 4 that is nothing. At rank 1024 it is what remains: with enough devices AdamW,
-# whose moments are split to the last, keeps less on each. A mesh of two axes splits
-# both factors.
+# Where only rows are split, one of two thin arrays has no axis of its own to be split
+# by, and stays whole on each device. At rank 4 that is nothing. At rank 1024 it is what
+# remains: with enough devices AdamW, whose moments are split to the last, keeps less on
+# each. Split by all axes of the weight, GaLore's state shrinks as the weights do.

@@ -1,5 +1,7 @@
 """Parameters in boxes, as Flax has them: what is made of them is as without boxes."""
 
+from contextlib import nullcontext
+
 import flax
 import jax
 import jax.numpy as jnp
@@ -148,12 +150,17 @@ RANKED = [m for m in TRANSFORMATIONS if {"rank", "max_rank"} & m.kwargs.keys()]
 def test_state_in_boxes_of_linen_has_specs_that_fit(method, rank):
     tx = method.make(**dict.fromkeys({"rank", "max_rank"} & method.kwargs.keys(), rank))
     boxed = boxed_params()
-    state = jax.eval_shape(tx.init, boxed)
-    arrays = jax.tree.leaves(state)
-    want = padded(specs(lro.state_shardings(tx, PLAIN, MESH)), arrays)
-    assert padded(specs(lro.state_shardings(tx, boxed, MESH)), arrays) == want
-    assert padded(specs(nn.get_partition_spec(state)), arrays) == want
-    assert any(map(any, want))
+    # A mesh that is not known divides nothing: arrays have axes of their own only.
+    for mesh, by in ((MESH, "all"), (None, "own")):
+        around = jax.sharding.use_abstract_mesh(mesh) if mesh else nullcontext()
+        with around:
+            state = jax.eval_shape(tx.init, boxed)
+        arrays = jax.tree.leaves(state)
+        with lro.split_states(by):
+            want = padded(specs(lro.state_shardings(tx, PLAIN, MESH)), arrays)
+            assert padded(specs(lro.state_shardings(tx, boxed, MESH)), arrays) == want
+        assert padded(specs(nn.get_partition_spec(state)), arrays) == want
+        assert any(map(any, want))
     after = jax.eval_shape(tx.update, boxed, state, boxed)
     assert jax.tree.structure(after) == jax.tree.structure((boxed, state))
 
@@ -193,9 +200,12 @@ def test_logical_names_go_by_the_rules():
         assert specs(lro.state_shardings(tx, without, MESH)) == want
     with pytest.raises(ValueError, match="'bias'.*no axis 'e'.*logical_axis_rules"):
         lro.state_shardings(tx, without, MESH)
-    logical = nn.get_partition_spec(jax.eval_shape(tx.init, without))
+    with jax.sharding.use_abstract_mesh(AbstractMesh((8, 8), ("e", "m"))):  # by chance
+        logical = nn.get_partition_spec(jax.eval_shape(tx.init, without))
     state = nn.logical_to_mesh_sharding(logical, MESH, RULES)
     arrays = jax.tree.leaves(jax.eval_shape(tx.init, without))
+    with lro.split_states("own"):  # no name stands for two axes
+        want = specs(lro.state_shardings(tx, PLAIN, MESH))
     assert padded(specs(state), arrays) == padded(want, arrays)
 
 
@@ -232,6 +242,23 @@ def test_logical_names_of_nnx_go_by_its_rules(method):
         assert all(
             isinstance(x["out_sharding"], NamedSharding | None) for x in found
         ) == (params is boxed)
+
+
+def test_nnx_states_go_by_the_rules_of_logical_names():
+    tx = lro.galore_adamw(0.1, rank=2)
+    want = specs(lro.state_shardings(tx, PLAIN, MESH))
+    boxed = {
+        k: nnx.Param(
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+            out_sharding=LOGICAL[k],
+            eager_sharding=False,
+        )
+        for k, shape in SHAPES.items()
+    }
+    with nn.logical_axis_rules(RULES):
+        assert specs(lro.state_shardings(tx, boxed, MESH)) == want
+    with pytest.raises(ValueError, match="no axis 'e'.*logical_axis_rules"):
+        lro.state_shardings(tx, boxed, MESH)
 
 
 # Placements

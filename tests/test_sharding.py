@@ -4,6 +4,8 @@ Two simulated devices run the steps; placements alone need none, so they are che
 an abstract mesh too large to be simulated.
 """
 
+import functools
+import inspect
 import math
 import re
 
@@ -17,6 +19,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from registry import METHODS as REGISTRY
 from running import assert_close, random_grads, random_like, run
 
 import lowrank_optax as lro
@@ -173,24 +176,34 @@ def specs(tx, leaf):
     return of, shardings
 
 
-GALORE = dict(rank=3, matrices=MATRICES)
-ROWS, COLUMNS = ("fsdp", None), (None, "tp")
+# By an axis of the weight: what a thin array has that runs along it.
+FSDP, TP = ("fsdp", "tp"), ("tp", "fsdp")
+BOTH = {
+    ("fsdp", None): (FSDP, None),
+    ("tp", None): (TP, None),
+    (None, "fsdp"): (None, FSDP),
+    (None, "tp"): (None, TP),
+}
 
 
 @pytest.mark.parametrize(
     ("side", "shape", "basis", "moments"),
     [
-        ("short", (8, 12), ("fsdp", None), (None, "tp")),
-        ("short", (12, 8), ("tp", None), (None, "fsdp")),
-        ("long", (8, 12), ("tp", None), (None, "fsdp")),
-        ("left", (12, 8), ("fsdp", None), (None, "tp")),
+        ("short", (8, 24), ("fsdp", None), (None, "tp")),
+        ("short", (24, 8), ("tp", None), (None, "fsdp")),
+        ("long", (8, 24), ("tp", None), (None, "fsdp")),
+        ("left", (24, 8), ("fsdp", None), (None, "tp")),
     ],
 )
-def test_the_basis_has_one_axis_of_the_weight_and_the_moments_the_other(
-    side, shape, basis, moments
+@pytest.mark.parametrize("by", ["all", "own"])
+def test_long_axes_have_those_of_the_weight_their_own_first(
+    by, side, shape, basis, moments
 ):
     tx = lro.galore_project(optax.scale_by_adam(), rank=3, side=side)
-    of, shardings = specs(tx, abstract(shape, "fsdp", "tp"))
+    with lro.split_states(by):
+        of, shardings = specs(tx, abstract(shape, "fsdp", "tp"))
+    if by == "all":
+        basis, moments = (BOTH.get(x, x) for x in (basis, moments))
     assert of("basis") == basis
     assert of("mu") == of("nu") == moments
     assert shardings.step.spec == shardings.inner_state.count.spec == P()
@@ -201,11 +214,14 @@ def test_the_basis_has_one_axis_of_the_weight_and_the_moments_the_other(
 @pytest.mark.parametrize(
     ("shape", "left", "right"),
     [
-        ((8, 12), ("fsdp", None), (None, "tp")),
-        ((12, 8), ("tp", None), (None, "fsdp")),
+        ((8, 24), (FSDP, None), (None, TP)),
+        ((24, 8), (TP, None), (None, FSDP)),
+        # Twelve is no multiple of eight: what has been its own stays.
+        ((8, 12), (FSDP, None), (None, "tp")),
+        ((12, 8), (TP, None), (None, "fsdp")),
     ],
 )
-def test_factors_have_one_axis_of_the_weight_each(shape, left, right):
+def test_factors_have_all_axes_of_the_weight(shape, left, right):
     tx = lro.mlorc_adamw(0.1, 3)
     of, shardings = specs(tx, abstract(shape, "fsdp", "tp"))
     for field in ("mu", "nu"):
@@ -219,27 +235,27 @@ def test_factors_have_one_axis_of_the_weight_each(shape, left, right):
         (
             abstract((4, 8, 12), "fsdp", None, "tp"),
             lro.MatrixAxes(),
-            ("fsdp", None, None),
+            ("fsdp", "tp", None),
             ("fsdp", None, "tp"),
         ),
         (
-            abstract((8, 4, 6, 2), "fsdp", None, "tp", None),
+            abstract((8, 4, 12, 2), "fsdp", None, "tp", None),
             lro.MatrixAxes(rows=0, cols=(2, 3)),
-            (None, "fsdp", None),
-            (None, None, "tp"),
+            (None, FSDP, None),
+            (None, None, TP),
         ),
         (
-            abstract((8, 6, 2), "fsdp", None, "tp"),
+            abstract((8, 4, 4), "fsdp", None, "tp"),
             lro.MatrixAxes(rows=0, cols=(1, 2)),
-            ("fsdp", None),
+            (FSDP, None),
             # The merged axis is sharded within each of its blocks: no spec says so.
-            (None, None),
+            (None, FSDP),
         ),
         (
             abstract((8, 16), None, ("fsdp", "tp")),
             None,
-            (None, None),
-            (None, ("fsdp", "tp")),
+            (FSDP, None),
+            (None, FSDP),
         ),
         (abstract((8, 12)), None, (None, None), (None, None)),
     ],
@@ -256,54 +272,136 @@ def test_batch_axes_keep_theirs_and_merged_axes_that_of_the_first(
     assert of("mu") == moments
 
 
-def test_what_a_spec_does_not_fit_is_replicated():
+def test_what_does_not_divide_an_axis_splits_another_or_none():
     # Ten rows cannot be split in four: only an abstract weight can claim it.
-    of, _ = specs(lro.mlorc_scale_by_lion(3), abstract((10, 12), "fsdp", "tp"))
-    assert of("mu").left == (None, None)
-    assert of("mu").right == (None, "tp")
+    of, _ = specs(lro.mlorc_scale_by_lion(3), abstract((10, 24), "fsdp", "tp"))
+    assert of("mu").left == ("tp", None)
+    assert of("mu").right == (None, TP)
+    # Nor the state of a leaf at full rank, which loses that axis alone.
+    of, _ = specs(optax.scale_by_adam(), abstract((10, 24), "fsdp", "tp"))
+    assert of("mu") == (None, "tp")
     # Optax's factored moments are vectors, which have no spec of their own.
     factored = optax.scale_by_factored_rms(min_dim_size_to_factor=1)
-    weight = abstract((8, 12), "fsdp", "tp")
+    weight = abstract((8, 24), "fsdp", "tp")
     of, _ = specs(lro.galore_project(factored, rank=3), weight)
-    assert of("basis") == ("fsdp", None)
+    assert of("basis") == (FSDP, None)
     assert of("v_row") == of("v_col") == (None,)
     of, _ = specs(lro.galore_adafactor(0.1, 3), weight)
-    assert of("v_row") == (None,) and of("v_col") == ("tp",)
-    of, _ = specs(lro.scale_by_adafactor(), abstract((4, 8, 12), "tp", "fsdp", None))
-    assert of("v_row") == ("tp", "fsdp") and of("v_col") == ("tp", None)
+    assert of("v_row") == (None,) and of("v_col") == (TP,)
+    of, _ = specs(lro.scale_by_adafactor(), abstract((4, 8, 24), "tp", "fsdp", None))
+    assert of("v_row") == ("tp", "fsdp") and of("v_col") == ("tp", "fsdp")
 
 
 def test_codes_of_projected_moments_have_the_axes_of_these():
     tx = lro.q_galore_adamw_8bit(0.1, rank=16)
-    params = {"w": abstract((512, 1024), "fsdp", "tp")}
+    params = {"w": abstract((512, 2048), "fsdp", "tp")}
     of, _ = specs(tx, params["w"])
-    assert of("mu").index == of("nu").index == (None, "tp")
-    assert of("basis").pairs == ("fsdp", None)
+    assert of("mu").index == of("nu").index == (None, TP)
+    assert of("mu").largest == (None, TP)  # one of a block of 256
+    assert of("basis").pairs == (FSDP, None)
+    assert of("basis").largest == ("tp", "fsdp")  # two blocks a column, and columns
     tx = lro.quantize_state(lro.galore_project(optax.scale_by_adam(), rank=16))
     of, _ = specs(tx, params["w"])
-    assert of("mu").index == (None, "tp")
-    assert of("basis") == ("fsdp", None)
+    assert of("mu").index == (None, TP)
+    assert of("basis") == (FSDP, None)
     # All of it is found again: a basis, two moments and a scale for 256 numbers each.
     row = lro.describe(tx, params)[0]
-    assert row.state_bytes == 4 * 512 * 16 + 2 * (1024 * 16 + 4 * 64)
+    assert row.state_bytes == 4 * 512 * 16 + 2 * (2048 * 16 + 4 * 128)
 
 
 def test_wrapped_optimizers_are_seen_through():
     method = lro.inject_hyperparams(lro.galore_adamw)(learning_rate=0.1, rank=3)
     tx = optax.chain(optax.clip_by_global_norm(1.0), method)
-    of, shardings = specs(tx, abstract((8, 12), "fsdp", "tp"))
-    assert of("basis") == ("fsdp", None)
-    assert of("mu") == (None, "tp")
+    of, shardings = specs(tx, abstract((8, 24), "fsdp", "tp"))
+    assert of("basis") == (FSDP, None)
+    assert of("mu") == (None, TP)
     assert shardings[1].hyperparams["learning_rate"].spec == P()
 
 
 def test_memory_on_the_fullest_device():
-    params = {"w": abstract((8, 12), "fsdp", "tp")}
-    weights, _, state = lro.memory_report(lro.mlorc_scale_by_lion(4), params, BIG)
-    assert (weights.bytes, weights.bytes_per_device) == (4 * 96, 4 * 12)
-    # 8 x 4 numbers on four devices, 4 x 12 on two, and two counters.
-    assert state.bytes == 4 * (8 * 4 + 4 * 12 + 2)
-    assert state.bytes_per_device == 4 * (2 * 4 + 4 * 6 + 2)
+    params = {"w": abstract((8, 24), "fsdp", "tp")}
+    tx = lro.mlorc_scale_by_lion(4)
+    weights, _, state = lro.memory_report(tx, params, BIG)
+    assert (weights.bytes, weights.bytes_per_device) == (4 * 192, 4 * 24)
+    # 8 x 4 and 4 x 24 numbers on eight devices, and two counters.
+    assert state.bytes == 4 * (8 * 4 + 4 * 24 + 2)
+    assert state.bytes_per_device == 4 * (4 + 4 * 3 + 2)
+    with lro.split_states("own"):  # on four and on two
+        state = lro.memory_report(tx, params, BIG)[2]
+    assert state.bytes_per_device == 4 * (2 * 4 + 4 * 12 + 2)
+
+
+# LLaMA-7B on eight devices, by shapes alone
+
+WIDTH, INNER, VOCABULARY, LAYERS = 4096, 11008, 32000, 2
+EIGHT = {
+    "fsdp=8": (AbstractMesh((8,), ("fsdp",)), ("fsdp", None)),
+    "fsdp=4, tp=2": (BIG, ("fsdp", "tp")),
+}
+
+
+def llama(mesh, spec):
+    """Stacks of its layers, every matrix split by all devices."""
+
+    def weight(shape, spec, *batch):
+        spec = (*(None,) * len(batch), *spec)
+        return jax.ShapeDtypeStruct(
+            (*batch, *shape), jnp.float32, sharding=NamedSharding(mesh, P(*spec))
+        )
+
+    back, square = spec[::-1], (WIDTH, WIDTH)
+    layers = {
+        **{k: weight(square, spec, LAYERS) for k in ("q", "k", "v")},
+        "o": weight(square, back, LAYERS),
+        **{k: weight((WIDTH, INNER), spec, LAYERS) for k in ("gate", "up")},
+        "down": weight((INNER, WIDTH), back, LAYERS),
+    }
+    return {"embed": weight((VOCABULARY, WIDTH), back), "layers": layers}
+
+
+def at_usual_rank(method):
+    """The method as it is used for a model of this size."""
+    rank = 4 if "mlorc" in method.name else 1 if "mini" in method.name else 1024
+    matrices = lro.matrix_rules({"layers": MATRICES, "embed": None})
+    changes = dict.fromkeys({"rank", "max_rank"} & method.kwargs.keys(), rank)
+    if "num_heads" in method.kwargs:
+        changes["num_heads"] = 32
+    if method.name in ("quantize_state", "accumulate_gradients"):  # of another
+        inner = lro.galore_project(optax.scale_by_adam(), rank=rank, matrices=matrices)
+        changes[next(iter(method.kwargs))] = inner
+    elif "matrices" in inspect.signature(method.factory).parameters:
+        changes["matrices"] = matrices
+    return method.make(**changes)
+
+
+@pytest.mark.parametrize("mesh", EIGHT)
+def test_a_device_of_eight_has_a_seventh_of_any_state_at_most(mesh):
+    params = llama(*EIGHT[mesh])
+    shares = {}
+    for method in REGISTRY:
+        tx = at_usual_rank(method)
+        state = lro.memory_report(tx, params, EIGHT[mesh][0])[2]
+        shares[method.name] = state.bytes / state.bytes_per_device
+    assert {name: x for name, x in shares.items() if x < 7} == {}
+
+
+def test_a_state_split_as_the_weight_alone_is_larger_than_that_of_adam():
+    mesh, spec = EIGHT["fsdp=8"]
+    params = llama(mesh, spec)["layers"]["up"]
+    bytes_of = {}
+    for name, tx in (
+        (
+            "galore",
+            lro.galore_project(optax.scale_by_adam(), rank=1024, matrices=MATRICES),
+        ),
+        ("adam", optax.scale_by_adam()),
+    ):
+        for by in ("all", "own"):
+            with lro.split_states(by):
+                report = lro.memory_report(tx, {"kernel": params}, mesh)
+            bytes_of[name, by] = report[2].bytes_per_device
+    assert bytes_of["galore", "own"] > 2 * bytes_of["adam", "own"]
+    assert bytes_of["galore", "all"] < bytes_of["adam", "all"] / 3
 
 
 # Annotated NNX parameters
@@ -361,6 +459,28 @@ def test_nnx_factors_get_specs_that_fit(name, kind):
     expected, _ = run(tx, plain, [grads])
     change = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), after, params)
     assert_close(change, expected[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("compress", [("mu",), ("nu",)], ids=str)
+def test_nnx_moments_at_full_rank_of_stacks_annotated_for_one_layer(compress):
+    tx = lro.mlorc_scale_by_adam(2, compress=compress, matrices=MATRICES)
+
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap
+    def layer(rngs):
+        init = nnx.with_partitioning(nnx.initializers.normal(1.0), (None, "x"))
+        # Five rows are not split: in the stack, that is an axis of layers.
+        return nnx.Linear(5, 12, use_bias=False, kernel_init=init, rngs=rngs)
+
+    with jax.set_mesh(mesh := two_devices()):
+        model = nnx.Dict(layers=layer(nnx.Rngs(0)))
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        shardings = jax.tree.leaves(lro.state_shardings(tx, params, mesh))
+    state = jax.tree.leaves(nnx.as_pure(optimizer.opt_state))
+    for x, sharding in zip(state, shardings, strict=True):
+        assert x.sharding.is_equivalent_to(sharding, x.ndim)
+    assert any(x.shape == (3, 5, 12) and x.sharding.spec[2] == "x" for x in state)
 
 
 @pytest.mark.parametrize(
@@ -440,12 +560,13 @@ SPLIT = [P("x", None), P(None, "x")]
 
 @pytest.mark.parametrize("spec", SPLIT, ids=str)
 @pytest.mark.parametrize("name", NO_GATHER)
-def test_a_step_moves_thin_sums_only(name, spec):
+def test_a_step_moves_thin_arrays_only(name, spec):
     # The refresh is part of the compiled program, so it moves no more either.
     tx, columns = NO_GATHER[name]
+    with lro.split_states("own"):  # nothing need be gathered then
+        assert {operation for operation, _ in collectives(tx, spec)} == {"all-reduce"}
     moved = collectives(tx, spec)
-    assert moved
-    assert {operation for operation, _ in moved} == {"all-reduce"}
+    assert {operation for operation, _ in moved} == {"all-reduce", "all-gather"}
     assert max(size for _, size in moved) <= columns * N
 
 
@@ -455,6 +576,31 @@ def test_an_exact_svd_would_gather_the_gradient(spec):
     svd = lro.TopSingular("svd")
     tx = lro.galore_project(optax.scale_by_adam(), rank=THIN_RANK, subspace=svd)
     assert ("all-gather", M * N) in collectives(tx, spec)
+
+
+# Within a shard_map
+
+
+def test_gradients_of_single_devices_are_refused():
+    mesh, tx = two_devices(), METHODS["galore, short"]
+    params = {"w": jnp.ones((8, 12)), "b": jnp.ones(12)}
+    grads = {"w": jnp.ones((16, 12)), "b": jnp.ones(24)}
+
+    def step(params, grads, average):
+        grads = jax.lax.pmean(grads, "x") if average else grads
+        return tx.update(grads, tx.init(params), params)[0]
+
+    def trace(average, **kwargs):
+        specs = dict(in_specs=(P(), P("x")), out_specs=P() if average else P("x"))
+        run = functools.partial(step, average=average)
+        return jax.eval_shape(
+            jax.shard_map(run, mesh=mesh, **specs, **kwargs), params, grads
+        )
+
+    trace(average=True)
+    with pytest.raises(ValueError, match=r"'w'.*\(8, 12\).*of 'x'.*pmean\(grads, 'x'"):
+        trace(average=False)
+    trace(average=False, check_vma=False)
 
 
 # Checkpoints

@@ -31,7 +31,6 @@ from lowrank_optax._src.kernels.adam import Adam
 from lowrank_optax._src.leaves import matrix, saving
 from lowrank_optax._src.leaves.box import (
     is_variable,
-    leaf_spec,
     rebox,
     value_of,
 )
@@ -48,6 +47,7 @@ from lowrank_optax._src.leaves.fields import (
 from lowrank_optax._src.leaves.keys import leaf_seed
 from lowrank_optax._src.leaves.matrix import MatrixView
 from lowrank_optax._src.leaves.paths import flatten, full_precision
+from lowrank_optax._src.leaves.placing import place_of
 from lowrank_optax._src.leaves.roles import Role
 from lowrank_optax._src.leaves.transformation import transformation
 from lowrank_optax._src.parts import compatible
@@ -210,7 +210,7 @@ class _Compression:
         layout = self.fields.layout(whole)
         # Compiled, the moments that are not kept are never allocated; but boxes and
         # shardings only survive outside.
-        placed = any(leaf_spec(x)[0] is not None or is_variable(x) for x in leaves)
+        placed = any(place_of(x) is not None or is_variable(x) for x in leaves)
         state = None
         if placed:
             state = fit_boxes(layout, self.inner.init(whole), whole)

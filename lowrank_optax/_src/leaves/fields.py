@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lowrank_optax._src.leaves.box import (
@@ -16,13 +17,16 @@ from lowrank_optax._src.leaves.box import (
     empty,
     is_box,
     is_variable,
-    leaf_spec,
-    mesh_spec,
     value_of,
 )
 from lowrank_optax._src.leaves.choose import quietly
 from lowrank_optax._src.leaves.context import around
 from lowrank_optax._src.leaves.paths import check_arrays, flatten, path_parts
+from lowrank_optax._src.leaves.placing import (
+    annotate_by,
+    place_by_rules,
+    whole_spec,
+)
 from lowrank_optax._src.leaves.roles import Known, Role, holder_of, is_own, role_of
 
 Where = tuple[str, int]  # a field of a state, and the number of a parameter's leaf
@@ -35,7 +39,8 @@ class StateFields:
     a box of its path: wherever a box comes out again, it is that parameter's entry of
     a field. So masks, labels and partitions inside are followed as they are. What
     stands below a parameter's place, as in a code, is a field of its own, "mu.left",
-    unless what a state keeps there is to be taken whole.
+    unless what a state keeps there is to be taken whole. The boxes call the axes of a
+    parameter 0, 1 and so on.
     """
 
     def __init__(self, inner: optax.GradientTransformation, whole: bool = False):
@@ -51,8 +56,8 @@ class StateFields:
         seen = treedef, shapes, around()
         if seen not in self._layouts:
             boxes = [
-                ParamBox(jax.ShapeDtypeStruct(*shape), path=i)
-                for i, shape in enumerate(shapes)
+                ParamBox(jax.ShapeDtypeStruct(*x), i, tuple(range(len(x[0]))))
+                for i, x in enumerate(shapes)
             ]
             with quietly():
                 state = jax.eval_shape(self._inner.init, treedef.unflatten(boxes))
@@ -153,6 +158,14 @@ class Layout:
         own = (x for (field, _), x in self.abstract.items() if field == name)
         return any(x.ndim and jnp.issubdtype(x.dtype, jnp.floating) for x in own)
 
+    def inherits(self, where: Where, ndim: int) -> bool:
+        """Whether an entry is in the box of its parameter, of so many axes, as it came.
+
+        Another annotation says where the entry itself belongs.
+        """
+        box = self.found[self.where.index(where)]
+        return is_box(box) and box.out_sharding == tuple(range(ndim))
+
     @property
     def abstract(self) -> dict[Where, Any]:
         """Shape and dtype of each entry as the optimizer makes it."""
@@ -190,24 +203,21 @@ def fit_boxes(layout: Layout, state: Any, tree: Any) -> Any:
     """The state without annotations that do not fit, as factored moments inherit them.
 
     An optimizer that keeps something of another shape than its parameter leaves it in
-    the parameter's box, whose sharding would be that of another array. It stays if it
-    says something else than the parameter's, or if the axes that it splits are alike.
+    the parameter's box, whose sharding would be that of another array. What it says of
+    axes of the same size stays.
     """
     leaves = flatten(tree)[1]
 
     def fit(where, x):
         source = leaves[where[1]]
-        if not is_variable(x):
+        shape, own = np.shape(value_of(x)), np.shape(value_of(source))
+        if not is_variable(x) or shape == own or not layout.inherits(where, len(own)):
             return x
-        annotations = {annotation(x), annotation(source)}
-        shape, own = value_of(x).shape, value_of(source).shape
-        split = [a is not None for a in leaf_spec(source)[0] or ()]
-        alike = len(shape) == len(own) and all(
-            i == j for i, j, s in zip(shape, own, split, strict=False) if s
-        )
-        if alike or len(annotations) > 1:
-            return x
-        return annotate(x, value_of(x), None)
+        if annotation(x) is None or len(shape) != len(own):
+            return annotate(x, value_of(x), None)
+        axes = zip(whole_spec(x) or (), shape, own, strict=True)
+        fitting = tuple(a if i == j else None for a, i, j in axes)
+        return annotate_by(x, value_of(x), fitting)
 
     return layout.set(state, {w: fit(w, x) for w, x in layout.get(state).items()})
 
@@ -217,17 +227,23 @@ def field_name(name: str) -> str:
     return name.rpartition("/")[2]
 
 
-def boxed_state(tx: Any, params: Any) -> Any:
-    """``tx.init(params)`` by shapes alone, arrays boxed with their parameter's path."""
+def boxed_state(tx: Any, params: Any, mesh: Any = None) -> Any:
+    """``tx.init(params)`` by shapes alone, arrays boxed with their parameter's path.
+
+    With a mesh, each box says where on it the array belongs.
+    """
     check_arrays(params)
     paths, leaves, treedef = flatten(params)
     boxes = []
     for parts, leaf in zip(paths, leaves, strict=True):
-        _, placed = leaf_spec(leaf)
-        x = value_of(leaf)
-        x = jax.ShapeDtypeStruct(x.shape, x.dtype)
-        kind = None if placed is None else placed.memory_kind
-        boxes.append(ParamBox(x, parts, mesh_spec(leaf), kind))
+        x, place = value_of(leaf), place_by_rules(leaf)
+        box = ParamBox(jax.ShapeDtypeStruct(x.shape, x.dtype), parts)
+        if mesh is not None and place is not None:
+            kind = place.memory_kind
+            box = box.replace(
+                box.value, out_sharding=place.spec, mesh=mesh, memory_kind=kind
+            )
+        boxes.append(box)
     # A function of its own, or JAX would answer from memory what is recorded and
     # limited anew at every call.
     state = jax.eval_shape(lambda params: tx.init(params), treedef.unflatten(boxes))

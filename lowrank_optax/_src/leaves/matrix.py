@@ -13,21 +13,17 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
-from lowrank_optax._src.leaves.box import (
-    annotate,
-    is_variable,
-    leaf_spec,
-    rebox,
-    value_of,
-)
+from lowrank_optax._src.leaves.box import value_of
+from lowrank_optax._src.leaves.placing import put_beside
 from lowrank_optax._src.linalg.products import Lying, wide
 
 Side = Literal["short", "short_left", "long", "left", "right"]
 
 
 SIDES = get_args(Side)
+
+Dim = int | str | tuple[str, int]  # of an array beside a matrix, see `MatrixView.zeros`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,42 +117,27 @@ class MatrixView:
         x = self.matrix(leaf)
         return Lying(x.mT if self.turned else x, self.turned, self.dtype)
 
-    def zeros(self, *dims: int | str, dtype: Any = None) -> Any:
+    def zeros(self, *dims: Dim, dtype: Any = None) -> Any:
         """Zeros of shape ``(*batch, *dims)`` that live where the leaf lives.
 
-        A dimension is a number, or ``"m"`` or ``"n"`` for that of the matrix, which
-        then is sharded as the leaf's own axis is. The only constructor of leaf-sized
-        state: dtype, batch axes, NNX box and sharding are set here and nowhere else.
+        A dimension is a number, or ``"m"`` or ``"n"`` for that of the matrix, along
+        which the array then is sharded as the leaf is, or ``("m", number)`` for a
+        number of blocks of it. The only constructor of leaf-sized state: dtype, batch
+        axes, NNX box and sharding are set here and nowhere else.
         """
         return self.full(jnp.zeros, *dims, dtype=dtype)
 
-    def full(
-        self, fill: Callable[..., Any], *dims: int | str, dtype: Any = None
-    ) -> Any:
+    def full(self, fill: Callable[..., Any], *dims: Dim, dtype: Any = None) -> Any:
         """`zeros` for another initial value: ``fill(shape, dtype)``."""
-        known: dict[int | str, int] = {"m": self.m, "n": self.n}
-        shape = (*self.batch_shape, *(int(known.get(d, d)) for d in dims))
-        value = fill(shape, dtype or self.compute_dtype)
-        spec, placed = leaf_spec(self.source)
-        if spec is None:
-            return rebox(self.source, value) if is_variable(self.source) else value
-        names: dict[int | str, Any] = {
-            "m": _merged(spec, self.left),
-            "n": _merged(spec, self.right),
-        }
-        own = tuple(spec[a] for a in self.batch) + tuple(names.get(d) for d in dims)
-        if is_variable(self.source):
-            return annotate(self.source, value, own)
-        kind = placed.memory_kind
-        sharding = NamedSharding(placed.mesh, PartitionSpec(*own), memory_kind=kind)
-        if isinstance(value, jax.core.Tracer):
-            return jax.sharding.reshard(value, sharding)
-        return jax.device_put(value, sharding)
-
-
-def _merged(spec: tuple[Any, ...], axes: tuple[int, ...]) -> Any:
-    """The mesh axes of several leaf axes merged into one, where that has any."""
-    return spec[axes[0]] if axes and not any(spec[a] for a in axes[1:]) else None
+        known = {"m": (self.m, self.left), "n": (self.n, self.right)}
+        sizes, along = [], []
+        for dim in dims:
+            side, size = dim if isinstance(dim, tuple) else (dim, None)
+            whole, axes = known[side] if isinstance(side, str) else (side, ())
+            sizes.append(whole if size is None else size)
+            along.append(axes)
+        value = fill((*self.batch_shape, *sizes), dtype or self.compute_dtype)
+        return put_beside(self.source, value, self.batch, along)
 
 
 @dataclasses.dataclass(frozen=True)

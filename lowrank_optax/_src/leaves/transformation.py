@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lowrank_optax._src.leaves.box import empty, unbox, with_auto_axes
+from lowrank_optax._src.leaves.box import empty, unbox
 from lowrank_optax._src.leaves.choose import quietly
 from lowrank_optax._src.leaves.context import around, without_gradient
 from lowrank_optax._src.leaves.fields import field_of
@@ -18,6 +18,11 @@ from lowrank_optax._src.leaves.paths import (
     check_arrays,
     is_array,
     path_parts,
+)
+from lowrank_optax._src.leaves.placing import (
+    varying,
+    with_auto_axes,
+    with_whole_specs,
 )
 
 
@@ -40,7 +45,7 @@ def transformation(
     def init_fn(params):
         params = empty(params)
         check_arrays(params)
-        return init(params)
+        return init(with_whole_specs(params))
 
     def update_fn(updates, state, params=None, **extra):
         given, old, weights, extra = map(unbox, (updates, state, params, extra))
@@ -187,7 +192,33 @@ def _part(state: Any, expected: Any, grads: Any) -> tuple[Any, list[int]]:
     for (path, x), (_, y) in zip(own, wanted, strict=True):
         if np.shape(x) != y.shape:
             raise ValueError(_misfit(path, np.shape(x), y.shape, grads))
+    _check_local(own, grads)
     return part.unflatten([x for _, x in own]), places
+
+
+def _check_local(state: Any, grads: Any) -> None:
+    """Refuse gradients of single devices, which no state in common can be kept by.
+
+    Args:
+      state: path and array of each entry.
+      grads: of the leaves.
+    """
+    flat, _ = jax.tree_util.tree_flatten_with_path(grads)
+    if not any(varying(grad) for _, grad in flat):
+        return
+    leaves = {tuple(path): i for i, (path, _) in enumerate(flat)}
+    for path, _ in state:
+        where = field_of(path, None, leaves)
+        if where is not None and (axes := sorted(varying(flat[where[1]][1]))):
+            name, grad = flat[where[1]]
+            said = axes[0] if len(axes) == 1 else tuple(axes)
+            raise ValueError(
+                f"Cannot update parameter '{_name(name)}' by a gradient of shape "
+                f"{grad.shape} that differs over the devices of {said!r}. Average "
+                f"what are gradients of parts of a batch: jax.lax.pmean(grads, "
+                f"{said!r}). If each device has a parameter of its own, say "
+                "check_vma=False to that jax.shard_map."
+            )
 
 
 def _misfit(path: Any, shape: Any, wanted: Any, grads: Any) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from lowrank_optax._src import linalg
+from lowrank_optax._src.leaves.matrix import Dim
 from lowrank_optax._src.linalg import random
 from lowrank_optax._src.parts import compatible, int8_map
 from lowrank_optax._src.parts.checks import check_rank
@@ -106,9 +107,9 @@ class BlockInt8:
 
     def init(self, view):
         index = view.zeros("m", "n", dtype=jnp.uint8)
-        blocks: tuple[int | str, ...] = (-(-view.m * view.n // self.block),)
+        blocks: tuple[Dim, ...] = (-(-view.m * view.n // self.block),)
         if view.n % self.block == 0:
-            blocks = ("m", view.n // self.block)
+            blocks = ("m", ("n", view.n // self.block))
         return BlockInt8Code(index, view.zeros(*blocks, dtype=jnp.float32))
 
     def encode(self, key, x, old):
@@ -185,9 +186,9 @@ class PackedInt4:
         check_rank(self.block, "block")
 
     def init(self, view):
-        pairs = view.zeros("m", -(-view.n // 2), dtype=jnp.uint8)
+        pairs = view.zeros("m", ("n", -(-view.n // 2)), dtype=jnp.uint8)
         blocks = -(-view.m // self.block)
-        return PackedInt4Code(pairs, view.zeros(blocks, "n", dtype=jnp.float32))
+        return PackedInt4Code(pairs, view.zeros(("m", blocks), "n", dtype=jnp.float32))
 
     def encode(self, key, x, old):
         *batch, m, n = x.shape

@@ -5,12 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from lowrank_optax._src.leaves.choose import quietly
 from lowrank_optax._src.leaves.context import limited_ranks
 from lowrank_optax._src.leaves.paths import Path, flatten
+from lowrank_optax._src.leaves.placing import unsplit
 from lowrank_optax._src.parts.checks import check_rank
 from lowrank_optax._src.report.diagnostics import bases
 
@@ -23,12 +23,13 @@ def shrink(
 ) -> tuple[Any, Any]:
     """Free the memory of basis columns that are zero, and of their moments.
 
-    For the host, between steps: it looks at the ranks, cuts each matrix' basis and
-    moments to the next multiple, and hands back a transformation for them, whose
-    updates are compiled anew for the new shapes. Training goes on as it would have:
-    bases are still chosen at the full rank and then cut. Only a rank that would grow
-    beyond what is left is held there; so much does ``multiple_of`` leave for it. (And
-    factored second moments average over fewer rows, which changes them for a while.)
+    For the host, or for each of several, between steps: it looks at the ranks, cuts
+    each matrix' basis and moments to the next multiple, and hands back a transformation
+    for them, whose updates are compiled anew for the new shapes. Training goes on as it
+    would have: bases are still chosen at the full rank and then cut. Only a rank that
+    would grow beyond what is left is held there; so much does ``multiple_of`` leave for
+    it. (And factored second moments average over fewer rows, which changes them for a
+    while.)
     Drop the old state, or nothing is freed. What a checkpoint of it looks like is
     ``jax.eval_shape(tx.init, params)`` of the new transformation; for what is restored
     from one, `fit` makes that transformation again.
@@ -62,9 +63,7 @@ def shrink(
     for path, basis, _ in bases(opt_state):
         if path not in own:  # a part of a code
             continue
-        used = np.any(np.asarray(basis) != 0, axis=tuple(range(basis.ndim - 1)))
-        # Columns stay in their places: up to the last one that is used.
-        last = int(np.max(np.flatnonzero(used), initial=-1)) + 1 or basis.shape[-1]
+        last = int(_columns_in_use(basis)) or basis.shape[-1]
         multiple = min(-(-last // multiple_of) * multiple_of, basis.shape[-1])
         ranks[path] = max(multiple, ranks.get(path, 0))
 
@@ -120,8 +119,21 @@ def _limited(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@jax.jit
+def _columns_in_use(basis: jax.Array) -> jax.Array:
+    """The columns up to the last that is not zero, as all stay in their places.
+
+    One number, which every host knows, as it may have no more than a part of the basis.
+    """
+    used = jnp.any(basis != 0, axis=tuple(range(basis.ndim - 1)))
+    return jnp.max(jnp.where(used, jnp.arange(1, basis.shape[-1] + 1), 0))
+
+
 def _cut(x: jax.Array, like: Any) -> jax.Array:
     """The leading part of ``x`` of this shape; ``x`` itself where that is all."""
     if x.shape == like.shape:
         return x
-    return jnp.asarray(x)[tuple(slice(size) for size in like.shape)]
+    x = unsplit(
+        jnp.asarray(x), [i != j for i, j in zip(x.shape, like.shape, strict=True)]
+    )
+    return x[tuple(slice(size) for size in like.shape)]
