@@ -80,8 +80,8 @@ class BlockInt8:
     Each block is divided by its largest magnitude and rounded to the nearest of 256
     numbers: 0, 1, and in each of seven decades the midpoints of a linear grid whose
     resolution doubles from decade to decade. Blocks run along the rows, over their
-    ends only where ``block`` does not divide the row. A matrix takes ``m n`` bytes and 4
-    for each started block.
+    ends only where ``block`` does not divide the row. A matrix takes ``m n`` bytes, and
+    4 for each started block.
 
     Args:
       signed: whether the map has negative numbers; without, it is twice as fine.
