@@ -31,6 +31,8 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
+# Quotes stand for code; the first of a line would be turned round.
+smartquotes = False
 exclude_patterns = ["_build", "_generated"]
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
