@@ -473,13 +473,17 @@ def test_an_unusable_gradient_leaves_a_usable_state(value):
     ids=["method", "optimizer"],
 )
 def test_state_size(make):
-    params = {"w": jax.ShapeDtypeStruct((40, 24), jnp.float32)}
+    stack = (3, 40, 24)
+    params = {"w": jax.ShapeDtypeStruct(stack, jnp.float32)}
     counters, scalars = 2, 3  # of the engine and of Adam; of the refresh, a matrix
     for r in (4, 11):
-        long, short = 40 * r + 2 * 24 * r, 24 * r + 2 * 40 * r
-        assert lro.state_bytes(make(r), params) == 4 * (long + counters + scalars)
-        short_side = lro.state_bytes(make(r, side="short"), params)
-        assert short_side == 4 * (short + counters + scalars)
+        for side, numbers in {
+            "long": 40 * r + 2 * 24 * r,
+            "short": 24 * r + 2 * 40 * r,
+        }.items():
+            tx = make(r, side=side, matrices=lro.MatrixAxes())
+            expected = 3 * (numbers + scalars) + counters
+            assert lro.state_bytes(tx, params) == 4 * expected
 
 
 def test_metrics_of_the_state_within_jit():

@@ -257,7 +257,7 @@ def test_state_size(shape, r):
     short, long = sorted(shape[-2:])
     basis = count * (short * -(-r // 2) + 4 * -(-short // 256) * r)
     moment = count * long * r
-    refresh, counters = 4 * (2 + 5), 4 * 3
+    refresh, counters = count * 4 * (2 + 5), 4 * 3
     params = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
     tx = lro.q_galore_project(ADAM, rank=r, matrices=lro.MatrixAxes())
     assert lro.state_bytes(tx, params) == basis + 8 * moment + refresh + counters
