@@ -20,7 +20,8 @@ ORDER = (
     *("learning_rate", "inner", "rank", "max_rank"),
     *("b1", "b2", "eps"),
     ...,
-    *("update_every", "max_interval", "min_interval", "threshold", "max_stretch"),
+    *("update_every", "max_interval", "min_interval", "measure"),
+    *("threshold", "max_stretch"),
     *("subspace", "refresh", "transfer", "recovery"),
     *("scale", "weight_decay", "mask", "side", "matrices", "key"),
 )
