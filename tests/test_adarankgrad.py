@@ -12,6 +12,8 @@ from running import assert_close, random_grads, random_like, relative_error
 from running import run_eagerly as run
 
 import lowrank_optax as lro
+from lowrank_optax._src.leaves.context import one_layer
+from lowrank_optax._src.parts.laws import Seen
 
 ADAM = optax.scale_by_adam()
 KEY = jax.random.key(0)
@@ -136,7 +138,12 @@ def test_the_matrices_of_a_stack_have_their_own_ranks():
 # The refresh rule
 
 
-def convergence_steps(sizes, whole, threshold, max_interval, min_interval, decay=0.9):
+CHANCE = 0.04  # the share of noise in a basis
+
+
+def convergence_steps(
+    measure, sizes, whole, threshold, max_interval, min_interval, decay=0.9
+):
     """AR-9 to AR-12 in plain Python: the steps at which a basis is renewed."""
     due, age, average, level = [], None, 0.0, 0.0
     for step, (size, norm) in enumerate(zip(sizes, whole, strict=True)):
@@ -144,44 +151,74 @@ def convergence_steps(sizes, whole, threshold, max_interval, min_interval, decay
         if age is None or converged or age >= max_interval:
             due.append(step)
             age, average, level = 1, norm, threshold * norm
+            shares = []
         else:  # of this step, the next one knows
             average = decay * average + (1 - decay) * size
+            if measure == "share":
+                average, level = share_average(shares, size, norm, min_interval)
+                level *= threshold
             age += 1
     return due
 
 
+def share_average(shares, size, norm, min_interval, chance=CHANCE):
+    """The average of what a basis has beyond noise, and that of the first gradients."""
+    shares.append((size / norm) ** 2 - chance)
+    average = first = np.mean(shares[:10])
+    for i, share in enumerate(shares[10:], start=11):
+        average += 0.1 * (share - average)
+        first = average if i <= min_interval else first
+    return average, max(
+        first if min_interval > 10 else np.mean(shares[:min_interval]), 0
+    )
+
+
+SMALL_AT_ONCE = [0, 7, 14, 21, 28, 35, 42, 49, 56]
 CONVERGENCE = {
-    "flat": (np.full(60, 0.9), 0.5, 12, 2, [0, 12, 24, 36, 48]),
-    "falling": (0.9 * 0.95 ** np.arange(60), 0.72, 100, 2, None),
-    "small at once": (
-        np.full(60, 0.1),
-        0.72,
-        100,
-        7,
-        [0, 7, 14, 21, 28, 35, 42, 49, 56],
+    "flat": ("norm", np.full(60, 0.9), 0.5, 12, 2, [0, 12, 24, 36, 48]),
+    "falling": ("norm", 0.9 * 0.95 ** np.arange(60), 0.72, 100, 2, None),
+    "small at once": ("norm", np.full(60, 0.1), 0.72, 100, 7, SMALL_AT_ONCE),
+    "one dip": ("norm", np.where(np.arange(60) == 9, 0.0, 0.9), 0.72, 100, 1, [0]),
+    "maximum below minimum": ("norm", np.full(60, 0.1), 0.72, 20, 30, [0, 20, 40]),
+    # A share that is small from the start, but stays.
+    "small share": ("share", np.full(60, 0.3), 0.5, 100, 3, [0]),
+    "no more than noise": ("share", np.full(60, 0.15), 0.5, 100, 7, SMALL_AT_ONCE),
+    "no share is enough": ("share", np.full(60, 0.2), 0.0, 20, 7, [0, 20, 40]),
+    "falling share": ("share", 0.9 * 0.95 ** np.arange(60), 0.5, 100, 4, None),
+    "rising and falling": (
+        "share",
+        0.5 + 0.4 * np.sin(np.arange(60) / 6),
+        0.5,
+        40,
+        15,
+        None,
     ),
-    "one dip": (np.where(np.arange(60) == 9, 0.0, 0.9), 0.72, 100, 1, [0]),
-    "maximum below minimum": (np.full(60, 0.1), 0.72, 20, 30, [0, 20, 40]),
 }
 
 
 @pytest.mark.parametrize("case", CONVERGENCE)
 def test_refreshes_on_convergence(case):
-    sizes, threshold, longest, shortest, expected = CONVERGENCE[case]
+    measure, sizes, threshold, longest, shortest, expected = CONVERGENCE[case]
     whole = np.full(60, 1.0) * (0.95 ** np.arange(60) if case == "falling" else 1)
-    want = convergence_steps(sizes, whole, threshold, longest, shortest)
+    want = convergence_steps(measure, sizes, whole, threshold, longest, shortest)
     assert len(want) >= 1 and want == (expected or want)
-    rule = lro.OnConvergence(threshold, longest, shortest)
-    state, due_steps = rule.init(None, 0.5), []
+    rule = lro.OnConvergence(threshold, longest, shortest, measure)
+    state, due_steps = rule.init(view_of(9, 6), 0.5), []
     for step in range(60):
         # A basis of zero, as at the start, is always due.
         due = rule.due(state, step) | (step == 0)
-        size = jnp.asarray(whole[step] if due else sizes[step])
-        state = rule.after(state, due, size, jnp.ones([]))
+        seen = (sizes[step], whole[step], CHANCE, 1.0)
+        state = rule.after(state, due, Seen(*map(jnp.asarray, seen)))
         due_steps += [step] if due else []
     assert due_steps == want
-    if case == "falling":
-        assert 3 < len(want) < 20
+    if expected is None:
+        assert 1 < len(want) < 20
+
+
+def view_of(*shape, batch=()):
+    axes = tuple(range(len(batch), len(batch) + 2))
+    shape, batch = (*batch, *shape), tuple(range(len(batch)))
+    return lro.MatrixView("", shape, jnp.float32, axes[:1], axes[1:], batch)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +227,7 @@ def test_refreshes_on_convergence(case):
         (lambda: lro.OnConvergence(0.5, max_interval=0), "`max_interval`.*at least 1"),
         (lambda: lro.OnConvergence(0.5, min_interval=0), "`min_interval`.*at least 1"),
         (lambda: lro.OnConvergence(1.5), "`threshold`"),
+        (lambda: lro.OnConvergence(measure="mean"), "measure 'mean'.*share, norm"),
         (lambda: lro.EnergyRank(0), "`min_rank`.*at least 1"),
         (lambda: lro.EnergyRank(max_residual_energy=1.5), r"\[0, 1\]"),
         (lambda: lro.adaptive_rank(ADAM, max_rank=2, min_rank=3), "at most `max_rank`"),
@@ -216,14 +254,15 @@ def ages(tx, grads, bad=()):
 
 
 @pytest.mark.parametrize("scale", [2.0**-80, 2.0**66], ids=["tiny", "huge"])
-@pytest.mark.parametrize("every", [1, 2])
-def test_renewals_do_not_depend_on_the_size_of_gradients(every, scale):
+@pytest.mark.parametrize(("every", "measure"), [(1, "norm"), (2, "norm"), (2, "share")])
+def test_renewals_do_not_depend_on_the_size_of_gradients(every, measure, scale):
     """Squares of 1e-24 are zero, those of 1e20 infinite."""
     rng = np.random.default_rng(1)
     # Ten of them share a subspace, which the next ten do not.
     sides = np.repeat(rng.standard_normal((4, 16, 2)), 10, axis=0)
     grads = sides @ rng.standard_normal((40, 2, 24)) / 16
-    tx = converging(lro.OnConvergence(0.8, max_interval=40, min_interval=3))
+    rule = lro.OnConvergence(0.8, max_interval=40, min_interval=3, measure=measure)
+    tx = converging(rule)
     tx = lro.accumulate_gradients(tx, every) if every > 1 else tx
     grads = list(jnp.asarray(grads, jnp.float32))
     want = ages(tx, grads)
@@ -238,8 +277,10 @@ def test_steps_count_whatever_the_gradients_are():
     want = ages(tx, grads)
     assert ages(tx, grads, bad=(3, 4, 5, 7)) == want and max(want) == 5
     # Of gradients of zero, none has become small.
-    tx = converging(lro.OnConvergence(0.5, max_interval=50, min_interval=1))
-    assert ages(tx, [grads[0], *[0 * g for g in grads]]).count(1) == 2
+    for measure, renewals in {"norm": 2, "share": 1}.items():
+        tx = converging(lro.OnConvergence(0.5, 50, 1, measure))
+        found = ages(tx, [grads[0], *[0 * g for g in grads]])
+        assert found.count(1) == renewals
 
 
 # The trajectory
@@ -247,20 +288,20 @@ def test_steps_count_whatever_the_gradients_are():
 STEPS, MAX_RANK, ALLOWED, LONGEST, SHORTEST = 50, 5, 0.1, 14, 4
 
 
-def gradients(shape):
-    """A signal that fades and turns, and a little noise."""
+def gradients(shape, turn):
+    """A signal that fades and turns, by so many steps, and a little noise."""
     rng = np.random.default_rng(1)
     grads = []
     for t in range(STEPS):
         values = (0.8 - 0.012 * t) ** np.arange(6)
-        signal = np.cos(t / 40) * spectrum(*shape, values, 1)
-        signal += np.sin(t / 40) * spectrum(*shape, values, 3)
+        signal = np.cos(t / turn) * spectrum(*shape, values, 1)
+        signal += np.sin(t / turn) * spectrum(*shape, values, 3)
         noise = 0.01 * rng.standard_normal(shape)
         grads.append((signal + noise) * 1.03 ** -abs(t - 20))  # grows, then fades
     return [jnp.asarray(g, jnp.float32) for g in grads]
 
 
-def adarankgrad_adam(grads, bases, scale, b1=0.9, b2=0.999, eps=1e-8):
+def adarankgrad_adam(grads, bases, scale, measure, b1=0.9, b2=0.999, eps=1e-8):
     """Algorithm 3 on one matrix with its basis on the left, as AR-1 to AR-12 have it.
 
     Args:
@@ -268,7 +309,7 @@ def adarankgrad_adam(grads, bases, scale, b1=0.9, b2=0.999, eps=1e-8):
     """
     q = m = v = age = None
     average = level = 0.0
-    directions, refreshed = [], []
+    directions, refreshed, shares = [], [], []
     for step, g in enumerate(map(reference.wide, grads)):
         if q is None or age >= LONGEST or (age >= SHORTEST and average <= level):
             old, q = q, reference.wide(bases[step])
@@ -283,8 +324,16 @@ def adarankgrad_adam(grads, bases, scale, b1=0.9, b2=0.999, eps=1e-8):
             level = np.sqrt(1 - ALLOWED) * average
             age = 0
             refreshed.append(step)
+            shares = []
         else:
-            average = 0.9 * average + 0.1 * np.linalg.norm(q.T @ g)
+            size, whole, chance = (
+                *map(np.linalg.norm, (q.T @ g, g)),
+                ranks(q) / len(q),
+            )
+            average = 0.9 * average + 0.1 * size
+            if measure == "share":
+                average, level = share_average(shares, size, whole, SHORTEST, chance)
+                level *= 0.5
         age += 1
         x = q.T @ g
         m = b1 * m + (1 - b1) * x
@@ -295,8 +344,8 @@ def adarankgrad_adam(grads, bases, scale, b1=0.9, b2=0.999, eps=1e-8):
     return directions, refreshed
 
 
-@pytest.mark.parametrize("shape", [(9, 6), (6, 9)], ids=str)
-def test_adarankgrad_adam_follows_the_formulas(shape):
+@pytest.mark.parametrize(("shape", "measure"), [((9, 6), "norm"), ((6, 9), "share")])
+def test_adarankgrad_adam_follows_the_formulas(shape, measure):
     # An epsilon that hides what float32 leaves of moments that should be zero.
     inner = optax.scale_by_adam(eps=1e-4)
     tx = lro.adaptive_rank(
@@ -305,9 +354,10 @@ def test_adarankgrad_adam_follows_the_formulas(shape):
         max_residual_energy=ALLOWED,
         max_interval=LONGEST,
         min_interval=SHORTEST,
+        measure=measure,
         scale=0.5,
     )
-    grads = gradients(shape)
+    grads = gradients(shape, {"norm": 40, "share": 8}[measure])
     state, update = tx.init(grads[0]), jax.jit(tx.update)
     updates, bases, changed = [], [], []
     for step, g in enumerate(grads):
@@ -320,7 +370,7 @@ def test_adarankgrad_adam_follows_the_formulas(shape):
         assert bases[-1].shape == (9, MAX_RANK)
     turned = shape[0] < shape[1]
     expected, refreshed = adarankgrad_adam(
-        [g.T for g in grads] if turned else grads, bases, 0.5, eps=1e-4
+        [g.T for g in grads] if turned else grads, bases, 0.5, measure, eps=1e-4
     )
     assert changed == refreshed
     intervals = set(np.diff(refreshed))
@@ -328,6 +378,55 @@ def test_adarankgrad_adam_follows_the_formulas(shape):
     assert len({int(ranks(b)) for b in bases}) >= 3
     for u, want in zip(updates, expected, strict=True):
         assert relative_error(u, want.T if turned else want) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(
+            lro.adaptive_rank,
+            max_rank=3,
+            max_residual_energy=0.1,
+            max_interval=9,
+            min_interval=2,
+        ),
+        functools.partial(
+            lro.project_gradients, rank=3, refresh=lro.WhenDrifted(1, 0.9)
+        ),
+    ],
+    ids=["adaptive_rank", "WhenDrifted"],
+)
+def test_the_matrices_of_a_stack_decide_as_they_would_alone(make):
+    """When to renew; each step also turns the moments of those that are due alone."""
+    rng, shape = np.random.default_rng(4), (6, 9)
+    turns, grads = (3.0, 8.0, 1e9), []
+    for t in range(24):
+        sides = [
+            [spectrum(*shape, [1.0, 0.8, 0.5], s + 9 * i) for s in (0, 1)]
+            for i in range(3)
+        ]
+        pairs = zip(turns, sides, strict=True)
+        signal = [np.cos(t / k) * a + np.sin(t / k) * b for k, (a, b) in pairs]
+        grads.append(np.stack(signal) + 0.01 * rng.standard_normal((3, *shape)))
+    tx = make(optax.scale_by_adam(eps=1e-3), matrices=lro.MatrixAxes())
+
+    @jax.jit
+    def update(place, g, state):
+        with one_layer(place, 3):  # the keys of its place in the stack
+            return tx.update({"w": g}, state)
+
+    state = tx.init({"w": jnp.zeros((3, *shape))})
+    own, whole = [tx.init({"w": jnp.zeros((1, *shape))})] * 3, jax.jit(tx.update)
+    renewed = np.zeros(3)
+    for g in np.float32(grads):
+        old, (u, state) = state, whole({"w": g}, state)
+        renewed += np.any(np.asarray(state.basis["w"] != old.basis["w"]), axis=(1, 2))
+        for i in range(3):
+            part, own[i] = update(i, g[i : i + 1], own[i])
+            assert relative_error(u["w"][i], part["w"][0]) < 1e-4
+            of_stack = jax.tree.map(lambda x, i=i: x[i], state.refresh["w"])
+            assert_close(of_stack, jax.tree.map(lambda x: x[0], own[i].refresh["w"]))
+    assert len(set(renewed)) > 1
 
 
 def test_at_a_fixed_rank_and_interval_it_is_galore_with_rotation():
@@ -374,13 +473,17 @@ def test_an_unusable_gradient_leaves_a_usable_state(value):
     ids=["method", "optimizer"],
 )
 def test_state_size(make):
-    params = {"w": jax.ShapeDtypeStruct((40, 24), jnp.float32)}
-    counters, scalars = 2, 3  # of the engine and of Adam; of the refresh
+    stack = (3, 40, 24)
+    params = {"w": jax.ShapeDtypeStruct(stack, jnp.float32)}
+    counters, scalars = 2, 3  # of the engine and of Adam; of the refresh, a matrix
     for r in (4, 11):
-        long, short = 40 * r + 2 * 24 * r, 24 * r + 2 * 40 * r
-        assert lro.state_bytes(make(r), params) == 4 * (long + counters + scalars)
-        short_side = lro.state_bytes(make(r, side="short"), params)
-        assert short_side == 4 * (short + counters + scalars)
+        for side, numbers in {
+            "long": 40 * r + 2 * 24 * r,
+            "short": 24 * r + 2 * 40 * r,
+        }.items():
+            tx = make(r, side=side, matrices=lro.MatrixAxes())
+            expected = 3 * (numbers + scalars) + counters
+            assert lro.state_bytes(tx, params) == 4 * expected
 
 
 def test_metrics_of_the_state_within_jit():

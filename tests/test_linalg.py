@@ -13,7 +13,7 @@ from lowrank_optax._src.linalg import (
     eigh,
     gram,
     inverse_root,
-    lifting,
+    lifted,
     svd,
     unit_scale,
     whitening,
@@ -192,30 +192,24 @@ def test_leading_columns_span_the_leading_columns():
 
 @jax.jit
 def lifted_and_whitened(y):
-    """Both factors of a stack of one matrix, and the columns that they make."""
-    lift = lifting(gram(y))
-    y = jnp.matmul(y, lift, precision="highest")
-    white = whitening(gram(y))
-    return lift, white, jnp.matmul(y, white, precision="highest")
+    """The columns of a stack of matrices after one round and after both."""
+    y = lifted(y)
+    return y, jnp.matmul(y, whitening(gram(y)), precision="highest")
 
 
 @pytest.mark.parametrize("name", WORST)
 def test_lifting_and_whitening_make_columns_orthonormal_or_zero(name):
     scaled, _ = unit_scale(WORST[name])
-    found = (np.asarray(x[0], np.float64) for x in lifted_and_whitened(scaled[None]))
-    lift, white, q = found
+    lift, q = (np.asarray(x[0], np.float64) for x in lifted_and_whitened(scaled[None]))
     y = np.asarray(scaled, np.float64)
-    assert np.all(np.isfinite(lift)) and np.all(np.isfinite(white))
+    assert np.all(np.isfinite(lift))
     unit = np.linalg.norm(q, axis=0) > 0.5
     np.testing.assert_allclose(q.T @ q, np.diag(1.0 * unit), rtol=0, atol=1e-5)
     assert np.all(q[:, ~unit] == 0)
-    # By one factor or by both in turn, as the codec has them: what is small beside the
-    # rest costs digits.
-    np.testing.assert_allclose(y @ (lift @ white), q, rtol=0, atol=5e-4)
     # Of a column nothing is left out but what is small beside it, or beside the
     # largest: 1e-11 of its square, which is the rounding error of float32.
     left_out, size = (np.linalg.norm(x, axis=0) for x in (y - q @ (q.T @ y), y))
-    assert np.all(left_out <= 2e-3 * size + 4e-6 * size.max())
+    assert np.all(left_out <= 5e-4 * size + 4e-6 * size.max())
 
 
 @hypothesis.settings(max_examples=100)
@@ -227,13 +221,13 @@ def test_lifting_and_whitening_span_any_columns(a):
     np.testing.assert_allclose(q.T @ q, np.diag(1.0 * unit), rtol=0, atol=1e-5)
     y = np.asarray(scaled, np.float64)
     left_out, size = (np.linalg.norm(x, axis=0) for x in (y - q @ (q.T @ y), y))
-    assert np.all(left_out <= 2e-3 * size + 4e-6 * size.max())
+    assert np.all(left_out <= 5e-4 * size + 4e-6 * size.max())
 
 
 @pytest.mark.parametrize("name", ["rank 2 of 8", "rank 3 of 8", "zero", "many columns"])
 def test_whitening_invents_no_direction(name):
     scaled, _ = unit_scale(WORST[name])
-    q = np.asarray(lifted_and_whitened(scaled[None])[2][0])
+    q = np.asarray(lifted_and_whitened(scaled[None])[1][0])
     rank = {"rank 2 of 8": 2, "rank 3 of 8": 3, "zero": 0, "many columns": 20}[name]
     assert np.count_nonzero(np.any(q != 0, axis=0)) == rank
 
@@ -242,7 +236,7 @@ def test_whitening_invents_no_direction(name):
 def test_what_is_not_a_number_does_not_get_lost_in_a_sketch(k):
     y = normal(2, 40, k).astype(np.float32)
     y[0, 3, k // 2] = np.nan
-    q = np.asarray(lifted_and_whitened(y)[2])
+    q = np.asarray(lifted_and_whitened(y)[1])
     assert not np.all(np.isfinite(q[0])) and np.all(np.isfinite(q[1]))
 
 
@@ -582,7 +576,7 @@ def test_small_factorizations_call_no_library_on_accelerators(platform):
         traced = jax.jit(lambda x: [f(x) for f in functions]).trace(jnp.eye(16)[None])
         return traced.lower(lowering_platforms=(platform,)).as_text()
 
-    assert "custom_call" not in program(eigh, inverse_root, whitening, lifting)
+    assert "custom_call" not in program(eigh, inverse_root, whitening, lifted)
 
 
 @pytest.mark.parametrize("batch", [(), (2,), (2, 3)], ids=str)

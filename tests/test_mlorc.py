@@ -109,6 +109,40 @@ def test_the_sketched_moments_follow_the_formulas():
         mu, nu = sketched(first, mu, fresh), sketched(second, nu, fresh)
 
 
+def hard_moments(m, n):
+    """A stack of matrices whose sketches of 8 columns are ever nearer to rank one."""
+    a = random_like({"a": (m, 1), "b": (1, n), "g": (m, n)}, 1)
+    u, _, vt = np.linalg.svd(reference.wide(a["g"]), full_matrices=False)
+    return [
+        a["g"],
+        np.exp(a["a"] + a["b"]) * a["g"] ** 2,  # a second moment
+        (u * 0.5 ** np.arange(m)) @ vt,
+        1 + 0.01 * a["g"],
+    ]
+
+
+@pytest.mark.parametrize("warm_start", [True, False])
+@pytest.mark.parametrize(("wide", "tolerance"), [(True, 1e-6), (False, 1e-4)])
+def test_a_code_is_that_of_algorithm_3(warm_start, wide, tolerance):
+    m, n, rank = 48, 80, 4
+    with jax.enable_x64(wide):
+        codec = lro.LowRank(rank, oversample=4, warm_start=warm_start)
+        moments = [*hard_moments(m, n), *([1 + 1e-5 * hard_moments(m, n)[0]] * wide)]
+        x = jnp.asarray(np.stack(moments), float)
+        view = lro.MatrixView("w", x.shape, x.dtype, (1,), (2,), (0,))
+        old, key = codec.init(view), jax.random.split(jax.random.key(0), len(x))
+        (omega,) = codec.draw([key], [old], None)
+        left, right = map(reference.wide, jax.jit(codec.encode)(key, x, old))
+    conditions = []
+    for a, y, code in zip(*map(reference.wide, (x, omega, left @ right)), strict=True):
+        q = np.linalg.qr(a @ y)[0]
+        u, s, vt = np.linalg.svd(q.T @ a, full_matrices=False)
+        want = (q @ u[:, :rank] * s[:rank]) @ vt[:rank]
+        assert relative_error(code, want) < tolerance
+        conditions.append(np.linalg.cond(a @ y))
+    assert 300 < conditions[3] < 1e3  # of those in float32, which leaves four digits
+
+
 def test_float64_parameters_have_float64_moments():
     with jax.enable_x64(True):
         grads = [jnp.asarray(g, jnp.float64) for g in gradients((5, 8), steps=10)]

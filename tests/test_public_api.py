@@ -172,8 +172,11 @@ UNSCALED_END = f"scale=1.0, {DECAY}, {COMMON}"
 LOW_RANK = "learning_rate, rank=128"
 MLORC_ADAM = f"b1=0.8, b2=0.999, eps=1e-08, {SKETCH}, {BOTH}"
 LDADAM = "b1=0.908, b2=0.99, eps=1e-08, rho=0.908, error_feedback=True"
-ENERGY = "min_rank=1, max_residual_energy=0.48"
-INTERVALS = f"max_interval=200, min_interval=20, transfer={ROTATE}, recovery=Drop()"
+ENERGY = "min_rank=1, max_residual_energy=0.23"
+INTERVALS = (
+    f"max_interval=200, min_interval=20, measure='share', transfer={ROTATE}, "
+    "recovery=Drop()"
+)
 ADARANKGRAD_END = f"{INTERVALS}, scale=0.25, {DECAY}, {LONG}"
 GALORE_PLUS = (
     f"{ADAM}, num_heads=None, density=0.012, warmup=None, residual_scale=None, "

@@ -10,6 +10,7 @@ from running import assert_close, random_grads, random_like, relative_error, run
 
 import lowrank_optax as lro
 from lowrank_optax._src.leaves.matrix import last_axes_view
+from lowrank_optax._src.parts.laws import Seen
 
 KEY, ADAM = jax.random.key(0), optax.scale_by_adam()
 
@@ -87,15 +88,22 @@ def test_a_block_is_not_empty(block):
 # The lazy renewal
 
 
+VIEW = lro.MatrixView("", (8, 12), jnp.float32, (0,), (1,), ())
+
+
+def seen(overlap):
+    return Seen(*3 * [jnp.ones([])], jnp.asarray(overlap))
+
+
 def renewals(rule, overlaps, steps):
     """The steps at which a rule renews, the overlap of each renewal given."""
-    overlaps, state = iter(overlaps), rule.init(None, 0.5)
+    overlaps, state = iter(overlaps), rule.init(VIEW, 0.5)
     after, found = jax.jit(rule.after), []
     for step in range(steps):
         due = rule.due(state, jnp.asarray(step))
         overlap = 0.0 if not found else next(overlaps) if due else 1.0
         found += [step] if due else []
-        state = after(state, due, jnp.ones([]), jnp.asarray(overlap))
+        state = after(state, due, seen(overlap))
     return found
 
 
@@ -116,17 +124,17 @@ def test_the_period_doubles_after_five_steady_renewals_up_to_its_cap():
 
 def test_no_period_is_longer_than_can_be_counted():
     rule, period = lro.WhenDrifted(2**30), 2**30
-    state = rule.init(None, 0.5)
+    state = rule.init(VIEW, 0.5)
     for _ in range(20):
-        state = rule.after(state, jnp.array(True), jnp.ones([]), jnp.array(0.9))
+        state = rule.after(state, jnp.array(True), seen(0.9))
         assert state.left == period - 1
 
 
 def test_the_rule_follows_the_protocol():
     rule = lro.WhenDrifted(4)
     assert isinstance(rule, lro.Refresh)
-    state = rule.init(None, 0.5)
-    after = jax.eval_shape(rule.after, state, True, 1.0, jnp.ones([]))
+    state = rule.init(VIEW, 0.5)
+    after = jax.eval_shape(rule.after, state, jnp.array(True), seen(1.0))
     assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
     for wrong in ({"update_every": 0}, {"update_every": 1, "max_stretch": 0}):
         with pytest.raises(ValueError, match="at least 1"):
@@ -249,7 +257,7 @@ def test_state_size(shape, r):
     short, long = sorted(shape[-2:])
     basis = count * (short * -(-r // 2) + 4 * -(-short // 256) * r)
     moment = count * long * r
-    refresh, counters = 4 * (2 + 5), 4 * 3
+    refresh, counters = count * 4 * (2 + 5), 4 * 3
     params = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
     tx = lro.q_galore_project(ADAM, rank=r, matrices=lro.MatrixAxes())
     assert lro.state_bytes(tx, params) == basis + 8 * moment + refresh + counters

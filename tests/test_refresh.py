@@ -7,8 +7,10 @@ import optax
 import pytest
 
 import lowrank_optax as lro
+from lowrank_optax._src.parts.laws import Seen
 
 RULES = [lro.Every, lro.Staggered]
+SEEN = Seen(*4 * [jnp.ones([])])
 
 
 def due_steps(rule, steps, phase=0.0):
@@ -17,7 +19,7 @@ def due_steps(rule, steps, phase=0.0):
     @jax.jit
     def one_step(state, step):
         due = rule.due(state, step)
-        new = rule.after(state, due | (step == 0), jnp.ones([]), jnp.ones([]))
+        new = rule.after(state, due | (step == 0), SEEN)
         return due, new
 
     state, found = rule.init(None, phase), []
@@ -51,7 +53,7 @@ def test_rules_follow_the_protocol(rule):
     state = rule.init(None, 0.5)
     due = rule.due(state, jnp.int32(3))
     assert due.shape == () and due.dtype == jnp.bool_
-    after = rule.after(state, due, jnp.ones([]), jnp.ones([]))
+    after = rule.after(state, due, SEEN)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
         assert old.shape == new.shape == () and old.dtype == new.dtype
@@ -93,7 +95,7 @@ def test_staggered_counts_down_from_its_place_in_the_period(phase):
     assert state.left.dtype == jnp.int32 and state.left == 7 - int(7 * phase)
     for step in range(1, 30):
         due = rule.due(state, jnp.int32(step - 1))
-        state = rule.after(state, due | True, jnp.ones([]), jnp.ones([]))
+        state = rule.after(state, due | True, SEEN)
         assert (state.left - (7 - int(7 * phase) - step)) % 7 == 0
         assert 0 <= state.left < 7
 
@@ -105,7 +107,7 @@ def test_the_period_may_be_traced(rule):
         state, found = rule(period).init(None, 0.3), []
         for step in range(7):
             found.append(rule(period).due(state, jnp.int32(step)))
-            state = rule(period).after(state, found[-1], jnp.ones([]), jnp.ones([]))
+            state = rule(period).after(state, found[-1], SEEN)
         return jnp.stack(found)
 
     for period in (2, 3):

@@ -39,6 +39,16 @@ def accept_finite(new: Any, old: Any) -> Any:
     return tree_where(all_finite(new), new, old)
 
 
+def accept_each(new: Any, old: Any, batch: int) -> Any:
+    """As `accept_finite`, each array by itself and each matrix of the batch axes."""
+
+    def accept(x, y):
+        behind = tuple(range(min(batch, x.ndim), x.ndim))
+        return tree_where(jnp.all(jnp.isfinite(x), axis=behind), x, y)
+
+    return jax.tree.map(accept, new, old)
+
+
 def accept_leaf(new: Any, old: Any, direction: jax.Array) -> Any:
     """The state of one leaf, which belongs together.
 

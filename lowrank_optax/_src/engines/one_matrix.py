@@ -12,18 +12,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._src.engines.accept import accept_finite, all_finite, tree_where
+from lowrank_optax._src.engines.accept import accept_each, all_finite, tree_where
 from lowrank_optax._src.engines.order import Order
 from lowrank_optax._src.leaves.keys import Seed, matrix_keys
 from lowrank_optax._src.leaves.matrix import MatrixView
 from lowrank_optax._src.leaves.roles import Known
 from lowrank_optax._src.linalg import matmul, orthonormalize, project
-from lowrank_optax._src.linalg.products import Lying, norm
+from lowrank_optax._src.linalg.products import Lying, norms
 from lowrank_optax._src.linalg.random import filler
 from lowrank_optax._src.parts.laws import (
     Observer,
     Recovery,
     Refresh,
+    Seen,
     Subspace,
     Transfer,
 )
@@ -71,15 +72,13 @@ class Renewal(NamedTuple):
       basis: the new one if it was due, else the old one; of a subspace that is not
         stored, the step at which it was drawn.
       moments: of the inner optimizer, in this basis.
-      share: ``||new^T old||_F^2 / r``, see `Refresh.after`.
-      size: the norm of the gradient for which the basis was chosen, 0 if not due.
+      share: of each matrix, see `Seen.overlap`.
       recovery: the recovery's state, once it has observed.
     """
 
     basis: jax.Array
     moments: Moments
     share: jax.Array
-    size: jax.Array
     recovery: Any
 
 
@@ -91,8 +90,8 @@ class Matrix(NamedTuple):
       grad: as it lies in memory.
       own: what is kept of it; of this step once `renewed`.
       seed: of its keys.
-      due: whether its basis was due.
-      share, size: as of `Renewal`.
+      due: whether its basis was due, of a stack perhaps matrix by matrix.
+      share: as of `Renewal`.
     """
 
     parts: Parts
@@ -101,7 +100,6 @@ class Matrix(NamedTuple):
     seed: Seed
     due: jax.Array | bool = False
     share: jax.Array | float = 1.0
-    size: jax.Array | float = 0.0
 
     @property
     def low(self) -> jax.ShapeDtypeStruct:
@@ -115,22 +113,23 @@ class Matrix(NamedTuple):
         """Whether to renew, if this is the ``first`` gradient of a window."""
         due = first & refresh.due(self.own.refresh, step)
         if not is_stored(self.parts.subspace):
-            return due | (first & (step == 0))
+            return _any(due) | (first & (step == 0))
         # A basis that has not seen a usable gradient yet is zero: it is always due.
         return due | jnp.all(self.own.basis[..., 0] == 0)
 
     def renewed(self, now: Renewal, due: jax.Array) -> "Matrix":
         own = self.own._replace(basis=now.basis, recovery=now.recovery)
-        return self._replace(own=own, due=due, share=now.share, size=now.size)
+        return self._replace(own=own, due=due, share=now.share)
 
     def counted(self, refresh: Refresh, size: jax.Array, first: Any = True) -> Any:
-        """The rule's state after a step whose projected gradient had this norm."""
+        """The rule's state after a step whose projected gradients had these norms."""
         due, share = jnp.asarray(self.due), jnp.asarray(self.share)
-        size = jnp.where(due, self.size, size)
-        after = refresh.after(self.own.refresh, due, size, share)
+        whole, chance = _looks(self.parts, self.grad, self.own, self.seed)
+        seen = Seen(size, whole, chance, share)
+        after = refresh.after(self.own.refresh, due, seen)
         after = tree_where(due | first, after, self.own.refresh)
         # One by one: steps are counted whatever the norms are.
-        return jax.tree.map(accept_finite, after, self.own.refresh)
+        return accept_each(after, self.own.refresh, len(self.parts.view.batch_shape))
 
     def after(self, order: Order) -> "Matrix":
         """The same, not before the matrix stepped last has ended."""
@@ -149,8 +148,25 @@ class Matrix(NamedTuple):
         return _up(parts, self.grad, self.own, self.seed, coeff, direction, new, old)
 
 
+def _any(due: jax.Array) -> jax.Array:
+    """Whether a leaf is due, if one of its matrices is enough."""
+    return jnp.any(due) if due.ndim else due
+
+
 def is_stored(subspace: Subspace) -> bool:
     return getattr(subspace, "stored", True)
+
+
+@compiled
+def _looks(parts, grad, own, seed):
+    """The norms of the gradients, and the share of noise in their bases."""
+    used = _used(parts.basis(own, seed))
+    return norms(parts.matrix(grad, own)), used / parts.view.m
+
+
+def _used(basis: jax.Array) -> jax.Array:
+    """How many columns of each basis are not zero."""
+    return jnp.sum(jnp.any(basis != 0, axis=-2), axis=-1)
 
 
 @compiled
@@ -211,18 +227,20 @@ def renew_due(
         return renewals
 
     def keep_all():
-        return {i: _kept(x.own, moments[i]) for i, x in matrices.items()}
+        return {i: _kept(x.parts, x.own, moments[i]) for i, x in matrices.items()}
 
     if not matrices:
         return {}
     # One conditional a step: on GPU, the host waits for the predicate of each.
     with jax.named_scope("refresh"):
-        any_due = functools.reduce(jnp.logical_or, [*due.values(), *looks.values()])
+        each = [*map(_any, due.values()), *looks.values()]
+        any_due = functools.reduce(jnp.logical_or, each)
         return jax.lax.cond(any_due, renew_each, keep_all)
 
 
-def _kept(own: Own, moments: Moments) -> Renewal:
-    return Renewal(own.basis, moments, jnp.float32(1), jnp.float32(0), own.recovery)
+def _kept(parts: Parts, own: Own, moments: Moments) -> Renewal:
+    share = jnp.ones(parts.view.batch_shape, jnp.float32)
+    return Renewal(own.basis, moments, share, own.recovery)
 
 
 @compiled
@@ -242,7 +260,6 @@ def _renew(parts, due, step, grad, own, seed, moments):
 
     def new():
         matrix = parts.matrix(grad, own)
-        size = norm(matrix)
         largest = jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
         usable = jnp.isfinite(largest) & (largest > 0)
         old = parts.basis(own, seed)
@@ -254,16 +271,30 @@ def _renew(parts, due, step, grad, own, seed, moments):
             kept = jnp.asarray(step, own.basis.dtype)
             basis = parts.basis(own._replace(basis=kept), seed)
         overlap = matmul(basis.mT, old)
-        used = jnp.maximum(jnp.sum(jnp.any(old != 0, axis=-2)), 1)
+        used = jnp.maximum(_used(old), 1)
         # Where no gradient was usable nothing was chosen, and there is no overlap.
-        share = jnp.where(jnp.any(usable), jnp.sum(overlap**2) / used, 0.0)
+        share = jnp.sum(overlap**2, axis=(-2, -1)) / used
+        share = jnp.where(usable[..., 0, 0], share, 0.0).astype(jnp.float32)
         carried = parts.transfer.carry(moments, overlap, dict(known))
         # Carried in float32 and stored as they were.
         carried = {name: x.astype(moments[name].dtype) for name, x in carried.items()}
-        share, size = jnp.float32(share), jnp.float32(size)
-        return Renewal(kept, carried, share, size, own.recovery)
+        now = Renewal(kept, carried, share, own.recovery)
+        return _of_due(due, now, old_one) if due.ndim else now
 
-    return jax.lax.cond(due, new, lambda: _kept(own, moments))
+    old_one = _kept(parts, own, moments)
+    return jax.lax.cond(_any(due), new, lambda: old_one)
+
+
+def _of_due(due: jax.Array, new: Renewal, old: Renewal) -> Renewal:
+    """Of a stack, what is new of the matrices that are due.
+
+    A moment that has no entry for each matrix is that of the new bases.
+    """
+
+    def pick(x, y):
+        return tree_where(due, x, y) if x.shape[: due.ndim] == due.shape else x
+
+    return jax.tree.map(pick, new, old)
 
 
 def _select(parts: Parts, key, grad, old, step, usable):

@@ -38,7 +38,7 @@ from lowrank_optax._src.leaves.matrix import MatrixView, nameless
 from lowrank_optax._src.leaves.paths import flatten, full_precision
 from lowrank_optax._src.leaves.saving import projected
 from lowrank_optax._src.leaves.transformation import transformation
-from lowrank_optax._src.linalg.products import norm
+from lowrank_optax._src.linalg.products import norms
 from lowrank_optax._src.parts import compatible
 from lowrank_optax._src.parts.checks import check_number, check_rank
 from lowrank_optax._src.parts.laws import (
@@ -62,7 +62,7 @@ class ProjectState(NamedTuple):
       basis: ``(*batch, m, r)`` at matrices, ``MaskedNode()`` elsewhere; set at a
         refresh. Of a subspace that is not stored, the step at which it was drawn,
         int32.
-      refresh: scalars of the refresh rule at matrices.
+      refresh: state of the refresh rule at matrices.
       recovery: state of the recovery at matrices.
       inner_state: of the inner optimizer, on ``(*batch, r, n)`` at matrices and on the
         parameter's own shape elsewhere.
@@ -295,8 +295,8 @@ class _Projection:
         low, own = list(leaves.low), {}
         for i, x in leaves.matrices.items():
             low[i] = x.down()
-            size = norm(low[i])
-            own[i] = x.own._replace(refresh=x.counted(self.refresh, size, first))
+            after = x.counted(self.refresh, norms(low[i]), first)
+            own[i] = x.own._replace(refresh=after)
         inner_state = leaves.layout.set(state.inner_state, by_field(leaves.moments))
         return leaves.treedef.unflatten(low), leaves.store(state, own, inner_state)
 
@@ -355,7 +355,7 @@ class _Projection:
             for i, x in at.items():
                 step = seen[i], directions[i], found[i], moments[i]
                 out[i], recovery, new[i] = x.up(self.scale, *step)
-                size, x = norm(seen[i]), leaves.matrices[i]
+                size, x = norms(seen[i]), leaves.matrices[i]
                 own[i] = x.own._replace(recovery=recovery)
                 if summed is None:
                     after = x.counted(self.refresh, size)

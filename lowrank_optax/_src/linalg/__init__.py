@@ -2,7 +2,7 @@
 
 from lowrank_optax._src.linalg.factor import cholesky_pass as cholesky_pass
 from lowrank_optax._src.linalg.factor import gram_eigh as gram_eigh
-from lowrank_optax._src.linalg.factor import lifting as lifting
+from lowrank_optax._src.linalg.factor import lifted as lifted
 from lowrank_optax._src.linalg.factor import orthonormalize as orthonormalize
 from lowrank_optax._src.linalg.factor import (
     orthonormalize_each as orthonormalize_each,

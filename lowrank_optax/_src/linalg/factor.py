@@ -16,7 +16,9 @@ from lowrank_optax._src.linalg import random, small, thin
 from lowrank_optax._src.linalg.lapack import eigh, inverse_root
 from lowrank_optax._src.linalg.products import gram, matmul, unit_columns, unit_scale
 
-_EPS = 1.1920929e-07  # float32; the laws below are promised at this precision
+
+def _eps(x: Array) -> float:
+    return float(jnp.finfo(x.dtype).eps)
 
 
 def _polish(y: Array) -> Array:
@@ -32,7 +34,8 @@ def cholesky_pass(y: Array) -> Array:
 def _shifted_inverse(square: Array) -> Array:
     r = square.shape[-1]
     # The absolute floor is for the zero matrix, which must come out zero.
-    shift = 2 * r * _EPS * jnp.max(jnp.diagonal(square, axis1=-2, axis2=-1), -1) + 1e-30
+    largest = jnp.max(jnp.diagonal(square, axis1=-2, axis2=-1), -1)
+    shift = 2 * r * _eps(square) * largest + 1e-30
     eye = jnp.eye(r, dtype=square.dtype)
     return inverse_root(square + shift[..., None, None] * eye).mT
 
@@ -106,45 +109,54 @@ def _whiten(y: Array) -> tuple[Array, Array]:
     over, at their own small scale, in the second.
     """
     values, vectors = eigh(gram(y))
-    keep = values > 4 * y.shape[-1] * _EPS * values[..., :1]
+    keep = values > 4 * y.shape[-1] * _eps(y) * values[..., :1]
     root = jnp.where(keep, jax.lax.rsqrt(jnp.where(keep, values, 1.0)), 0.0)
     rotated = matmul(y, vectors)
     return rotated * root[..., None, :], jnp.where(keep[..., None, :], 0.0, rotated)
 
 
-def lifting(square: Float[Array, "b k k"]) -> Float[Array, "b k k"]:
-    """``T`` such that the columns of ``y T`` are far better conditioned than ``y``'s.
+def lifted(y: Float[Array, "*b m k"]) -> Float[Array, "*b m k"]:
+    """``y T``, which spans the same and is far better conditioned.
 
-    From ``square = y^T y``; the columns of y need not be of one size. Those of ``y T``
-    are orthogonal to what the Gram matrix can tell, and of norm one, or less where they
-    depend on others: the shift, relative to a column, keeps noise below a thousandth.
+    The columns of y need not be of one size. Those of ``y T`` are orthogonal to what
+    the Gram matrix of y can tell, and of norm one, or less where they depend on others:
+    by a tenth where what is new in them is three times the root of the shift (1e-3 of
+    a column in float32), and to nothing where it is a rounding error.
     """
+    square = gram(y)
     diagonal = jnp.diagonal(square, axis1=-2, axis2=-1)
     # Columns below are the rounding errors of the largest.
-    used = diagonal > 1e-11 * jnp.max(diagonal, axis=-1, keepdims=True)
+    noise = (26 * _eps(y)) ** 2 * jnp.max(diagonal, axis=-1, keepdims=True)
+    used = diagonal > noise
     unit = jnp.where(used, jax.lax.rsqrt(jnp.where(used, diagonal, 1.0)), 0.0)
     k = square.shape[-1]
     square = square * unit[..., None] * unit[..., None, :]
     # A column that is not used gets a one, so that there is an inverse.
-    shift = jnp.where(used, 2 * k * _EPS, 1.0)
+    shift = jnp.where(used, 2 * k * _eps(y), 1.0)
     shifted = square + shift[..., None] * jnp.eye(k, dtype=square.dtype)
-    if k > small.WIDEST:
-        return unit[..., None] * inverse_root(shifted).mT
-    return unit[..., None] * _by_unrolling(small.pivoted_inverse, shifted, 0.0)
+    return matmul(y, unit[..., None] * inverse_root(shifted).mT)
+
+
+# Of the square of a column that `lifted` has made: what is shorter is noise, or so
+# short that the Gram matrix does not tell its direction to 1e-5 in float32.
+_FAINT = 1e-2
 
 
 def whitening(square: Float[Array, "b k k"]) -> Float[Array, "b k k"]:
     """``T`` such that the columns of ``y T`` are orthonormal to 1e-5, or zero.
 
-    From ``square = y^T y`` of columns that `lifting` has made: what is below a half
-    there is noise, or so small that what is made of it by ``T`` would be.
+    From ``square = y^T y`` of columns that `lifted` has made.
     """
     if square.shape[-1] <= small.WIDEST:
-        return _by_unrolling(small.inverse_cholesky, square, 0.25)
-    values, vectors = eigh(square)
-    keep = values > 0.25
+        return _by_unrolling(small.inverse_cholesky, square, _FAINT)
+    # An eigendecomposition has errors of the size of the longest column: to one size.
+    diagonal = jnp.diagonal(square, axis1=-2, axis2=-1)
+    used = diagonal > _FAINT
+    unit = jnp.where(used, jax.lax.rsqrt(jnp.where(used, diagonal, 1.0)), 0.0)
+    values, vectors = eigh(square * unit[..., None] * unit[..., None, :])
+    keep = values > 0.1
     root = jnp.where(keep, jax.lax.rsqrt(jnp.where(keep, values, 1.0)), 0.0)
-    return vectors * root[..., None, :]
+    return unit[..., None] * vectors * root[..., None, :]
 
 
 def _by_unrolling(inverse: Callable[..., Array], square: Array, least: float) -> Array:
@@ -172,7 +184,9 @@ def range_basis(a: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
       ``(*batch, m, r)`` in float32 (float64 for float64 input).
     """
     left_over, _ = unit_scale(a)
-    floor = 8 * _EPS * jnp.linalg.norm(left_over, axis=(-2, -1), keepdims=True)
+    floor = (
+        8 * _eps(left_over) * jnp.linalg.norm(left_over, axis=(-2, -1), keepdims=True)
+    )
     basis = jnp.zeros_like(left_over)
     for _ in range(2 if a.shape[-1] <= 16 else 3):
         # Below the floor, a left-over is the rounding error of the rounds before.

@@ -81,11 +81,10 @@ def power_of_two(x: Array) -> tuple[Array, Array]:
     return power(inverse) + broken, power(top - 1 - inverse)
 
 
-def norm(x: Array) -> Array:
-    """Of all numbers of an array, whose squares may be out of the range of floats."""
-    x = at_least_float32(x)
-    inverse, scale = power_of_two(jnp.max(jnp.abs(x), initial=0.0))
-    return jnp.linalg.norm(x * inverse) * scale
+def norms(x: Array) -> Array:
+    """Of each matrix, whose squares may be out of the range of floats."""
+    x, scale = unit_scale(x)
+    return jnp.sqrt(jnp.sum(x * x, axis=(-2, -1))) * scale[..., 0, 0]
 
 
 def sums_from_end(x: Array) -> Array:

@@ -32,58 +32,24 @@ def inverse_cholesky(
       unroll: whether the steps are written out, which spares a GPU launches and costs
         a CPU compilation.
     """
-    first = jnp.arange(gram.shape[-1])
-
-    def choose(j, left):
-        return jnp.broadcast_to(first == j, left.shape)
-
-    return _eliminate(gram, choose, least, unroll)
-
-
-def pivoted_inverse(
-    gram: Float[Array, "b k k"], least: float = 0.0, unroll: bool = True
-) -> Float[Array, "b k k"]:
-    """`inverse_cholesky` with the largest remainder first: ``T`` is as small as can be.
-
-    It is not triangular then.
-    """
-    k = gram.shape[-1]
-
-    def choose(j, left):
-        largest = functools.reduce(jnp.maximum, [left[:, i] for i in range(k)])
-        # One row only: the first of equal ones.
-        found, chosen = jnp.zeros(left.shape[:1], bool), []
-        for i in range(k):
-            chosen.append((left[:, i] == largest) & ~found)
-            found = found | chosen[-1]
-        return jnp.stack(chosen, axis=-1)
-
-    return _eliminate(gram, choose, least, unroll)
-
-
-def _eliminate(gram, choose, least, unroll):
-    """Gauss's elimination; ``choose(j, remainders)`` says by which row in step j."""
     k = gram.shape[-1]
     eye = jnp.broadcast_to(jnp.eye(k, dtype=gram.dtype), gram.shape)
+    place = jnp.arange(k)
 
-    def step(j, state):
-        rows, later = state
-        left = jnp.diagonal(rows, axis1=-2, axis2=-1)
-        taken = later & choose(j, jnp.where(later, left, -1e30))
-        later = later & ~taken
+    def step(j, rows):
+        taken = place == j
         # Sums term by term, which are fused with all else where a reduction is not.
-        row = _sum(jnp.where(taken[:, i, None], rows[:, i], 0.0) for i in range(k))
-        pivot = _sum(jnp.where(taken[:, [i]], row[:, [i]], 0.0) for i in range(k))
+        row = _sum(jnp.where(taken[i], rows[:, i], 0.0) for i in range(k))
+        pivot = _sum(jnp.where(taken[i], row[:, [i]], 0.0) for i in range(k))
         used = pivot > least
         root = jnp.where(used, jax.lax.rsqrt(jnp.where(used, pivot, 1.0)), 0.0)
         row = row * root
         below = rows - row[:, :k, None] * row[:, None, :]
-        rows = jnp.where(taken[..., None], row[:, None, :], rows)
-        return jnp.where(later[..., None], below, rows), later
+        rows = jnp.where(taken[:, None], row[:, None, :], rows)
+        return jnp.where((place > j)[:, None], below, rows)
 
     rows = jnp.concatenate([gram, eye], axis=-1)
-    state = rows, jnp.ones(gram.shape[:2], bool)
-    rows, _ = jax.lax.fori_loop(0, k, step, state, unroll=k if unroll else 1)
+    rows = jax.lax.fori_loop(0, k, step, rows, unroll=k if unroll else 1)
     return rows[:, :, k:].mT
 
 

@@ -37,13 +37,13 @@ def q_galore_project(
       P \leftarrow \mathrm{int4}(\text{top-}r\text{ left singular vectors of } G)
       \text{ when due},\quad \Delta = s\, P\, \rho(P^\top G)
 
-    A leaf whose subspace hardly turns from one renewal to the next is renewed half as
+    A matrix whose subspace hardly turns from one renewal to the next is renewed half as
     often from then on. The basis is stored as integers and not made orthonormal again:
     at 4 bits ``P^T P`` differs from the identity by about a tenth. At a renewal that
     step still uses the basis as it was chosen. Bases below 4,096 numbers stay float32.
 
     State of a matrix with an Adam inner: ``s r / 2 + 4 ceil(s / 256) r`` bytes for the
-    basis at 4 bits, and ``2 l r`` numbers; s and l are its shorter and longer side.
+    basis at 4 bits, and ``2 l r + 7`` numbers; s and l are its shorter and longer side.
 
     Args:
       inner: such as ``optax.scale_by_adam()``.

@@ -14,6 +14,7 @@ from lowrank_optax._src.methods.optimizer import Mask, optimizer
 from lowrank_optax._src.parts.codec import BlockInt8
 from lowrank_optax._src.parts.laws import Recovery, Subspace, Transfer
 from lowrank_optax._src.parts.recovery import Drop
+from lowrank_optax._src.parts.refresh import Measure
 from lowrank_optax._src.parts.subspace import TopSingular
 from lowrank_optax._src.parts.transfer import Keep, Rotate
 
@@ -174,10 +175,11 @@ def adarankgrad_adamw_8bit(
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
     min_rank: int = 1,
-    max_residual_energy: ArrayLike = 0.48,
+    max_residual_energy: ArrayLike = 0.23,
     block: int = 256,
     max_interval: ArrayLike = 200,
     min_interval: ArrayLike = 20,
+    measure: Measure = "share",
     transfer: Transfer = Rotate(),
     recovery: Recovery = Drop(),
     scale: ArrayLike = 0.25,
@@ -195,7 +197,8 @@ def adarankgrad_adamw_8bit(
       scale: of projected matrices, as in `galore_adamw`.
       b1, b2, eps: of Adam.
       weight_decay, mask: decoupled, on the full weights, times the learning rate.
-      min_rank, max_residual_energy, max_interval, min_interval: see `adaptive_rank`.
+      min_rank, max_residual_energy, max_interval, min_interval, measure: see
+        `adaptive_rank`.
       transfer, recovery, side, matrices, key: see `adaptive_rank`.
       block: see `quantize_state`.
 
@@ -212,6 +215,7 @@ def adarankgrad_adamw_8bit(
         max_residual_energy=max_residual_energy,
         max_interval=max_interval,
         min_interval=min_interval,
+        measure=measure,
         transfer=transfer,
         recovery=recovery,
         scale=scale,

@@ -46,30 +46,47 @@ class Subspace(Protocol):
         ...
 
 
+class Seen(NamedTuple):
+    """What a step shows of the matrices of a leaf, of shape (*batch,) each.
+
+    Attributes:
+      size: the Frobenius norm of the projected gradient.
+      whole: that of the gradient itself.
+      chance: the share of ``whole**2`` that a basis of this rank has of noise that has
+        no direction, r / m. r counts the columns of the basis that are not zero.
+      overlap: ``||new^T old||_F^2 / r``, 1 if not due. It is 0 where there is nothing
+        to compare: no old basis, or a gradient that is zero or not finite, which leaves
+        the old one. r counts those of the old basis.
+    """
+
+    size: Array
+    whole: Array
+    chance: Array
+    overlap: Array
+
+
 @runtime_checkable
 class Refresh(Protocol):
-    """When the basis is renewed: one scalar predicate a leaf; step 0 is always due."""
+    """When the basis is renewed; step 0 is always due.
+
+    A rule that goes by the step alone has one scalar predicate for all matrices of a
+    leaf; one that looks at gradients decides for each matrix of a stack by itself, with
+    predicates and states of the batch's shape.
+    """
 
     def init(self, view: MatrixView, phase: float) -> Any:
-        """A NamedTuple of scalars, or ``optax.MaskedNode()`` for none.
+        """A NamedTuple of arrays, or ``optax.MaskedNode()`` for none.
 
         ``phase`` in [0, 1) spreads the leaves by cost.
         """
         ...
 
-    def due(self, state: Any, step: Step) -> Bool[Array, ""]:
+    def due(self, state: Any, step: Step) -> Bool[Array, "*b"]:
         """Whether to renew now."""
         ...
 
-    def after(self, state: Any, due: Array, size: Array, overlap: Array) -> Any:
-        """The next state.
-
-        ``size`` is the Frobenius norm of the projected gradient, or that of the whole
-        gradient if due: what the new basis was chosen for. ``overlap`` is
-        ``||new^T old||_F^2 / r``, 1 if not due. It is 0 where there is nothing to
-        compare: no old basis, or a gradient that is zero or not finite, which leaves
-        the old one. r counts the columns of the old basis that are not zero.
-        """
+    def after(self, state: Any, due: Bool[Array, "*b"], seen: Seen) -> Any:
+        """The next state, arrays shaped as before."""
         ...
 
 

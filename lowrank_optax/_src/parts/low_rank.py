@@ -131,7 +131,7 @@ class LowRank:
         return min(r + self.oversample, old.left.shape[-2], n)
 
 
-Sketch = tuple[Array, Array]  # y = A Omega, of a size near one, and z = y^T A
+Sketch = tuple[Array, Array]  # y = A Omega T, its columns near one, and z = y^T A
 
 
 def sketches(
@@ -142,9 +142,10 @@ def sketches(
 ) -> list[Sketch]:
     """Both products of each matrix of a leaf, with what was drawn for it.
 
-    ``y`` is the sketch, not its basis: no factorization stands between the two products
-    with A, so A need not be stored. The second ones of an `Average` lack what
-    `with_kept` adds.
+    ``y`` spans the sketch, nearly orthonormal already. The second products are as
+    precise as the smallest direction needs them then; with the sketch itself, all would
+    be near that with the leading one, and the others lost among its rounding errors.
+    Those of an `Average` lack what `with_kept` adds.
     """
     ys = [_range(*x) for x in zip(codecs, omegas, matrices, olds, strict=True)]
     ys = scaled(ys, omegas, olds)
@@ -159,17 +160,19 @@ def scaled(
     ys: Sequence[Array], omegas: Sequence[Array | None], olds: Sequence[LowRankCode]
 ) -> list[Array]:
     """First products ``A Omega``, ready for the second ones with A."""
-    if len({y.shape for y in ys}) == 1:  # in one pass over all
-        ys = list(linalg.near_one(jnp.stack(ys)))
-    else:
-        ys = [linalg.near_one(y) for y in ys]
-    # Where no column is spare, the faint directions count too.
-    return [
-        linalg.range_basis(y)
-        if omega is not None and y.shape[-1] == old.right.shape[-2]
-        else y
-        for y, omega, old in zip(ys, omegas, olds, strict=True)
-    ]
+
+    def ready(y, omega, old):
+        if omega is None:
+            return y
+        y = linalg.near_one(y)
+        # Where no column is spare, the faint directions count too.
+        spare = y.shape[-1] > old.right.shape[-2]
+        return linalg.lifted(y) if spare else linalg.range_basis(y)
+
+    kinds = {(y.shape, old.right.shape[-2]) for y, old in zip(ys, olds, strict=True)}
+    if len(kinds) == 1:  # in one pass over all
+        return list(ready(jnp.stack(ys), omegas[0], olds[0]))
+    return [ready(*x) for x in zip(ys, omegas, olds, strict=True)]
 
 
 def _range(
@@ -274,10 +277,10 @@ def best_codes(
 ) -> list[LowRankCode]:
     """The best codes of ``Q Q^T A``, of the old codes' ranks, for many matrices.
 
-    ``Q`` spans the range of a sketch ``y = A Omega``, and ``z = y^T A``: with
-    ``Q = y T``, ``Q^T A = T^T z``. All that is factored are matrices of the sketch's
-    width, those of all problems together. ``T`` takes two rounds, as the Gram matrix of
-    the first does not tell directions below 1e-3 of the largest from noise.
+    ``Q`` spans the range of a sketch ``y``, and ``z = y^T A``: with ``Q = y T``,
+    ``Q^T A = T^T z``. All that is factored are matrices of the sketch's width, those of
+    all problems together. It is the second of two rounds: see `sketches` for the first,
+    whose Gram matrix does not tell directions below 1e-3 of a column from noise.
 
     Args:
       found: sketches.
@@ -291,11 +294,8 @@ def best_codes(
     problems = [(*sketch, *old) for sketch, old in zip(found, olds, strict=True)]
     stacks = Stacks(problems, count)
     y, z, *old = (stacks.stack(list(x)) for x in zip(*problems, strict=True))
-    lift = across(linalg.lifting, map(linalg.gram, y))
-    y = [matmul(a, t) for a, t in zip(y, lift, strict=True)]
     white = across(linalg.whitening, map(linalg.gram, y))
-    turns = [matmul(a, b).mT for a, b in zip(lift, white, strict=True)]
-    units = [linalg.unit_scale(matmul(t, x)) for t, x in zip(turns, z, strict=True)]
+    units = [linalg.unit_scale(matmul(t.mT, x)) for t, x in zip(white, z, strict=True)]
     grams = [linalg.gram(b.mT) for b, _ in units]
     vectors = across(lambda s: linalg.eigh(s)[1], grams)
     pairs = list(zip(*old, strict=True))

@@ -1,7 +1,7 @@
 """When a basis is renewed."""
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ class Every:
     def due(self, state, step):
         return step % self.update_every == 0
 
-    def after(self, state, due, size, overlap):
+    def after(self, state, due, seen):
         return state
 
 
@@ -81,18 +81,18 @@ class Staggered:
     def due(self, state, step):
         return state.left <= 0
 
-    def after(self, state, due, size, overlap):
+    def after(self, state, due, seen):
         period = jnp.asarray(self.update_every, jnp.int32)
         return StaggeredState(jnp.where(state.left <= 0, period, state.left) - 1)
 
 
 class ConvergenceState(NamedTuple):
-    """State of `OnConvergence`, one scalar each a leaf.
+    """State of `OnConvergence`, one number each a matrix.
 
     Attributes:
       age: steps since the last renewal, int32.
-      average: of the projected gradient's norm; starts at the reference.
-      reference: norm of the whole gradient at the last renewal.
+      average: of what is judged, see there.
+      reference: what it is compared with; zero where nothing has been seen.
     """
 
     age: jax.Array
@@ -100,23 +100,33 @@ class ConvergenceState(NamedTuple):
     reference: jax.Array
 
 
+Measure = Literal["share", "norm"]
+
 # Of the average; single norms of stochastic gradients cross any line by chance (AR-12).
 _DECAY = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
 class OnConvergence:
-    """When the projected gradient has become small, within bounds: AdaRankGrad's rule.
+    """When a basis has lost the gradient, within bounds: AdaRankGrad's rule.
 
-    A leaf is due once an average of ``||P^T G||_F`` over the steps before is at most
-    ``threshold`` times ``||G||_F`` of its last renewal (AR-11, AR-12), but not before
-    ``min_interval`` steps (AR-9) and always after ``max_interval``. Norms that are not
-    finite are left out; the steps count.
+    Each matrix of a stack by itself, once what is judged has become small, but not
+    before ``min_interval`` steps (AR-9) and always after ``max_interval``.
+
+    * The "share": an average of ``||P^T G||_F^2 / ||G||_F^2 - r / m`` has fallen to
+      ``threshold`` times its mean over the first ``min_interval`` gradients after the
+      renewal. Of noise without a direction, any basis of r columns has r / m.
+    * The "norm", as the paper has it: an average of ``||P^T G||_F`` is at most
+      ``threshold`` times ``||G||_F`` of the renewal (AR-11, AR-12). That gradient is
+      captured as no other batch's is, and small batches meet this almost at once.
+
+    Gradients of zero and norms that are not finite are left out; the steps count.
 
     Args:
       threshold: c, in [0, 1]; with 0 only ``max_interval`` counts.
       max_interval: the most steps from one renewal to the next.
       min_interval: the fewest, unless ``max_interval`` is below.
+      measure: what is judged. The share reads the gradient once more at each step.
 
     >>> import optax, lowrank_optax as lro
     >>> tx = lro.project_gradients(
@@ -124,9 +134,10 @@ class OnConvergence:
     ... )
     """
 
-    threshold: Any
+    threshold: Any = 0.5
     max_interval: Any = 200
     min_interval: Any = 20
+    measure: Measure = "share"
     requires: ClassVar[tuple[str, ...]] = (compatible.ORTHONORMAL, compatible.CHOSEN)
 
     def __post_init__(self):
@@ -134,34 +145,59 @@ class OnConvergence:
             _check_period(getattr(self, name), name)
         if isinstance(self.threshold, float) and not 0 <= self.threshold <= 1:
             raise ValueError(f"`threshold` must be in [0, 1], got {self.threshold}.")
+        if self.measure not in get_args(Measure):
+            raise ValueError(
+                f"Unknown measure {self.measure!r}: it must be one of "
+                f"{', '.join(get_args(Measure))}."
+            )
 
     def init(self, view, phase):
-        return ConvergenceState(jnp.zeros([], jnp.int32), jnp.zeros([]), jnp.zeros([]))
-
-    def due(self, state, step):
-        converged = state.average <= self.threshold * state.reference
-        # Without a reference, as after gradients of zero, nothing has become small.
-        converged &= (state.reference > 0) & (state.age >= self.min_interval)
-        return converged | (state.age >= self.max_interval)
-
-    def after(self, state, due, size, overlap):
+        # Each with memory of its own, so that the state can be donated.
         return ConvergenceState(
-            age=jnp.where(due, 1, state.age + 1),
-            average=jnp.where(due, size, self._average(state, size)),
-            reference=jnp.where(due, size, state.reference),
+            *(view.zeros(dtype=kind) for kind in (jnp.int32, jnp.float32, jnp.float32))
         )
 
-    def _average(self, state, size):
-        return _DECAY * state.average + (1 - _DECAY) * size
+    def due(self, state, step):
+        converged = state.average <= self.threshold * jnp.maximum(state.reference, 0)
+        # Without a reference, as after gradients of zero, nothing has become small.
+        converged &= (state.reference != 0) & (state.age >= self.min_interval)
+        # With zero only the longest interval counts, whatever the basis has.
+        converged &= jnp.asarray(self.threshold) > 0
+        return converged | (state.age >= self.max_interval)
+
+    def after(self, state, due, seen):
+        age = jnp.where(due, 1, state.age + 1)
+        judge = self._share if self.measure == "share" else self._norm
+        average, reference = judge(state, due, seen)
+        return ConvergenceState(
+            age, average.astype(jnp.float32), reference.astype(jnp.float32)
+        )
+
+    def _share(self, state, due, seen):
+        there = seen.whole > 0
+        share = (seen.size / jnp.where(there, seen.whole, 1.0)) ** 2 - seen.chance
+        weight = jnp.maximum(1 / jnp.maximum(state.age, 1), 1 - _DECAY)
+        average = state.average + weight * (share - state.average)
+        average = jnp.where(there, average, state.average)
+        early = state.age <= self.min_interval
+        reference = jnp.where(early, average, state.reference)
+        return jnp.where(due, 0.0, average), jnp.where(due, 0.0, reference)
+
+    def _norm(self, state, due, seen):
+        average = _DECAY * state.average + (1 - _DECAY) * seen.size
+        return (
+            jnp.where(due, seen.whole, average),
+            jnp.where(due, seen.whole, state.reference),
+        )
 
 
 class DriftState(NamedTuple):
-    """State of `WhenDrifted`, of one leaf.
+    """State of `WhenDrifted`.
 
     Attributes:
-      left: steps to the next renewal, int32.
-      stretch: how many periods lie between two renewals, int32.
-      recent: the last overlaps, negative where there is none yet.
+      left: (*batch,), steps to the next renewal, int32.
+      stretch: (*batch,), how many periods lie between two renewals, int32.
+      recent: (*batch, 5), the last overlaps, negative where there is none yet.
     """
 
     left: jax.Array
@@ -179,7 +215,8 @@ class WhenDrifted:
 
     At every renewal the overlap ``||new^T old||_F^2 / r`` of the subspaces is noted,
     which no sign or order of the vectors changes. When the mean of the last five
-    reaches the threshold, the leaf's period doubles, and five new ones are awaited.
+    reaches the threshold, the matrix' period doubles, and five new ones are awaited.
+    Each matrix of a stack has a period of its own.
 
     Args:
       update_every: T, the period at the start.
@@ -203,18 +240,20 @@ class WhenDrifted:
             raise ValueError(f"`max_stretch` must be at least 1: {self.max_stretch}.")
 
     def init(self, view, phase):
-        # No mean over one of these is positive: five overlaps have to come in first.
-        none = jnp.full([_RECENT], -float(_RECENT), jnp.float32)
-        return DriftState(jnp.zeros([], jnp.int32), jnp.ones([], jnp.int32), none)
+        return DriftState(
+            view.zeros(dtype=jnp.int32),
+            view.full(jnp.ones, dtype=jnp.int32),
+            view.full(_none_yet, _RECENT, dtype=jnp.float32),
+        )
 
     def due(self, state, step):
         return state.left <= 0
 
-    def after(self, state, due, size, overlap):
-        compared = due & (overlap > 0)
-        recent = jnp.append(state.recent[1:], overlap)
-        recent = jnp.where(compared, recent, state.recent)
-        steady = compared & (jnp.mean(recent) >= self.threshold)
+    def after(self, state, due, seen):
+        compared = due & (seen.overlap > 0)
+        recent = jnp.append(state.recent[..., 1:], seen.overlap[..., None], axis=-1)
+        recent = jnp.where(compared[..., None], recent, state.recent)
+        steady = compared & (jnp.mean(recent, axis=-1) >= self.threshold)
         longer = jnp.minimum(2 * state.stretch, self.max_stretch).astype(jnp.int32)
         stretch = jnp.where(steady, longer, state.stretch)
         # No longer than can be counted.
@@ -223,8 +262,13 @@ class WhenDrifted:
         return DriftState(
             left=jnp.where(due, period, state.left) - 1,
             stretch=stretch,
-            recent=jnp.where(steady, -float(_RECENT), recent),
+            recent=jnp.where(steady[..., None], -float(_RECENT), recent),
         )
+
+
+def _none_yet(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """No mean over one of these is positive: five overlaps have to come in first."""
+    return jnp.full(shape, -float(_RECENT), dtype)
 
 
 def spread(costs: list[float]) -> list[np.float32]:

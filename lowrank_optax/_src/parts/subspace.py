@@ -242,7 +242,7 @@ class EnergyRank:
     """
 
     min_rank: int = 1
-    max_residual_energy: Any = 0.48
+    max_residual_energy: Any = 0.23
 
     def __post_init__(self):
         check_rank(self.min_rank, "min_rank")

@@ -60,11 +60,9 @@ def value_and_update(
 
     ``tx`` must treat the matrices of a stack one by one. Optimizers of this library do
     where ``matrices`` makes the layers a batch axis (``MatrixAxes()`` for
-    ``(L, m, n)``, None for stacked vectors), but for AdaRankGrad and Q-GaLore, which
-    decide for a whole stack when to choose a new subspace; those of Optax do where they
-    work number by number. For ``optax.clip_by_global_norm`` there is ``clip``.
-    `Staggered` spreads the leaves of a layer over its period as if there were no
-    others.
+    ``(L, m, n)``, None for stacked vectors); those of Optax do where they work number
+    by number. For ``optax.clip_by_global_norm`` there is ``clip``. `Staggered` spreads
+    the leaves of a layer over its period as if there were no others.
 
     Args:
       tx: the optimizer, learning rate included.

@@ -109,9 +109,7 @@ class PartialUpdate:
                     "this one is made of the gradients of all layers",
                     "that",
                     "Let `matrices` name rows and columns of stacked matrices, such as "
-                    "MatrixAxes(), and None for stacked vectors. What is decided once "
-                    "for a whole stack, as AdaRankGrad and Q-GaLore decide when to "
-                    "choose a new subspace, cannot be decided layer by layer.",
+                    "MatrixAxes(), and None for stacked vectors.",
                 )
             entries.append((k, stacked))
         return entries, structure
