@@ -31,21 +31,23 @@ from examples.llama.layerwise import step_of
 from examples.llama.plan import Plan, needs
 
 SEVEN = {"model": "llama_7b", "layers": 2, "method": "adamw"}
+FOUR = {**SEVEN, "layers": 4}
 LONG = {"batch_size": 16, "seq_len": 2048}
 SMALL = {"model": "llama_350m", "layers": 2, "batch_size": 64, "seq_len": 256}
 CASES: list[dict[str, Any]] = [
     {**SEVEN, "batch_size": 4},
-    {**SEVEN, "batch_size": 4, "layers": 4},
-    {**SEVEN, "batch_size": 4, "remat": True},
-    {**SEVEN, **LONG, "remat": True},
-    {**SEVEN, "batch_size": 4, "layerwise": True},
     {**SEVEN, "batch_size": 4, "method": "galore_adamw", "rank": 1024},
-    {**SEVEN, **LONG, "mesh": "fsdp=8", "layers": 4},
-    {**SEVEN, **LONG, "mesh": "fsdp=4,model=2"},
-    {**SEVEN, **LONG, "mesh": "fsdp=8", "layerwise": True},
-    {**SMALL, "method": "adamw"},
     {**SMALL, "method": "mlorc_adamw", "rank": 4},
-    {**SMALL, "method": "adamw", "param_dtype": "bfloat16", "dtype": "bfloat16"},
+    {**FOUR, "batch_size": 4},
+    {**FOUR, "batch_size": 4, "remat": True},
+    {**FOUR, **LONG, "remat": True},
+    {**FOUR, "batch_size": 4, "layerwise": True},
+    {**FOUR, **LONG, "mesh": "fsdp=8"},
+    {**FOUR, **LONG, "mesh": "fsdp=4,model=2"},
+    {**SEVEN, "batch_size": 16, "mesh": "fsdp=8", "remat": True},
+    {**SMALL, "method": "adamw"},
+    {**SMALL, "method": "adamw", "layers": 4},
+    {**SMALL, "method": "adamw", "layers": 4, "remat": True},
 ]
 
 
