@@ -1,9 +1,9 @@
 """The comparison of methods: its protocol over made-up losses, and all of it, small."""
 
+import argparse
 import dataclasses
 import json
 import math
-from pathlib import Path
 
 import pytest
 
@@ -86,7 +86,7 @@ def test_a_quick_run_writes_its_record_and_goes_on_from_what_is_there(tmp_path):
     few = dataclasses.replace(
         QUICK,
         methods=("adamw", "galore_adamw"),
-        data=f"path:{Path(record.__file__).parent}",
+        data=f"path:{argparse.__file__}",  # any text will do
         out=tmp_path,
     )
     main(dataclasses.replace(few, minutes=0.0))
