@@ -193,6 +193,13 @@ class Study:
         dense, rate = best(self.dense_ladder(method)), best(self.rate_ladder(method))
         return [Trial(method, rank, dense, rate, seed) for seed in self.protocol.seeds]
 
+    def expected(self, methods: Sequence[str]) -> int:
+        """About how many trials there are in all: ladders as short as they may be."""
+        counts, seeds = self.protocol, len(self.protocol.seeds)
+        others = [counts.equal_bytes(x) not in (None, self.rank(x)) for x in methods]
+        dense = counts.least * len({dense_rule(method) for method in methods})
+        return dense + len(methods) * (counts.least + seeds) + sum(others) * seeds
+
     def missing(self, methods: Sequence[str]) -> Iterator[Trial]:
         """The trials known to be missing, in the order in which they are run.
 

@@ -221,14 +221,13 @@ def write(settings: Any, study: Study, results: Results, trainer: Trainer) -> No
 
 def about(settings: Any, study: Study, results: Results, trainer: Trainer) -> str:
     """What was run, and what the columns mean."""
-    data, protocol = trainer.job.facts["data"], study.protocol
-    hours = sum(x["seconds"] for x in results.values()) / 3600
+    protocol = study.protocol
     return (
-        f"{trainer.job.model_fact} on {data['source']} (Python {data['python']}, "
-        f"SHA-256 {data['sha256'][:16]}): {trainer.setup}. {len(results)} trials, "
-        f"{hours:.1f} hours. d is the learning rate of embedding, head and norms, "
-        "tuned once with the method at full rank (AdamW, and Lion for the two with its "
-        "signs) and the same for all others; m that of the matrices, as the method's "
+        f"{trainer.job.model_fact}; {trainer.setup}; {len(results)} trials of about "
+        f"{study.expected(settings.methods)}. d is the learning rate of embedding, "
+        "head and norms, tuned once with the method at full rank (AdamW, and Lion for "
+        "the two with its signs) and the same for all others; m that of the matrices, "
+        "as the method's "
         "`learning_rate`: GaLore and its kind multiply it by their scale, 0.25. Each m "
         f"is the best of a ladder on seed {protocol.tuning_seed}; the losses are those "
         f"of seeds {', '.join(map(str, protocol.seeds))} on "
@@ -246,5 +245,5 @@ def missing(study: Study, methods: Sequence[str]) -> str:
     names = dict.fromkeys(trial.method for trial in wanted)
     return (
         f"**Not complete**: at least {len(wanted)} trials are missing, of "
-        f"{', '.join(names)}. `python -m benchmarks.comparison` goes on."
+        f"{', '.join(names)} first. `python -m benchmarks.comparison` goes on."
     )

@@ -135,11 +135,11 @@ def _relora(
 _DENSE = 3e-2
 
 METHODS = {
-    "adamw": Method(optimizer(optax.adamw), 3e-3, _DENSE),
+    "adamw": Method(optimizer(optax.adamw), 2e-3, _DENSE),
     "lion": Method(optimizer(optax.lion), 1e-3, 3e-3),
     "galore_adamw": Method(optimizer(lro.galore_adamw), 1.5e-2, _DENSE, 32),
     "galore_adafactor": Method(optimizer(lro.galore_adafactor), 1.5e-2, _DENSE, 32),
-    "mlorc_adamw": Method(optimizer(lro.mlorc_adamw), 3e-3, _DENSE, 4),
+    "mlorc_adamw": Method(optimizer(lro.mlorc_adamw), 2e-3, _DENSE, 4),
     "mlorc_lion": Method(optimizer(lro.mlorc_lion), 1e-3, 3e-3, 4),
     "fira_adamw": Method(optimizer(lro.fira_adamw), 1.5e-2, _DENSE, 32),
     "i3s_adamw": Method(optimizer(lro.i3s_adamw), 1.5e-2, _DENSE, 32),
@@ -148,7 +148,7 @@ METHODS = {
     ),
     "golore_adamw": Method(_golore, 1.5e-2, _DENSE, 32, ("steps",)),
     "ldadamw": Method(optimizer(lro.ldadamw), 3e-3, _DENSE, 32),
-    "adamw_8bit": Method(optimizer(lro.adamw_8bit), 3e-3, _DENSE),
+    "adamw_8bit": Method(optimizer(lro.adamw_8bit), 2e-3, _DENSE),
     "galore_adamw_8bit": Method(optimizer(lro.galore_adamw_8bit), 1.5e-2, _DENSE, 32),
     "adarankgrad_adamw": Method(optimizer(lro.adarankgrad_adamw), 1.5e-2, _DENSE, 32),
     "adarankgrad_adamw_8bit": Method(
@@ -163,7 +163,7 @@ METHODS = {
     "q_galore_adamw_8bit": Method(
         optimizer(lro.q_galore_adamw_8bit), 1.5e-2, _DENSE, 32
     ),
-    "adam_mini": Method(optimizer(_adam_mini), 3e-3, _DENSE),
+    "adam_mini": Method(optimizer(_adam_mini), 2e-3, _DENSE),
     "galore_adam_mini": Method(optimizer(lro.galore_adam_mini), 1.5e-2, _DENSE, 32),
     "lora": Method(_adapters, 3e-3, _DENSE, 32, linear=LoRALinear),
     "dora": Method(_adapters, 3e-3, _DENSE, 32, linear=DoRALinear),
