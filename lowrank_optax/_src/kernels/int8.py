@@ -44,7 +44,7 @@ def adam_in_blocks(
     block, dtype = blocks[0].shape[-1], blocks[0].dtype
     scalars = list(map(flat, numbers))
 
-    def on(platform, interpret, *_):
+    def on(platform, interpret):
         taken = rows_at_once(platform, cols, block, dtype)
         if not taken:
             rows = blocks[0].size // cols, cols
