@@ -10,11 +10,9 @@ import optax
 from jax.typing import ArrayLike
 
 from lowrank_optax._src.engines import accumulation
-from lowrank_optax._src.engines.accept import (
-    accept_leaf,
-    increment,
-)
+from lowrank_optax._src.engines.accept import accept_leaf, increment
 from lowrank_optax._src.engines.around import ByLeaves
+from lowrank_optax._src.engines.decay import check_no_decay
 from lowrank_optax._src.engines.one_matrix import (
     Matrix,
     Moments,
@@ -42,7 +40,6 @@ from lowrank_optax._src.linalg.products import norm
 from lowrank_optax._src.parts import compatible
 from lowrank_optax._src.parts.checks import check_number, check_rank
 from lowrank_optax._src.parts.laws import (
-    Observer,
     Recovery,
     Refresh,
     Subspace,
@@ -239,7 +236,7 @@ class _Projection:
                 cases[own, v.m, v.rank(self.rank), type(parts[1])] = parts[1], v
         for (own, _, r, _), (part, view) in cases.items():
             view = dataclasses.replace(view, source=None)
-            _check_moments(self.transfer, part, view, r, dict(own))
+            compatible.check_moments(self.transfer, part, view, r, dict(own))
 
     def _leaves(self, updates: Any, state: ProjectState) -> "_Leaves":
         """The leaves of an update, and what belongs to those that are matrices."""
@@ -331,7 +328,8 @@ class _Projection:
             None if weights is None else low,
             extra,
         )
-        _check_decay(leaves, inner)
+        adding = inner.adding_weights()
+        check_no_decay(updates, [i for i in adding if i in leaves.matrices])
         order, out, own, new = Order(), {}, {}, {}
         for group in inner.groups:
             # These wait for the group before; what is kept is that of `leaves`.
@@ -393,32 +391,6 @@ class _Leaves:
                 column[i] = x
         basis, refresh, recovery = map(self.treedef.unflatten, columns)
         return ProjectState(state.step, basis, refresh, recovery, inner_state)
-
-
-def _check_moments(transfer, recovery, view, rank, moments) -> None:
-    """Let parts refuse the moments now, by a run on shapes alone."""
-
-    def use(moments):
-        transfer.carry(moments, jnp.zeros((*view.batch_shape, rank, rank)))
-        if isinstance(recovery, Observer):
-            basis = view.zeros("m", rank)
-            recovery.observe(basis, moments, recovery.init(view))
-
-    jax.eval_shape(use, moments)
-
-
-def _check_decay(leaves: _Leaves, inner: ByLeaves) -> None:
-    """Refuse weight decay that would see no more of the weights than is projected."""
-    decayed = [i for i in inner.adding_weights() if i in leaves.matrices]
-    if decayed:
-        paths, _, _ = flatten(leaves.treedef.unflatten(leaves.grads))
-        raise ValueError(
-            f"Cannot decay the weights of '{'/'.join(paths[decayed[0]])}' of shape "
-            f"{leaves.grads[decayed[0]].shape} in the inner optimizer: only their part "
-            "in the subspace would shrink. Leave it out there, and chain "
-            "optax.add_decayed_weights after the projection and before the learning "
-            "rate, as the aliases with `weight_decay` do (lro.galore_adamw)."
-        )
 
 
 def _at(view: MatrixView, part: Any) -> Any:
