@@ -2,11 +2,12 @@
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Literal, TypeVar, get_args
 
 import jax
+
+from lowrank_optax._src.leaves.warn import warn
 
 Tier = Literal["auto", "xla", "pallas"]
 T = TypeVar("T")
@@ -101,8 +102,7 @@ def warn_of_xla(platform: str, name: str, shape: tuple[int, ...]) -> None:
     """
     here = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     if platform == here or _tier.value == f"interpret {platform}":
-        warnings.warn(
+        warn(
             f"The kernel {name} has no tiles that fit the fast memory of {platform} "
-            f"for matrices of shape {shape}: plain XLA takes them.",
-            stacklevel=2,
+            f"for matrices of shape {shape}: plain XLA takes them."
         )
