@@ -131,7 +131,7 @@ class Matrix(NamedTuple):
         # One by one: steps are counted whatever the norms are.
         return jax.tree.map(accept_finite, after, self.own.refresh)
 
-    def after(self, order: Order) -> "Matrix":
+    def in_turn(self, order: Order) -> "Matrix":
         """The same, not before the matrix stepped last has ended."""
         basis = order.start(self.own.basis)
         return self._replace(own=self.own._replace(basis=basis))

@@ -334,7 +334,7 @@ class _Projection:
         for group in inner.groups:
             # These wait for the group before; what is kept is that of `leaves`.
             at = {i: leaves.matrices[i] for i in group if i in leaves.matrices}
-            at = {i: x.after(order) for i, x in at.items()}
+            at = {i: x.in_turn(order) for i, x in at.items()}
             seen = {i: leaves.low[i] if summed is None else summed[i] for i in group}
             if summed is None:
                 seen |= {i: x.down() for i, x in at.items()}
@@ -353,8 +353,7 @@ class _Projection:
                 size, x = norm(seen[i]), leaves.matrices[i]
                 own[i] = x.own._replace(recovery=recovery)
                 if summed is None:
-                    after = x.counted(self.refresh, size)
-                    own[i] = own[i]._replace(refresh=after)
+                    own[i] = own[i]._replace(refresh=x.counted(self.refresh, size))
                 order.end(size)
         state = leaves.store(state, own, inner.state(new))
         state = state._replace(step=increment(state.step))
