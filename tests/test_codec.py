@@ -14,7 +14,7 @@ import reference
 import lowrank_optax as lro
 from lowrank_optax._src.leaves.choose import view_leaves
 from lowrank_optax._src.parts import int8_map
-from lowrank_optax._src.parts.low_rank import LowRankCode
+from lowrank_optax._src.parts.factors import LowRankCode
 
 KEY = jax.random.key(0)
 

@@ -297,7 +297,7 @@ def test_passes_at_a_rank_that_takes_matrix_products(name, platform):
         for axes in one.ins
     ]
     whole = one.at_once(*arrays)
-    tiled = one.on(platform, True, *arrays)
+    tiled = one(platform, True, *arrays)
     for x, y in zip(tiled, whole, strict=True):
         assert x.shape == y.shape and relative(x, y) < 1e-5
 
@@ -480,5 +480,5 @@ def test_what_fits_no_tile_is_left_to_xla():
             )
             for axes in mlorc.SKETCHES.ins
         ]
-        run = functools.partial(mlorc.SKETCHES.on, "cuda", True)
+        run = functools.partial(mlorc.SKETCHES, "cuda", True)
         assert kernels_in(run, *arrays) == kernels

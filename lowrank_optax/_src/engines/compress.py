@@ -1,7 +1,7 @@
 """The state-space engine: an optimizer whose moments are stored compressed."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ import optax
 
 from lowrank_optax._src.engines.accept import (
     accept_leaf,
-    all_finite,
+    accept_together,
     increment,
     tree_where,
 )
@@ -24,9 +24,9 @@ from lowrank_optax._src.engines.coded import (
     is_elementwise,
     measured_by,
 )
-from lowrank_optax._src.engines.in_bytes import adam_in_bytes, leaves_in_bytes
+from lowrank_optax._src.engines.in_bytes import step_in_bytes
 from lowrank_optax._src.engines.moments import Choose
-from lowrank_optax._src.engines.order import Order, wait
+from lowrank_optax._src.engines.order import Order
 from lowrank_optax._src.kernels.adam import Adam
 from lowrank_optax._src.leaves import matrix, saving
 from lowrank_optax._src.leaves.box import (
@@ -46,7 +46,7 @@ from lowrank_optax._src.leaves.fields import (
 )
 from lowrank_optax._src.leaves.keys import leaf_seed
 from lowrank_optax._src.leaves.matrix import MatrixView
-from lowrank_optax._src.leaves.paths import flatten, full_precision
+from lowrank_optax._src.leaves.paths import Path, flatten, full_precision
 from lowrank_optax._src.leaves.placing import place_of
 from lowrank_optax._src.leaves.roles import Role
 from lowrank_optax._src.leaves.transformation import transformation
@@ -246,7 +246,9 @@ class _Compression:
             )
         return CompressState(step, layout.set(state, codes), {})
 
-    def _encode_at(self, w: Where, coded: Coded, x: jax.Array, old: Any, at) -> Any:
+    def _encode_at(
+        self, w: Where, coded: Coded, x: jax.Array, old: Any, at: tuple[Path, jax.Array]
+    ) -> Any:
         """The code of a moment; ``at`` are the leaf's path and the step."""
         (codec, view), (path, step) = coded[w], at
         seed = leaf_seed(self.key, path)
@@ -254,99 +256,132 @@ class _Compression:
         parts = codec, field, view.batch_shape
         return encode(parts, seed, step, x, old)
 
-    def update(self, updates, state, params=None, **extra):
+    def update(
+        self, updates: Any, state: CompressState, params: Any = None, **extra: Any
+    ) -> tuple[Any, CompressState]:
+        """Decode the moments of some leaves, step, and encode them; then of others."""
+        leaves = self._leaves(updates, state)
+        treedef, old, out, new = leaves.treedef, leaves.old, {}, {}
+        if self.adam is not None:
+            given, count = (leaves.coded, leaves.given, old), state.inner_state.count
+            out, new = step_in_bytes(self.adam, *given, count)
+        grads = {i: g for i, g in enumerate(leaves.whole) if i not in new}
+        weights = None
+        if params is not None:
+            weights = treedef.flatten_up_to(params)
+            weights = {i: full_precision(weights[i]) for i in grads}
+        shapes = leaves.decoded_shapes(state.inner_state, grads)
+        inner = ByLeaves(
+            self.inner, leaves.layout, treedef, shapes, grads, weights, extra
+        )
+        order = Order(dense=bool(leaves.coded))
+        for group in inner.groups:
+            before = leaves.decoded(order.start({i: old[i] for i in group}))
+            seen = {i: grads[i] for i in group}
+            seen_weights = {} if weights is None else {i: weights[i] for i in group}
+            directions, found = inner.step(seen, before, seen_weights)
+            measured = by_leaf(measured_by(leaves.coded, found), group)
+            for i in group:
+                out[i] = directions[i].astype(leaves.given[i].dtype)
+                change = _Change(old[i], before[i], found[i], measured[i])
+                new[i] = self._keep(leaves, i, change, out[i])
+            order.end([new[i] for i in group])
+        inner_state = inner.state(new)
+        state = CompressState(increment(state.step), inner_state, state.own)
+        return treedef.unflatten(out[i] for i in range(len(out))), state
+
+    def _leaves(self, updates: Any, state: CompressState) -> "_Leaves":
         paths, given, treedef = flatten(updates)
         whole = [full_precision(g) for g in given]
         layout = self.fields.layout(treedef.unflatten(whole))
         _, coded = self._see(updates, layout, layout.abstract)
         old = by_leaf(layout.get(state.inner_state), range(len(given)))
-        out, new = dict(enumerate(given)), dict(old)
+        return _Leaves(treedef, paths, layout, coded, given, whole, old, state.step)
 
-        in_bytes = {} if self.adam is None else leaves_in_bytes(coded)
-        order = Order()
-        for i, block in in_bytes.items():
-            view, own = coded["mu", i][1], order.start(old[i])
-            grad, count = view.matrix(given[i], given[i].dtype), state.inner_state.count
-            parts = self.adam, block
-            direction, mu, nu = adam_in_bytes(parts, grad, own["mu"], own["nu"], count)
-            out[i] = view.leaf(direction, given[i].dtype)
-            new[i] = {"mu": mu, "nu": nu}
-            order.end(new[i])
-
-        later = {
-            (name, i): jax.eval_shape(lambda x, w=(name, i): decode(coded, w, x), x)
-            for i, own in old.items()
-            for name, x in own.items()
-            if (name, i) in coded and i not in in_bytes
-        }
-        masks = {w: optax.MaskedNode() for w in coded if w[1] in in_bytes}
-        leaves = {i: g for i, g in enumerate(whole) if i not in in_bytes}
-        weights = None
-        if params is not None:
-            weights = dict(enumerate(treedef.flatten_up_to(params)))
-            weights = {i: full_precision(weights[i]) for i in leaves}
-        shapes = layout.set(state.inner_state, masks | later)
-        inner = ByLeaves(self.inner, layout, treedef, shapes, leaves, weights, extra)
-
-        def decoded(codes):
-            return {
-                i: {n: decode(coded, (n, i), x) for n, x in own.items()}
-                for i, own in codes.items()
-            }
-
-        order = Order(dense=bool(coded))
-        for group in inner.groups:
-            codes = order.start({i: old[i] for i in group})
-            moments = decoded(codes)
-            seen = {i: leaves[i] for i in group}
-            seen_weights = {} if weights is None else {i: weights[i] for i in group}
-            directions, found = inner.step(seen, moments, seen_weights)
-            measured = measured_by(coded, found)
-            for i in group:
-                out[i] = directions[i].astype(given[i].dtype)
-                new[i] = self._code(
-                    i,
-                    coded,
-                    found[i],
-                    moments[i],
-                    old[i],
-                    (paths[i], state.step),
-                    measured,
-                    out[i],
-                )
-            order.end([new[i] for i in group])
-        new_state = CompressState(
-            step=increment(state.step), inner_state=inner.state(new), own=state.own
-        )
-        return treedef.unflatten(out[i] for i in range(len(out))), new_state
-
-    def _code(
-        self, i, coded, found, before, old, at, measured, direction
+    def _keep(
+        self, leaves: "_Leaves", i: int, change: "_Change", direction: jax.Array
     ) -> dict[str, Any]:
         """The moments of a leaf as they are kept."""
-        new = dict(found)
-        scales = [x for (_, j), x in measured.items() if j == i]
-        for name, x in found.items():
-            if (name, i) not in coded:
-                continue
-            codec, view = coded[name, i]
-            if (name, i) in measured:
-                parts, scale = codec, measured[name, i]
-                new[name] = encode_by(parts, scale, view.matrix(x))
+        new = dict(change.found)
+        coded = [name for name in new if (name, i) in leaves.coded]
+        for name in coded:
+            codec, view = leaves.coded[name, i]
+            x, old = change.found[name], change.old[name]
+            if name in change.measured:
+                code = encode_by(codec, change.measured[name], view.matrix(x))
             else:
-                given = view.matrix(x), old[name], at
-                new[name] = self._encode_at((name, i), coded, *given)
+                given = view.matrix(x), old, (leaves.paths[i], leaves.step)
+                code = self._encode_at((name, i), leaves.coded, *given)
             if accumulating() == "add":  # most often, only the sum has changed
-                changed = jnp.any(x != before[name])
-                new[name] = tree_where(changed, new[name], old[name])
-        if any((name, i) in coded for name in found):
-            # The moments of a leaf with codes are accepted together. The scales are
-            # measured before the codes are written; if they are finite, so are the
-            # codes.
-            rest = [x for name, x in new.items() if (name, i) not in measured]
-            ok = wait(all_finite((scales, rest)), [direction])
-            return tree_where(ok, new, old)
-        return accept_leaf(new, old, direction)
+                code = tree_where(jnp.any(x != change.before[name]), code, old)
+            new[name] = code
+        if not coded:
+            return accept_leaf(new, change.old, direction)
+        # The moments of a leaf with codes are accepted together. What is measured is
+        # known before the codes are written; if it is finite, so are these.
+        rest = [x for name, x in new.items() if name not in change.measured]
+        told_by = list(change.measured.values()), rest
+        return accept_together(new, change.old, direction, told_by)
+
+
+class _Change(NamedTuple):
+    """The moments of one leaf in a step, by field.
+
+    Attributes:
+      old: as they were kept.
+      before: the same decoded.
+      found: after the step.
+      measured: what some codecs measured of these.
+    """
+
+    old: dict[str, Any]
+    before: dict[str, Any]
+    found: dict[str, Any]
+    measured: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaves:
+    """The leaves of one update, in the order of their tree.
+
+    Attributes:
+      treedef, paths: of the updates.
+      layout: of the inner optimizer's state.
+      coded: see `_Compression._see`.
+      given: gradients.
+      whole: the same in float32 at least.
+      old: moments as they are kept, by leaf and field.
+      step: of the state.
+    """
+
+    treedef: jax.tree_util.PyTreeDef
+    paths: list[Path]
+    layout: Layout
+    coded: Coded
+    given: list[jax.Array]
+    whole: list[jax.Array]
+    old: dict[int, Any]
+    step: jax.Array
+
+    def decoded(self, codes: Mapping[int, Any]) -> dict[int, Any]:
+        """The moments of some leaves at full size."""
+        return {
+            i: {n: decode(self.coded, (n, i), x) for n, x in own.items()}
+            for i, own in codes.items()
+        }
+
+    def decoded_shapes(self, inner_state: Any, leaves: Container[int]) -> Any:
+        """The inner optimizer's state, decoded by shapes alone; of others, masks."""
+        later = {
+            (name, i): jax.eval_shape(
+                lambda x, w=(name, i): decode(self.coded, w, x), x
+            )
+            for i, own in self.old.items()
+            for name, x in own.items()
+            if (name, i) in self.coded and i in leaves
+        }
+        masks = {w: optax.MaskedNode() for w in self.coded if w[1] not in leaves}
+        return self.layout.set(inner_state, masks | later)
 
 
 def _check_start(largest: Mapping[Where, jax.Array], views: list[Any]) -> None:

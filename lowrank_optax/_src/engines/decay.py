@@ -1,10 +1,12 @@
 """Whether an optimizer adds weights to its updates, as weight decay does."""
 
 import enum
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jax.extend import core
+
+from lowrank_optax._src.leaves.paths import flatten
 
 
 class Kind(enum.IntEnum):
@@ -41,6 +43,26 @@ def adds_weights(
     """
     known = dict.fromkeys(gradients, Kind.ZERO) | dict.fromkeys(weights, Kind.WEIGHTS)
     return [kind is Kind.WEIGHTS for kind in _results(jaxpr, known)]
+
+
+def check_no_decay(updates: Any, decayed: Sequence[int]) -> None:
+    """Refuse weight decay that would see no more of the weights than is projected.
+
+    Args:
+      updates: a tree of gradients.
+      decayed: the numbers of its leaves that are projected, and of whose weights the
+        inner optimizer adds what it sees.
+    """
+    if not decayed:
+        return
+    paths, leaves, _ = flatten(updates)
+    path, shape = "/".join(paths[decayed[0]]), leaves[decayed[0]].shape
+    raise ValueError(
+        f"Cannot decay the weights of '{path}' of shape {shape} in the inner "
+        "optimizer: only their part in the subspace would shrink. Leave it out there, "
+        "and chain optax.add_decayed_weights after the projection and before the "
+        "learning rate, as the aliases with `weight_decay` do (lro.galore_adamw)."
+    )
 
 
 def _results(jaxpr: core.Jaxpr, known: Mapping[core.Var, Kind]) -> list[Kind]:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._src.engines.order import wait
+from lowrank_optax._src.engines.order import Order, wait
 from lowrank_optax._src.kernels.adam import Adam, all_finite, renewed, step_in_blocks
 from lowrank_optax._src.kernels.dispatch import active
 from lowrank_optax._src.leaves.matrix import MatrixView
@@ -41,6 +41,32 @@ def leaves_in_bytes(coded: Mapping[tuple[str, int], tuple[Any, MatrixView]]) -> 
         ):
             found[i] = mu.block
     return found
+
+
+def step_in_bytes(
+    adam: Adam,
+    coded: Mapping[tuple[str, int], tuple[Any, MatrixView]],
+    grads: Sequence[Array],
+    codes: Mapping[int, Mapping[str, Any]],
+    count: Array,
+) -> tuple[dict[int, Array], dict[int, dict[str, BlockInt8Code]]]:
+    """Directions and new codes of the leaves whose moments are both in bytes.
+
+    Args:
+      adam: the numbers of the optimizer.
+      coded: as of `leaves_in_bytes`.
+      grads: of all leaves.
+      codes: of all leaves, by field.
+      count: of Adam's updates before.
+    """
+    order, out, new = Order(), {}, {}
+    for i, block in leaves_in_bytes(coded).items():
+        view, own, grad = coded["mu", i][1], order.start(codes[i]), grads[i]
+        parts, matrix = (adam, block), view.matrix(grad, grad.dtype)
+        direction, mu, nu = adam_in_bytes(parts, matrix, own["mu"], own["nu"], count)
+        out[i], new[i] = view.leaf(direction, grad.dtype), {"mu": mu, "nu": nu}
+        order.end(new[i])
+    return out, new
 
 
 @compiled

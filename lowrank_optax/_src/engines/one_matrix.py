@@ -131,7 +131,7 @@ class Matrix(NamedTuple):
         # One by one: steps are counted whatever the norms are.
         return accept_each(after, self.own.refresh, len(self.parts.view.batch_shape))
 
-    def after(self, order: Order) -> "Matrix":
+    def in_turn(self, order: Order) -> "Matrix":
         """The same, not before the matrix stepped last has ended."""
         basis = order.start(self.own.basis)
         return self._replace(own=self.own._replace(basis=basis))

@@ -10,11 +10,9 @@ import optax
 from jax.typing import ArrayLike
 
 from lowrank_optax._src.engines import accumulation
-from lowrank_optax._src.engines.accept import (
-    accept_leaf,
-    increment,
-)
+from lowrank_optax._src.engines.accept import accept_leaf, increment
 from lowrank_optax._src.engines.around import ByLeaves
+from lowrank_optax._src.engines.decay import check_no_decay
 from lowrank_optax._src.engines.one_matrix import (
     Matrix,
     Moments,
@@ -42,7 +40,6 @@ from lowrank_optax._src.linalg.products import norms
 from lowrank_optax._src.parts import compatible
 from lowrank_optax._src.parts.checks import check_number, check_rank
 from lowrank_optax._src.parts.laws import (
-    Observer,
     Recovery,
     Refresh,
     Subspace,
@@ -241,7 +238,7 @@ class _Projection:
         for (own, _, r, _), (part, view) in cases.items():
             view = dataclasses.replace(view, source=None)
             known = dict(layout.known)
-            _check_moments(self.transfer, part, view, r, dict(own), known)
+            compatible.check_moments(self.transfer, part, view, r, dict(own), known)
 
     def _leaves(self, updates: Any, state: ProjectState) -> "_Leaves":
         """The leaves of an update, and what belongs to those that are matrices."""
@@ -334,12 +331,13 @@ class _Projection:
             None if weights is None else low,
             extra,
         )
-        _check_decay(leaves, inner)
+        adding = inner.adding_weights()
+        check_no_decay(updates, [i for i in adding if i in leaves.matrices])
         order, out, own, new = Order(), {}, {}, {}
         for group in inner.groups:
             # These wait for the group before; what is kept is that of `leaves`.
             at = {i: leaves.matrices[i] for i in group if i in leaves.matrices}
-            at = {i: x.after(order) for i, x in at.items()}
+            at = {i: x.in_turn(order) for i, x in at.items()}
             seen = {i: leaves.low[i] if summed is None else summed[i] for i in group}
             if summed is None:
                 seen |= {i: x.down() for i, x in at.items()}
@@ -358,8 +356,7 @@ class _Projection:
                 size, x = norms(seen[i]), leaves.matrices[i]
                 own[i] = x.own._replace(recovery=recovery)
                 if summed is None:
-                    after = x.counted(self.refresh, size)
-                    own[i] = own[i]._replace(refresh=after)
+                    own[i] = own[i]._replace(refresh=x.counted(self.refresh, size))
                 order.end(size)
         state = leaves.store(state, own, inner.state(new))
         state = state._replace(step=increment(state.step))
@@ -396,32 +393,6 @@ class _Leaves:
                 column[i] = x
         basis, refresh, recovery = map(self.treedef.unflatten, columns)
         return ProjectState(state.step, basis, refresh, recovery, inner_state)
-
-
-def _check_moments(transfer, recovery, view, rank, moments, known) -> None:
-    """Let parts refuse the moments now, by a run on shapes alone."""
-
-    def use(moments):
-        transfer.carry(moments, jnp.zeros((*view.batch_shape, rank, rank)), known)
-        if isinstance(recovery, Observer):
-            basis = view.zeros("m", rank)
-            recovery.observe(basis, moments, known, recovery.init(view))
-
-    jax.eval_shape(use, moments)
-
-
-def _check_decay(leaves: _Leaves, inner: ByLeaves) -> None:
-    """Refuse weight decay that would see no more of the weights than is projected."""
-    decayed = [i for i in inner.adding_weights() if i in leaves.matrices]
-    if decayed:
-        paths, _, _ = flatten(leaves.treedef.unflatten(leaves.grads))
-        raise ValueError(
-            f"Cannot decay the weights of '{'/'.join(paths[decayed[0]])}' of shape "
-            f"{leaves.grads[decayed[0]].shape} in the inner optimizer: only their part "
-            "in the subspace would shrink. Leave it out there, and chain "
-            "optax.add_decayed_weights after the projection and before the learning "
-            "rate, as the aliases with `weight_decay` do (lro.galore_adamw)."
-        )
 
 
 def _at(view: MatrixView, part: Any) -> Any:

@@ -12,12 +12,11 @@ import optax
 from lowrank_optax._src.engines.accept import (
     accept_finite,
     accept_leaf,
-    all_finite,
+    accept_together,
     increment,
-    tree_where,
 )
 from lowrank_optax._src.engines.compress import CompressState
-from lowrank_optax._src.engines.order import Order, wait
+from lowrank_optax._src.engines.order import Order
 from lowrank_optax._src.leaves import matrix
 from lowrank_optax._src.leaves.choose import view_leaves
 from lowrank_optax._src.leaves.fields import StateFields, by_field, by_leaf, field_name
@@ -262,8 +261,7 @@ def _whole(parts, key, step, grad, state):
     rule, view = parts
     direction, new = rule.update(key, step, view.matrix(grad), state)
     direction = view.leaf(direction)
-    ok = wait(all_finite(new), [direction])
-    return direction, tree_where(ok, new, state)
+    return direction, accept_together(new, state, direction)
 
 
 def _masked(leaves: Sequence[Any], at_matrix: Mapping[int, Any]) -> list[Any]:

@@ -1,13 +1,16 @@
 """Which implementation of the update passes is used: plain XLA or Pallas kernels."""
 
 import contextlib
-import warnings
+import functools
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import jax
 
+from lowrank_optax._src.leaves.warn import warn
+
 Tier = Literal["auto", "xla", "pallas"]
+T = TypeVar("T")
 
 # JAX keeps the value in the key of each compilation: a change of it never meets a body
 # that was compiled before, and it is local to a thread.
@@ -75,31 +78,21 @@ def on_one_device() -> bool:
 
 
 def by_platform(
-    run: Callable[..., Any],
-    plain: Callable[..., Any],
-    *arrays: Any,
-) -> list[Any]:
-    """The list of ``run(platform, interpret, *arrays)`` for what is compiled for.
+    run: Callable[[str, bool], list[T]], plain: Callable[[], list[T]]
+) -> list[T]:
+    """What ``run(platform, interpret)`` makes, for what is compiled for.
 
     Args:
-      run: the kernel.
-      plain: of the arrays alone, for platforms without kernels.
-      arrays: operands.
+      run: makes it by kernels of "cuda" or "tpu", which may be interpreted.
+      plain: makes it without kernels, on other platforms.
     """
-
-    def on(platform, interpret=False):
-        return lambda *arrays: list(run(platform, interpret, *arrays))
-
-    def without(*arrays):
-        return list(plain(*arrays))
-
     _, _, platform = _tier.value.partition("interpret ")
     if platform:
-        return on(platform, True)(*arrays)
-    kernels = {platform: on(platform) for platform in ("cuda", "tpu")}
+        return run(platform, True)
+    kernels = {x: functools.partial(run, x, False) for x in ("cuda", "tpu")}
     # With "pallas", kernels are not silently left out: Pallas says what is wrong.
-    default = without if _tier.value == "auto" else kernels["tpu"]
-    return jax.lax.platform_dependent(*arrays, **kernels, default=default)
+    default = plain if _tier.value == "auto" else kernels["tpu"]
+    return jax.lax.platform_dependent(**kernels, default=default)
 
 
 def warn_of_xla(platform: str, name: str, shape: tuple[int, ...]) -> None:
@@ -109,8 +102,7 @@ def warn_of_xla(platform: str, name: str, shape: tuple[int, ...]) -> None:
     """
     here = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     if platform == here or _tier.value == f"interpret {platform}":
-        warnings.warn(
+        warn(
             f"The kernel {name} has no tiles that fit the fast memory of {platform} "
-            f"for matrices of shape {shape}: plain XLA takes them.",
-            stacklevel=2,
+            f"for matrices of shape {shape}: plain XLA takes them."
         )

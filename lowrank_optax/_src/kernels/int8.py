@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton
 
 from lowrank_optax._src.kernels.adam import all_finite, renewed, step_in_blocks
 from lowrank_optax._src.kernels.dispatch import by_platform, warn_of_xla
-from lowrank_optax._src.kernels.plan import BUDGET, power_of_two
+from lowrank_optax._src.kernels.plan import BUDGET, next_power_of_two
 from lowrank_optax._src.kernels.tiles import flat
 from lowrank_optax._src.parts import int8_map
 
@@ -44,7 +44,7 @@ def adam_in_blocks(
     block, dtype = blocks[0].shape[-1], blocks[0].dtype
     scalars = list(map(flat, numbers))
 
-    def on(platform, interpret, *_):
+    def on(platform, interpret):
         taken = rows_at_once(platform, cols, block, dtype)
         if not taken:
             rows = blocks[0].size // cols, cols
@@ -76,7 +76,7 @@ def rows_at_once(platform: str, cols: int, block: int, dtype: Any) -> int:
     taken, as many scales as there are; bytes lie in registers of (32, 128).
     """
     if platform == "cuda":
-        return _GPU_ROWS if block == power_of_two(block) else 0
+        return _GPU_ROWS if block == next_power_of_two(block) else 0
     fitting = (
         r for r in (128, 64, 32) if tpu_bytes(r, cols, block, dtype) <= BUDGET["tpu"]
     )

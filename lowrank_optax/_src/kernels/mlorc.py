@@ -15,14 +15,8 @@ import jax.numpy as jnp
 from lowrank_optax._src.kernels.dispatch import by_platform
 from lowrank_optax._src.kernels.tiles import Pass, dot, product
 from lowrank_optax._src.linalg import Lying
-from lowrank_optax._src.parts.low_rank import (
-    OUTER_MAX_RANK,
-    LowRank,
-    LowRankCode,
-    Sketch,
-    clamp_negative,
-    scaled,
-)
+from lowrank_optax._src.parts.factors import OUTER_MAX_RANK, LowRankCode, clamp_negative
+from lowrank_optax._src.parts.low_rank import LowRank, Sketch, scaled
 
 Array = jax.Array
 
@@ -70,12 +64,12 @@ def adam_sketches(
     # 1 - 0.999 has four digits in float32, if 0.999 is rounded to it before.
     source = grad.matrix.astype(grad.dtype), *olds[1], zeta, b2, 1 - b2
 
-    def passes(*_):
+    def passes(*on):
         wide = [omega.mT for omega in omegas]  # whose rows are short on TPU otherwise
-        g_omega, v_omega = SKETCHES(*source, *wide, turned=grad.turned)
+        g_omega, v_omega = SKETCHES(*on, *source, *wide, turned=grad.turned)
         ys = [b1 * kept + (1 - b1) * g_omega, v_omega]
         ys = scaled(ys, omegas, olds)
-        zs = PROJECTIONS(*source, *ys, turned=grad.turned)
+        zs = PROJECTIONS(*on, *source, *ys, turned=grad.turned)
         return list(zip(ys, zs, strict=True))
 
     return by_platform(passes, plain)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from lowrank_optax._src.parts.low_rank import OUTER_MAX_RANK
+from lowrank_optax._src.parts.factors import OUTER_MAX_RANK
 
 Array = jax.Array
 
@@ -22,7 +22,7 @@ _TILES = {
 _VALUES = 6  # whole tiles of float32 that a pass keeps besides its operands, at most
 
 
-def power_of_two(size: int, least: int = 1) -> int:
+def next_power_of_two(size: int, least: int = 1) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 
@@ -57,7 +57,7 @@ class Plan:
             return self.block[axis]
         size = self.sizes[axis]
         pad = self.platform == "cuda" and size > 1
-        return power_of_two(size, 16) if pad else size
+        return next_power_of_two(size, 16) if pad else size
 
 
 def plan(
@@ -80,7 +80,11 @@ def plan(
     for shape in _TILES[platform]:
         block: dict[str, int] = {}
         for axis, size in zip("mn", shape, strict=True):
-            least = power_of_two(sizes[axis], 16) if platform == "cuda" else sizes[axis]
+            least = (
+                next_power_of_two(sizes[axis], 16)
+                if platform == "cuda"
+                else sizes[axis]
+            )
             block[axis] = min(size, least)
         found = Plan(platform, sizes, over, block, 0)
         found = dataclasses.replace(found, bytes=_footprint(found, ins, outs, dtype))

@@ -5,7 +5,7 @@ by letters: "m" and "n" are cut into tiles, any other is taken whole; "11" is a 
 The pass walks along "m" or "n", and sums its results over it: nothing of the matrix's
 size is written.
 
-    Pass(tile, ins=("mn", "nl"), outs=("ml",), over="n")(grad, thin)
+    Pass(tile, ins=("mn", "nl"), outs=("ml",), over="n")("tpu", False, grad, thin)
 
 On TPU the steps of a walk are a grid axis, executed in order, and sums stay in VMEM; on
 GPU programs run in any order, so that a walk is a loop within one, with the sums in
@@ -21,14 +21,14 @@ call. Mosaic for TPU fills edge blocks with anything, hence masks there too.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lowrank_optax._src.kernels import gpu, tpu
-from lowrank_optax._src.kernels.dispatch import by_platform, warn_of_xla
+from lowrank_optax._src.kernels.dispatch import warn_of_xla
 from lowrank_optax._src.kernels.plan import Plan, plan, sizes_of, upright
 
 Array = jax.Array
@@ -61,27 +61,26 @@ class Pass:
     def plan(self, platform: str, sizes: Mapping[str, int], dtype: Any) -> Plan | None:
         return plan(platform, self.ins, self.outs, self.over, sizes, dtype)
 
-    def __call__(self, *arrays: Any, turned: bool = False) -> list[Array]:
-        """The results ``(*batch, ., .)`` of operands ``(*batch, ., .)`` and numbers.
-
-        With ``turned``, the gradient is transposed here, which cancels with a
-        transposition outside: nothing is moved in memory.
-        """
-        if turned:
-            other = self.turned
-            return other(*map(upright, other.ins, arrays))
-        batch = arrays[0].shape[:-2]
-        results = by_platform(self.on, self.at_once, *map(flat, arrays))
-        return [x.reshape(*batch, *x.shape[1:]) for x in results]
-
-    def on(self, platform: str, interpret: bool, *arrays: Array) -> Sequence[Array]:
-        """The pass on one platform.
+    def __call__(
+        self, platform: str, interpret: bool, *arrays: Any, turned: bool = False
+    ) -> list[Array]:
+        """The results, ``(*batch, ., .)``.
 
         Args:
           platform: "cuda" or "tpu"; where no tile fits, XLA takes the matrix whole.
           interpret: whether to interpret the kernel.
-          arrays: ``(batch or 1, ., .)``.
+          arrays: operands ``(*batch, ., .)``, or numbers.
+          turned: whether to transpose the gradient here, which cancels with a
+            transposition outside: nothing is moved in memory.
         """
+        if turned:
+            other = self.turned
+            return other(platform, interpret, *map(upright, other.ins, arrays))
+        batch = arrays[0].shape[:-2]
+        results = self._on(platform, interpret, *map(flat, arrays))
+        return [x.reshape(*batch, *x.shape[1:]) for x in results]
+
+    def _on(self, platform: str, interpret: bool, *arrays: Array) -> list[Array]:
         sizes, dtype = sizes_of(self.ins, arrays), arrays[0].dtype
         cut = self.plan(platform, sizes, dtype)
         if cut is None:
@@ -97,7 +96,7 @@ class Pass:
         return walk(cut, interpret, self.tile, self.ins, arrays, self.outs, shapes)
 
     def at_once(self, *arrays: Array) -> list[Array]:
-        """The pass in plain XLA, each matrix as a single tile."""
+        """The pass in plain XLA, each matrix as a single tile: where no other fits."""
 
         def whole(*matrices):
             return list(self.tile(*map(upright, self.ins, matrices)))

@@ -1,11 +1,11 @@
 """What is said once, at init, of leaves that stay at full rank."""
 
 import re
-import warnings
 from collections.abc import Callable, Sequence
 
 from lowrank_optax._src.leaves.matrix import DenseLeaf, MatrixAxes, MatrixView
 from lowrank_optax._src.leaves.paths import Path, words
+from lowrank_optax._src.leaves.warn import warn
 
 Leaf = MatrixView | DenseLeaf
 
@@ -13,35 +13,32 @@ Leaf = MatrixView | DenseLeaf
 def warn_of_waste(idle: Sequence[DenseLeaf]) -> None:
     """Name what the default rule leaves dense as the rank is too large to save."""
     if idle:
-        warnings.warn(
+        warn(
             "Kept at full rank, as this rank saves nothing there: "
             f"{_named(_alike(idle), _why)}. Choose a smaller rank, or name them in "
             "`matrices` to have them at this one all the same.",
-            stacklevel=3,
         )
 
 
 def warn_of_unknown(fields: Sequence[str]) -> None:
     """Name the fields of a state that stay uncompressed as their role is unknown."""
     if fields:
-        warnings.warn(
+        warn(
             f"Stored as they are, as nothing tells their role: the state fields "
             f"{', '.join(map(repr, fields))}. If they are moments, name all fields to "
             "compress, `fields={name: role}`: 'first' for those with signs, 'second' "
             "for those that are never negative.",
-            stacklevel=3,
         )
 
 
 def warn_of_nameless(paths: Sequence[Path]) -> None:
     """Say that the default rule goes by names, of which a list has none."""
     if len(paths) > 1 and not any(words("/".join(path)) for path in paths):
-        warnings.warn(
+        warn(
             f"No name tells which of these {len(paths)} parameters are embeddings, "
             "heads, norms or attention, as they stand in a list: all of two axes are "
             "taken for matrices. Give `matrices` a list of MatrixAxes and None, one "
             "for each; `default_matrices` says how to make it of Keras' variables.",
-            stacklevel=3,
         )
 
 
@@ -58,11 +55,10 @@ def warn_of_stacks(unknown: Sequence[Leaf]) -> None:
     rules = ", ".join(
         f"{pattern!r}: {axes and f'lro.{axes}'}" for pattern, axes in likely.items()
     )
-    warnings.warn(
+    warn(
         "Kept at full rank, as they have three axes or more and nothing tells which "
         f"are rows and columns: {_named(alike)}. If this is how they lie, pass "
         f"matrices=lro.matrix_rules({{{rules}}}); None leaves a leaf as it is.",
-        stacklevel=3,
     )
 
 

@@ -120,18 +120,7 @@ def scale_by_adafactor(
         out, order = [], Order()
         for i, (view, *old) in enumerate(zip(views, *moments, strict=True)):
             g = view.matrix(order.start(grads[i]))
-            square = _squares(g) + _EPS
-            if _factored(view):
-                row = b2 * old[0] + (1 - b2) * jnp.mean(square, axis=-1)
-                col = b2 * old[1] + (1 - b2) * jnp.mean(square, axis=-2)
-                # In pairs that keep in range: a quotient of squares would not.
-                root = jnp.mean(row, axis=-1, keepdims=True) ** 0.5
-                u = g * row[..., None] ** -0.5
-                u = u * (root * col**-0.5)[..., None, :]
-                new = [row, col, old[2]]
-            else:
-                v = b2 * view.matrix(old[2]) + (1 - b2) * square
-                u, new = g * v**-0.5, [*old[:2], view.leaf(v, old[2].dtype)]
+            u, new = _scaled(view, g, old, b2)
             if clipping_threshold is not None:
                 u = _clip(u, clipping_threshold)
             out.append(view.leaf(u))
@@ -157,6 +146,22 @@ def clip_by_matrix_rms(
         return treedef.unflatten(out), state
 
     return transformation(lambda params: optax.EmptyState(), update)
+
+
+def _scaled(
+    view: MatrixView, g: jax.Array, old: list[Any], b2: jax.Array
+) -> tuple[jax.Array, list[Any]]:
+    """A gradient over the root of its second moments, and these: rows, columns, all."""
+    square = _squares(g) + _EPS
+    if not _factored(view):
+        v = b2 * view.matrix(old[2]) + (1 - b2) * square
+        return g * v**-0.5, [*old[:2], view.leaf(v, old[2].dtype)]
+    row = b2 * old[0] + (1 - b2) * jnp.mean(square, axis=-1)
+    col = b2 * old[1] + (1 - b2) * jnp.mean(square, axis=-2)
+    # In pairs that keep in range: a quotient of squares would not.
+    root = jnp.mean(row, axis=-1, keepdims=True) ** 0.5
+    u = g * row[..., None] ** -0.5
+    return u * (root * col**-0.5)[..., None, :], [row, col, old[2]]
 
 
 def _clip(u: jax.Array, threshold: ArrayLike) -> jax.Array:

@@ -9,8 +9,7 @@ import optax
 from jax.typing import ArrayLike
 
 from lowrank_optax._src import linalg
-from lowrank_optax._src.engines.accept import all_finite, tree_where
-from lowrank_optax._src.engines.order import wait
+from lowrank_optax._src.engines.accept import accept_together
 from lowrank_optax._src.engines.rules import leafwise
 from lowrank_optax._src.leaves.matrix import Matrices
 from lowrank_optax._src.leaves.saving import projected
@@ -182,8 +181,8 @@ class LDAdam:
         update = grad.of(grad.order(matmul(basis, direction)))
         # All belongs together. What would spoil a number of the error is seen in its
         # column of R, and a size that would overflow in the square of that.
-        ok = wait(all_finite((basis, mu, nu)), [update.array])
-        return update, tree_where(ok, LDAdamState(basis, error, mu, nu), state)
+        new, told_by = LDAdamState(basis, error, mu, nu), (basis, mu, nu)
+        return update, accept_together(new, state, update.array, told_by)
 
     def finish(self, found, states, count):
         return found

@@ -1,8 +1,13 @@
 """How far a step can go whatever the gradients were."""
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
+import optax
 from jax.typing import ArrayLike
+
+T = TypeVar("T")
 
 
 def most_of_adam(b1: ArrayLike, b2: ArrayLike) -> jax.Array:
@@ -16,3 +21,28 @@ def most_of_adam(b1: ArrayLike, b2: ArrayLike) -> jax.Array:
     square = (1 - b2) * (1 - b1**2 / b2)
     some = jnp.where(square > 0, square, 1.0)
     return jnp.where(square > 0, (1 - b1) / jnp.sqrt(some), jnp.inf)
+
+
+def cut_off(updates: T, b1: ArrayLike, b2: ArrayLike) -> T:
+    """Updates of which no entry exceeds `most_of_adam`, by moments that have a loss.
+
+    Moments of complex leaves are not compressed: such updates keep to it by themselves.
+    """
+    most = most_of_adam(b1, b2)
+
+    def cut(u):
+        return u if jnp.iscomplexobj(u) else jnp.clip(u, -most, most)
+
+    return jax.tree.map(cut, updates)
+
+
+def bounded(
+    adam: optax.GradientTransformation, b1: ArrayLike, b2: ArrayLike
+) -> optax.GradientTransformation:
+    """Adam with these decays, its updates `cut_off`."""
+
+    def update(*args, **extra):
+        updates, state = adam.update(*args, **extra)
+        return cut_off(updates, b1, b2), state
+
+    return adam._replace(update=update)

@@ -7,8 +7,15 @@ of the parts beside it; ``lacks``, what it does not have although others of its 
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax._src.leaves.matrix import MatrixView
+from lowrank_optax._src.leaves.roles import Known
+from lowrank_optax._src.parts.laws import Observer, Recovery, Transfer
 
 ORTHONORMAL = "a basis with orthonormal columns"
 CHOSEN = "a subspace that is chosen by the gradient"
@@ -38,6 +45,25 @@ def check_rank(subspace: Any, rank: int) -> None:
             bound = f"most {most}" if most and rank > most else f"least {least}"
             need = f"a rank of at {bound}"
             raise cannot_use(name(part), f"rank {rank}", name(part), need, "that")
+
+
+def check_moments(
+    transfer: Transfer,
+    recovery: Recovery,
+    view: MatrixView,
+    rank: int,
+    moments: Mapping[str, Any],
+    known: Mapping[str, Known],
+) -> None:
+    """Let parts refuse an inner optimizer's moments, by a run on shapes alone."""
+
+    def use(moments):
+        transfer.carry(moments, jnp.zeros((*view.batch_shape, rank, rank)), known)
+        if isinstance(recovery, Observer):
+            basis = view.zeros("m", rank)
+            recovery.observe(basis, moments, known, recovery.init(view))
+
+    jax.eval_shape(use, moments)
 
 
 def cannot_use(

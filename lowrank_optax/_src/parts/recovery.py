@@ -10,7 +10,7 @@ import optax
 
 from lowrank_optax._src.linalg import matmul
 from lowrank_optax._src.parts import compatible
-from lowrank_optax._src.parts.bounds import most_of_adam
+from lowrank_optax._src.parts.bounds import cut_off
 
 Per = Literal["channel", "tensor"]
 
@@ -299,8 +299,8 @@ class SparseResidual:
         mean, square = jnp.where(t > 0, mean, 0.0), jnp.where(t > 0, square, 0.0)
         t = jnp.maximum(t, 1).astype(mean.dtype)  # as in `FiraResidual`
         root = jnp.sqrt(square / (1 - self.b2**t))
-        most = most_of_adam(self.b1, self.b2)
-        delta = jnp.clip(mean / (1 - self.b1**t) / (root + self.eps), -most, most)
+        delta = mean / (1 - self.b1**t) / (root + self.eps)
+        delta = cut_off(delta, self.b1, self.b2)
         if self.residual_scale is not None:
             scale = self.residual_scale
         update = update.reshape(-1, m, n).at[place].add(scale * delta)

@@ -8,7 +8,6 @@ adapter of it, which anything that reads Hugging Face PEFT's format can apply.
 import json
 import re
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from jaxtyping import Array, Float
 from lowrank_optax._src import linalg
 from lowrank_optax._src.leaves.box import value_of
 from lowrank_optax._src.leaves.paths import flatten, labels
+from lowrank_optax._src.leaves.warn import warn
 from lowrank_optax._src.report import diagnostics
 
 
@@ -103,10 +103,9 @@ def extract_lora(
             )
         adapters[path] = _truncate(difference, rank, energy)
     if beyond:
-        warnings.warn(
+        warn(
             f"These parameters differ from the base and are no matrices, so the "
-            f"adapters leave them as they are in the base: {beyond}.",
-            stacklevel=2,
+            f"adapters leave them as they are in the base: {beyond}."
         )
     return adapters
 

@@ -22,7 +22,7 @@ from lowrank_optax._src.leaves.matrix import MatrixView
 from lowrank_optax._src.leaves.paths import Path, flatten, labels, path_parts
 from lowrank_optax._src.leaves.roles import FIRST_MOMENTS, SECOND_MOMENTS
 from lowrank_optax._src.parts.codec import BlockInt8Code, CastCode, PackedInt4Code
-from lowrank_optax._src.parts.low_rank import LowRankCode
+from lowrank_optax._src.parts.factors import LowRankCode
 
 
 def _unit_matrix(x: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:

@@ -1,0 +1,78 @@
+"""A matrix of state as two thin factors, and what is made of their product."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lowrank_optax._src.linalg import matmul
+
+# Up to here, products of factors are formed entry by entry inside the loop that uses
+# them instead of by a matrix product that has to be stored.
+OUTER_MAX_RANK = 16
+
+
+class LowRankCode(NamedTuple):
+    """A matrix as ``left @ right``.
+
+    Attributes:
+      left: (*batch, m, r), carries the scale; zero columns are unused.
+      right: (*batch, r, n), unit rows, the next warm start.
+    """
+
+    left: Float[Array, "*b m r"]
+    right: Float[Array, "*b r n"]
+
+
+def low_rank_product(code: LowRankCode, turned: bool = False) -> Array:
+    """``left @ right``, or its transpose; at small rank as a sum that fuses."""
+    left, right = (code.right.mT, code.left.mT) if turned else code
+    r = right.shape[-2]
+    if r > OUTER_MAX_RANK:
+        return matmul(left, right)
+    terms = (left[..., :, i, None] * right[..., i, None, :] for i in range(r))
+    return functools.reduce(jnp.add, terms)
+
+
+def negative_mean(left: Array, right: Array) -> Float[Array, "*b 1 1"]:
+    """Zeta of MLorc's equation 2: the mean of ``|x|`` over ``x < 0``, x = left @ right.
+
+    The product is formed entry by entry inside of the sums, and never stored.
+    """
+
+    def sums(left, right, again):
+        x, y = (low_rank_product(LowRankCode(a, right)) for a in (left, again))
+        terms = jnp.minimum(x, 0.0), (y < 0).astype(y.dtype)
+        return tuple(jnp.sum(term, axis=(-2, -1), keepdims=True) for term in terms)
+
+    def at_once(left, right):
+        # Each sum forms its own product: one for both, XLA's GPU backend would store if
+        # the stack is large.
+        return sums(left, right, jax.lax.optimization_barrier(left))
+
+    def by_blocks(left, right):
+        # XLA's CPU backend would store the product: there, of some rows at a time.
+        *batch, m, r = left.shape
+        blocks = math.gcd(m, 16)
+        rows = jnp.moveaxis(left.reshape(*batch, m // blocks, blocks, r), -2, 0)
+
+        def add(total, block):
+            return jax.tree.map(jnp.add, total, sums(block, right, block)), None
+
+        start = jnp.zeros((*left.shape[:-2], 1, 1), left.dtype)
+        return jax.lax.scan(add, (start, start), rows)[0]
+
+    below, count = jax.lax.platform_dependent(
+        left, right, cpu=by_blocks, default=at_once
+    )
+    return -below / jnp.maximum(count, 1.0)
+
+
+def clamp_negative(
+    x: Float[Array, "*b m n"], zeta: Float[Array, "*b 1 1"]
+) -> Float[Array, "*b m n"]:
+    """``max(x, 0) + zeta [x < 0]`` (ML-6): exact zeros stay zero."""
+    return jnp.where(x < 0, zeta, x)
