@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
@@ -52,8 +53,17 @@ TARGETS = {
 
 
 def environment(target: str) -> dict[str, str]:
-    """The variables of a process that compiles for a target, set before it starts."""
+    """The variables of a process that compiles for a target, set before it starts.
+
+    Of "cpu", eight simulated devices.
+    """
     variables = {"JAX_PLATFORMS": "cpu"}
+    if target == "cpu":
+        # Nothing runs there: machine code need not be good.
+        flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes"
+        return variables | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {flags}=true"
+        }
     if TARGETS[target].platform == "cuda":
         # Autotuning would measure kernels on the device.
         return variables | {"XLA_FLAGS": "--xla_gpu_autotune_level=0"}
@@ -65,13 +75,17 @@ def environment(target: str) -> dict[str, str]:
     }
 
 
+def devices(target: str, topology: str) -> list[jax.Device]:
+    """The devices of a topology, which need not be there."""
+    if TARGETS[target].platform == "cuda":
+        found = topologies.get_topology_desc(
+            target, "cuda", target_config=_H100, topology=topology
+        )
+    else:
+        found = topologies.get_topology_desc(topology, "tpu")
+    return list(found.devices)
+
+
 def sharding(target: str) -> SingleDeviceSharding:
     """Where arrays of a program for a target are: on one device of its kind."""
-    found = TARGETS[target]
-    if found.platform == "cuda":
-        devices = topologies.get_topology_desc(
-            target, "cuda", target_config=_H100, topology=found.topology
-        ).devices
-    else:
-        devices = topologies.get_topology_desc(found.topology, "tpu").devices
-    return SingleDeviceSharding(devices[0])
+    return SingleDeviceSharding(devices(target, TARGETS[target].topology)[0])

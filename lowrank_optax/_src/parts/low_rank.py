@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from lowrank_optax._src import linalg
 from lowrank_optax._src.linalg import matmul, random
+from lowrank_optax._src.linalg.meshes import split_axes
 from lowrank_optax._src.linalg.products import Lying
 from lowrank_optax._src.linalg.thin import Stacks, across, each
 from lowrank_optax._src.parts import compatible
@@ -317,6 +318,15 @@ def _accept(codes, olds, owners) -> list[tuple[Array, Array]]:
         jnp.isfinite(jnp.sum(left, (-2, -1)) + jnp.sum(right, (-2, -1)))
         for left, right in codes
     ]
+    if all(len(set(of)) == 1 for of in owners):
+        # One leaf a stack, as on a mesh, where its predicates are on many devices.
+        whole: dict[int, Array] = {}
+        for of, ok in zip(owners, each, strict=True):
+            whole[of[0]] = whole.get(of[0], True) & jnp.all(ok)
+        return [
+            (jnp.where(whole[of[0]], a, x), jnp.where(whole[of[0]], b, y))
+            for of, (a, b), (x, y) in zip(owners, codes, olds, strict=True)
+        ]
     owner = np.concatenate(owners)
     leaves = jnp.ones(int(owner.max(initial=-1)) + 1, jnp.int32)
     ok = leaves.at[owner].min(jnp.concatenate(each).astype(jnp.int32))[owner] > 0
@@ -384,6 +394,8 @@ def negative_mean(left: Array, right: Array) -> Float[Array, "*b 1 1"]:
         return sums(left, right, jax.lax.optimization_barrier(left))
 
     def by_blocks(left, right):
+        if split_axes(left):  # simulated devices: a sum over them for each block
+            return at_once(left, right)
         # XLA's CPU backend would store the product: there, of some rows at a time.
         *batch, m, r = left.shape
         blocks = math.gcd(m, 16)
