@@ -10,20 +10,18 @@ from jax.sharding import PartitionSpec as P
 from running import random_like
 
 import lowrank_optax as lro
-from benchmarks.accelerators import hlo, meshes
+from benchmarks.accelerators import meshes
 from lowrank_optax._src.parts.codec import BlockInt8
 
 AXES = ("a", "b")
 SHAPES = {"rows": (32, 768), "columns": (32, 768), "both": (768, 32)}
 SHAPES |= {"layers": (8, 32, 768)}
 SPECS = {k: meshes.SPLITS[k] for k in SHAPES}
-COLUMNS = 12  # of a sketch
 MATRICES = lro.MatrixAxes()
 _RATE = {"learning_rate": 0.1, "matrices": MATRICES}
-# One for each mechanism: a range finder, exact and random subspaces, factors that turn
-# at every step, codes, projected codes.
+# One for each mechanism: exact subspaces, subspaces and factors that turn at every
+# step, bytes. Range finders are in `test_sharding.py`.
 METHODS = {
-    "galore": lro.galore_adamw(rank=4, **_RATE),
     "i3s": lro.i3s_adamw(rank=4, **_RATE),
     "ldadam": lro.ldadamw(rank=12, **_RATE),
     "mlorc": lro.mlorc_adamw(rank=8, **_RATE),
@@ -31,28 +29,14 @@ METHODS = {
 }
 
 
-def step(params, states, grads):
-    return {k: tx.update(grads, states[k], params) for k, tx in METHODS.items()}
-
-
-def compiled(mesh):
-    """One step by each method, on matrices that are split in all ways."""
+def moved(tx, mesh):
+    """What a step moves, on matrices that are split in all ways."""
     params = {
         k: jax.ShapeDtypeStruct(s, jnp.float32, sharding=NamedSharding(mesh, SPECS[k]))
         for k, s in SHAPES.items()
     }
-    places, states = {}, {}
-    for name, tx in METHODS.items():
-        places[name] = lro.state_shardings(tx, params, mesh)
-        states[name] = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            jax.eval_shape(tx.init, {k: jnp.zeros(s) for k, s in SHAPES.items()}),
-            places[name],
-        )
-    updates = jax.tree.map(lambda x: x.sharding, params)
-    out = {name: (updates, place) for name, place in places.items()}
-    run = jax.jit(step, out_shardings=out).lower(params, states, params)
-    return hlo.parse(run.compile().as_text())
+    module, _, _ = meshes.compiled(tx, params, mesh, "cpu")
+    return [vars(meshes.moves(module, due)) for due in (False, True)]
 
 
 def codes(mesh):
@@ -103,11 +87,8 @@ def kernels(mesh):
 
 def main():
     mesh = meshes.mesh_of("cpu")
-    module = compiled(mesh)
-    moved = {due: meshes.moves(module, due, join=True) for due in (False, True)}
     found = {
-        "ordinary": vars(moved[False]),
-        "refresh": vars(moved[True]),
+        "moved": {name: moved(tx, mesh) for name, tx in METHODS.items()},
         "codes": codes(mesh),
         "exact": exact(mesh),
         "kernels": kernels(mesh),

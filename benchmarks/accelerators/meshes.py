@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,65 +76,27 @@ class Moves:
         return Moves(count * self.count, self.largest, count * self.bytes)
 
 
-def moves(module: hlo.Module, refresh: bool, join: bool = False) -> Moves:
-    """What a compiled step moves, with all refreshes due or none.
-
-    Args:
-      module: the program.
-      refresh: whether all are due.
-      join: count what the compilers for GPU and TPU would make one collective of: those
-        of one kind, of which none waits for another. That for CPU joins none.
-    """
-    return _Counter(module, refresh, join).computation(module.entry)[0]
+def moves(module: hlo.Module, refresh: bool) -> Moves:
+    """What a compiled step moves, with all refreshes due or none."""
+    return _moves(module, module.entry, refresh)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Counter:
-    module: hlo.Module
-    refresh: bool
-    join: bool
-
-    def computation(self, name: str) -> tuple[Moves, int]:
-        """What it moves, and how many collectives wait for one another in it."""
-        around, total = self.module.computations[name], Moves()
-        waits: dict[str, int] = {}  # how many an instruction waits for
-        seen: set[tuple[object, ...]] = set()
-        for x in around.instructions:
-            waits[x.name] = max((waits.get(y, 0) for y in x.operands), default=0)
-            found, more = self.instruction(around, x)
-            if found.count and _kind(x):
-                key = *self._joined(x), waits[x.name]
-                if self.join and key in seen:
-                    found = dataclasses.replace(found, count=0)
-                seen.add(key)
-            waits[x.name] += more
-            total += found
-        return total, max(waits.values(), default=0)
-
-    def _joined(self, x: hlo.Instruction) -> tuple[object, ...]:
-        """What two collectives share that can be one."""
-        groups = re.search(r"replica_groups=(\S+( \{.*?\})?)", x.rest)
-        how = [self.module.computations[y].root.opcode for y in x.called("to_apply")]
-        return _kind(x), groups and groups[1], *how, x.result[0].dtype
-
-    def instruction(
-        self, around: hlo.Computation, x: hlo.Instruction
-    ) -> tuple[Moves, int]:
+def _moves(module: hlo.Module, name: str, refresh: bool) -> Moves:
+    around, total = module.computations[name], Moves()
+    for x in around.instructions:
         if x.opcode == "conditional":
-            branches = [self.computation(branch) for branch in x.branches]
-            choose: Callable[..., tuple[Moves, int]] = min
-            if self.refresh or not is_refresh(x):
-                choose = max
-            return choose(branches, key=lambda m: (m[0].bytes, m[0].count))
-        if x.opcode == "while":
-            body, depth = self.computation(x.called("body")[0])
-            trips = self.module.trips(around, x) or 1
-            return body.times(trips), trips * depth
-        if x.opcode in ("call", "async-start", "fusion"):
-            inner = [self.computation(y) for y in x.called("to_apply", "calls")]
-            total = sum((m for m, _ in inner), Moves())
-            return total, max((depth for _, depth in inner), default=0)
-        return (_moved(around, x), 1) if _kind(x) else (Moves(), 0)
+            branches = [_moves(module, branch, refresh) for branch in x.branches]
+            choose = max if refresh or not is_refresh(x) else min
+            total += choose(branches, key=lambda m: (m.bytes, m.count))
+        elif x.opcode == "while":
+            body = _moves(module, x.called("body")[0], refresh)
+            total += body.times(module.trips(around, x) or 1)
+        elif x.opcode in ("call", "async-start", "fusion"):
+            for inner in x.called("to_apply", "calls"):
+                total += _moves(module, inner, refresh)
+        elif _kind(x):
+            total += _moved(around, x)
+    return total
 
 
 def _kind(x: hlo.Instruction) -> str | None:
@@ -256,7 +218,7 @@ def row(target: str, name: str, shapes: str, split: str, dump: str = "") -> dict
     seconds = time.perf_counter() - start
     if dump:
         Path(dump).write_text(text)
-    ordinary, refresh = (moves(module, due, target == "cpu") for due in (False, True))
+    ordinary, refresh = (moves(module, due) for due in (False, True))
     longest = max(max(x.shape[-2:]) for x in params.values())
     widest = max(min(x.shape[-2:]) for x in params.values())
     return {

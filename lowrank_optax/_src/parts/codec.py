@@ -123,8 +123,8 @@ class BlockInt8:
     def encode_by(self, largest: Array, x: Array) -> BlockInt8Code:
         """`encode` with the scales known."""
         blocks = Blocks.of(x, self.block)
-        scales = blocks.spread(blocks.load(largest))
-        index = int8_map.nearest(blocks.cut(x), scales, self.signed)
+        cut, scales = blocks.cut(x), blocks.spread(blocks.load(largest))
+        index = int8_map.nearest(cut, scales, self.signed)
         return BlockInt8Code(blocks.join(index), largest)
 
     def decode(self, code):
