@@ -15,5 +15,6 @@ into one. `make test-accelerators` makes it.
 - `hlo` reads XLA's text, and `counting` counts in it; `pallas` and `triton` count in
   kernels, of which XLA knows nothing.
 - `targets` are the devices, `cases` the optimizers, `programs` the steps.
+- `meshes` counts what a step moves between eight devices.
 - `measure` makes one row, in a process of its own; `table` keeps the rows.
 """

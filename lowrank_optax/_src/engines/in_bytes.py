@@ -16,6 +16,7 @@ from lowrank_optax._src.kernels.adam import Adam, all_finite, renewed, step_in_b
 from lowrank_optax._src.kernels.dispatch import active
 from lowrank_optax._src.leaves.matrix import MatrixView
 from lowrank_optax._src.parts import int8_map
+from lowrank_optax._src.parts.blocks import Blocks
 from lowrank_optax._src.parts.codec import BlockInt8, BlockInt8Code
 from lowrank_optax._src.parts.part import compiled
 
@@ -84,39 +85,46 @@ def adam_in_bytes(
       count: of Adam's updates before.
     """
     adam, block = parts
-    codecs = BlockInt8(True, block), BlockInt8(False, block)
-    codes = list(zip(codecs, (mu, nu), strict=True))
+    blocks, signs = Blocks.of(grad, block), (True, False)
+    codes = list(zip(signs, (mu, nu), strict=True))
     given = (
-        codecs[0].cut(grad),
-        *(codec.cut(x.index, int8_map.zero(codec.signed)) for codec, x in codes),
-        *(x.largest[..., None] for _, x in codes),
+        blocks.cut(grad),
+        *(blocks.cut(x.index, int8_map.zero(signed)) for signed, x in codes),
+        *(blocks.load(x.largest) for _, x in codes),
     )
     numbers = adam.numbers(count)
 
     def plain():
-        return _in_passes(given, numbers)
+        return _in_passes(blocks, given, numbers)
 
-    if active():
+    if active(grad):
         from lowrank_optax._src.kernels.int8 import adam_in_blocks
 
         cols = grad.shape[-1] if grad.shape[-1] % block == 0 else block
         results = adam_in_blocks(given, cols, numbers, plain)
     else:
         results = plain()
-    direction, *index = (codecs[0].join(x, grad.shape) for x in results[:3])
-    new_mu, new_nu = map(BlockInt8Code, index, (x[..., 0] for x in results[3:]))
+    direction, *index = map(blocks.join, results[:3])
+    new_mu, new_nu = map(BlockInt8Code, index, map(blocks.store, results[3:]))
     return direction, new_mu, new_nu
 
 
-def _in_passes(given: tuple[Array, ...], numbers: Sequence[Any]) -> list[Array]:
-    """Direction, bytes and scales, of blocks as `step_in_blocks` takes."""
-    direction = step_in_blocks(*given, *numbers)[0].astype(given[0].dtype)
-    moments = step_in_blocks(*_again(given), *numbers)[1:]
-    given, largest = _again((given, [int8_map.largest_of(x) for x in moments]))
+def _in_passes(
+    blocks: Blocks, given: tuple[Array, ...], numbers: Sequence[Any]
+) -> list[Array]:
+    """Direction, bytes and scales, of what is cut to `Blocks`."""
+
+    def step(given):
+        *cut, mu, nu = given
+        return step_in_blocks(*cut, *map(blocks.spread, (mu, nu)), *numbers)
+
+    direction = step(given)[0].astype(given[0].dtype)
+    moments = step(_again(given))[1:]
+    given, largest = _again((given, [blocks.largest(x) for x in moments]))
     # On CPU the direction comes first, or codes could not take the place of the old.
     ok = wait(all_finite(largest), [direction])
-    moments = step_in_blocks(*given, *numbers)[1:]
-    return [direction, *renewed(moments, largest, ok, given[1:])]
+    new = renewed(step(given)[1:], largest, ok, given[1:], blocks.spread)
+    return [direction, *new]
 
 
 def _again(tree: T) -> T:

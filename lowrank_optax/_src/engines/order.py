@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax._src.linalg.meshes import split_axes
+
 
 class Order:
     """Leaves one after the other: what `start` returns waits for the last `end`.
@@ -46,6 +48,8 @@ def wait(x: jax.Array, arrays: list[jax.Array], dense: bool = False) -> jax.Arra
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
 
     def added(x, *arrays):
+        if any(map(split_axes, (x, *arrays))):
+            return x  # a sum over devices, for a mesh that is only simulated
         # The sum of all numbers: XLA would compute a single one on its own, and not
         # wait for the others.
         return functools.reduce(

@@ -1,7 +1,7 @@
 """Adam, known by its numbers: what passes that know the optimizer need to see of it."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -57,9 +57,21 @@ def all_finite(largest: Sequence[Array]) -> Array:
 
 
 def renewed(
-    moments: Sequence[Array], largest: Sequence[Array], ok: Array, old: Sequence[Array]
+    moments: Sequence[Array],
+    largest: Sequence[Array],
+    ok: Array,
+    old: Sequence[Array],
+    spread: Callable[[Array], Array] = lambda scales: scales,
 ) -> list[Array]:
-    """New bytes and scales of both moments where ``ok``, else the old ones."""
-    signs = zip(moments, largest, (True, False), strict=True)
-    new = *(int8_map.nearest(*x) for x in signs), *largest
-    return [jnp.where(ok, x, y) for x, y in zip(new, old, strict=True)]
+    """New bytes and scales of both moments where ``ok``, else the old ones.
+
+    Args:
+      moments, largest, ok: of blocks.
+      old: bytes and scales.
+      spread: brings what blocks have to their numbers.
+    """
+    signs = zip(moments, map(spread, largest), (True, False), strict=True)
+    index = [int8_map.nearest(*x) for x in signs]
+    masks = (spread(ok),) * 2 + (ok,) * 2
+    new = zip(masks, (*index, *largest), old, strict=True)
+    return [jnp.where(*x) for x in new]

@@ -8,6 +8,7 @@ from typing import Literal, TypeVar, get_args
 import jax
 
 from lowrank_optax._src.leaves.warn import warn
+from lowrank_optax._src.linalg.meshes import split_axes
 
 Tier = Literal["auto", "xla", "pallas"]
 T = TypeVar("T")
@@ -30,14 +31,14 @@ def dispatch(tier: Tier) -> contextlib.AbstractContextManager[None]:
         XLA can take them: on one device, and within a `jax.shard_map` or `jax.pmap`,
         as it cannot partition a kernel over several. They move less memory than its
         loops for a layer of LLaMA-7B, by the counts of the compilers for H100 and TPU
-        v5e. Where there are several devices, "pallas" should be chosen within those
-        two only.
+        v5e. On a mesh, "pallas" can be chosen within those two only.
 
     Returns:
       A context manager.
 
     Raises:
-      ValueError: for another tier.
+      ValueError: for another tier; in an update of gradients on a mesh, for "pallas"
+        outside of `jax.shard_map`.
 
     >>> import jax, jax.numpy as jnp, lowrank_optax as lro
     >>> tx = lro.mlorc_scale_by_adam(rank=2)
@@ -56,18 +57,30 @@ def interpreted(platform: str) -> contextlib.AbstractContextManager[None]:
     return _tier(f"interpret {platform}")
 
 
-def active() -> bool:
-    """Whether kernels are wanted in what is being traced.
+def active(grad: jax.Array) -> bool:
+    """Whether kernels are wanted for a gradient.
 
     Modules of kernels are imported only then: Pallas takes its time to import, and need
     not be there otherwise.
+
+    Raises:
+      ValueError: if they are where XLA would have to partition them.
     """
     if _tier.value == "auto":
-        return jax.default_backend() in ("gpu", "tpu") and on_one_device()
+        return jax.default_backend() in ("gpu", "tpu") and _on_one_device()
+    axes = split_axes(grad)
+    if _tier.value != "xla" and axes:
+        raise ValueError(
+            f"Cannot use Pallas kernels for a gradient of shape {grad.shape} on a mesh "
+            f"with the axes {', '.join(axes)}: XLA cannot partition a kernel, and "
+            "would gather the whole gradient on each device. Update within a "
+            "jax.shard_map over these axes, or choose "
+            'lowrank_optax.kernels.dispatch("auto") or "xla".'
+        )
     return _tier.value != "xla"
 
 
-def on_one_device() -> bool:
+def _on_one_device() -> bool:
     """Whether what is being traced is a program of one device, with nothing to split.
 
     Shardings of arguments are not known when tracing: a process of several devices may

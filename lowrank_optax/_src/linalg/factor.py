@@ -6,13 +6,14 @@ nothing here needs Householder QR, which is slow on accelerators. Arithmetic is 
 float32 at least, at the highest matmul precision.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lowrank_optax._src.linalg import random, small, thin
+from lowrank_optax._src.linalg import meshes, random, small, thin
 from lowrank_optax._src.linalg.lapack import eigh, inverse_root
 from lowrank_optax._src.linalg.products import gram, matmul, unit_columns, unit_scale
 
@@ -223,10 +224,16 @@ def gram_eigh(
     Returns:
       ``(u, s)`` of shapes ``(*batch, m, rank)`` and ``(*batch, rank)``, descending.
     """
-    a, scale = unit_scale(a)
     m, n = a.shape[-2:]
     rank = min(m, n) if rank is None else min(rank, m, n)
-    wide = a if m <= n else a.mT
+    find = functools.partial(_gram_eigh, rank=rank)
+    return (meshes.shared_out(find, a) or find)(a)
+
+
+def _gram_eigh(a: Array, rank: int) -> tuple[Array, Array]:
+    a, scale = unit_scale(a)
+    m, n = a.shape[-2:]
+    wide = meshes.whole_columns(a if m <= n else a.mT)
     vectors = eigh(gram(wide.mT))[1]
     rows = matmul(vectors.mT, wide)
     values, turn = _separated(gram(rows.mT), rank)

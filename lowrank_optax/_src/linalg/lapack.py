@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lowrank_optax._src.linalg import small
+from lowrank_optax._src.linalg import meshes, small
 
 
 def one_by_one(function: Callable[[Array], Any]) -> Callable[[Array], Any]:
     """A factorization of a stack of matrices; on CPU in a loop over them.
+
+    On a mesh, each device takes its part of them.
 
     jaxlib gives a stack of any size to its threads and lets the caller, which is one of
     these itself, wait for them: as many such calls at a time as there are threads wait
@@ -26,6 +28,10 @@ def one_by_one(function: Callable[[Array], Any]) -> Callable[[Array], Any]:
     def apply(a):
         if a.ndim == 2:
             return function(a)
+        shared = meshes.shared_out(each, a)
+        return each(a) if shared is None else shared(a)
+
+    def each(a):
         return jax.lax.platform_dependent(a, cpu=in_a_loop, default=function)
 
     return apply

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_optax._src.linalg.meshes import split_axes
+
 Arrays = Sequence[jax.Array]
 
 
@@ -20,18 +22,20 @@ class Stacks:
 
     Args:
       problems: for each one its arrays, or anything of their shapes. Those of equal
-        shapes behind their batch axes, and of equal dtypes, are one stack.
+        shapes behind their batch axes, and of equal dtypes, are one stack. But on a
+        mesh each is by itself, as XLA would move those that are split otherwise.
       count: a number that is not known when compiling, see `places`.
     """
 
     def __init__(self, problems: Sequence[Arrays], count: jax.Array | None):
-        def kind(arrays):
-            return tuple((x.shape[-2:], jnp.dtype(x.dtype)) for x in arrays)
+        def kind(i, arrays):
+            alone = i if any(map(split_axes, arrays)) else None
+            return alone, *((x.shape[-2:], jnp.dtype(x.dtype)) for x in arrays)
 
         self._batches = [arrays[0].shape[:-2] for arrays in problems]
         self._members: dict[object, list[int]] = {}
         for i, arrays in enumerate(problems):
-            self._members.setdefault(kind(arrays), []).append(i)
+            self._members.setdefault(kind(i, arrays), []).append(i)
         self._count = count
 
     def stack(self, arrays: Arrays) -> list[jax.Array]:
@@ -76,6 +80,9 @@ def across(
 ) -> list[jax.Array]:
     """``function`` of each stack, in one call for all whose matrices are of one shape.
 
+    But on a mesh, stacks of more than one matrix are by themselves: each device may
+    have some of its matrices, and takes these.
+
     Args:
       function: of ``(N, k, k)``.
       stacks: arrays of matrices.
@@ -83,7 +90,8 @@ def across(
     columns = list(stacks)
     groups: dict[object, list[int]] = {}
     for i, x in enumerate(columns):
-        groups.setdefault((x.shape[1:], x.dtype), []).append(i)
+        alone = i if len(x) > 1 and split_axes(x) else None
+        groups.setdefault((alone, x.shape[1:], x.dtype), []).append(i)
     found: dict[int, jax.Array] = {}
     for members in groups.values():
         result = function(_concatenate([columns[i] for i in members]))

@@ -87,7 +87,7 @@ class MLorcAdam:
         def plain():
             return sketches(codecs, omegas, moments, state)
 
-        if not active():
+        if not active(grad.array):
             return plain()
         from lowrank_optax._src.kernels import mlorc
 

@@ -12,6 +12,7 @@ from lowrank_optax._src import linalg
 from lowrank_optax._src.leaves.matrix import Dim
 from lowrank_optax._src.linalg import random
 from lowrank_optax._src.parts import compatible, int8_map
+from lowrank_optax._src.parts.blocks import Blocks
 from lowrank_optax._src.parts.checks import check_rank
 
 
@@ -117,32 +118,20 @@ class BlockInt8:
 
     def measure(self, x: Array) -> Array:
         """The scales of a matrix, without which it cannot be encoded."""
-        return int8_map.largest_of(self.cut(x))[..., 0]
+        blocks = Blocks.of(x, self.block)
+        return blocks.store(blocks.largest(blocks.cut(x)))
 
     def encode_by(self, largest: Array, x: Array) -> BlockInt8Code:
         """`encode` with the scales known."""
-        index = int8_map.nearest(self.cut(x), largest[..., None], self.signed)
-        return BlockInt8Code(self.join(index, x.shape), largest)
+        blocks = Blocks.of(x, self.block)
+        cut, scales = blocks.cut(x), blocks.spread(blocks.load(largest))
+        index = int8_map.nearest(cut, scales, self.signed)
+        return BlockInt8Code(blocks.join(index), largest)
 
     def decode(self, code):
-        unit = int8_map.decode(self.cut(code.index), self.signed)
-        return self.join(unit * code.largest[..., None], code.index.shape)
-
-    def cut(self, x: Array, fill: int = 0) -> Array:
-        """``(*batch, ..., block)``; where blocks run over rows, the last is filled."""
-        *batch, m, n = x.shape
-        if n % self.block == 0:  # no row is left, so no axis need be gathered
-            return x.reshape(*batch, m, n // self.block, self.block)
-        pad = [(0, 0)] * len(batch) + [(0, -m * n % self.block)]
-        x = jnp.pad(x.reshape(*batch, m * n), pad, constant_values=fill)
-        return x.reshape(*batch, -1, self.block)
-
-    def join(self, blocks: Array, shape: tuple[int, ...]) -> Array:
-        """The matrices of a shape that were cut to blocks."""
-        *batch, m, n = shape
-        if n % self.block == 0:
-            return blocks.reshape(shape)
-        return blocks.reshape(*batch, -1)[..., : m * n].reshape(shape)
+        blocks = Blocks.of(code.index, self.block)
+        unit = int8_map.decode(blocks.cut(code.index), self.signed)
+        return blocks.join(unit * blocks.spread(blocks.load(code.largest)))
 
 
 class PackedInt4Code(NamedTuple):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lowrank_optax._src.linalg import matmul
+from lowrank_optax._src.linalg.meshes import split_axes
 
 # Up to here, products of factors are formed entry by entry inside the loop that uses
 # them instead of by a matrix product that has to be stored.
@@ -54,6 +55,8 @@ def negative_mean(left: Array, right: Array) -> Float[Array, "*b 1 1"]:
         return sums(left, right, jax.lax.optimization_barrier(left))
 
     def by_blocks(left, right):
+        if split_axes(left):  # simulated devices: a sum over them for each block
+            return at_once(left, right)
         # XLA's CPU backend would store the product: there, of some rows at a time.
         *batch, m, r = left.shape
         blocks = math.gcd(m, 16)

@@ -308,6 +308,15 @@ def _accept(codes, olds, owners) -> list[tuple[Array, Array]]:
         jnp.isfinite(jnp.sum(left, (-2, -1)) + jnp.sum(right, (-2, -1)))
         for left, right in codes
     ]
+    if all(len(set(of)) == 1 for of in owners):
+        # One leaf a stack, as on a mesh, where its predicates are on many devices.
+        whole: dict[int, Array] = {}
+        for of, ok in zip(owners, each, strict=True):
+            whole[of[0]] = whole.get(of[0], True) & jnp.all(ok)
+        return [
+            (jnp.where(whole[of[0]], a, x), jnp.where(whole[of[0]], b, y))
+            for of, (a, b), (x, y) in zip(owners, codes, olds, strict=True)
+        ]
     owner = np.concatenate(owners)
     leaves = jnp.ones(int(owner.max(initial=-1)) + 1, jnp.int32)
     ok = leaves.at[owner].min(jnp.concatenate(each).astype(jnp.int32))[owner] > 0

@@ -16,9 +16,9 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.interpreters import partial_eval
 
 from lowrank_optax._src.engines.order import after
-from lowrank_optax._src.kernels.dispatch import on_one_device
 from lowrank_optax._src.leaves.choose import quietly
 from lowrank_optax._src.leaves.context import one_layer
+from lowrank_optax._src.linalg.meshes import split_axes
 from lowrank_optax._src.parts import compatible
 from lowrank_optax._src.training.accumulate import AccumulateState
 
@@ -225,14 +225,14 @@ def _lying(stack: jax.Array) -> jax.Array:
 
     It would carry weights through the loop in the order that suits a product with one
     layer, and copy whole stacks before it and after: 14.0 GB of temporaries instead of
-    2.2 for a step of LLaMA-7B with GaLore. XLA gathers a sharded array that it is told
-    so of, hence not where there may be several devices.
+    2.2 for a step of LLaMA-7B with GaLore. An array that is split over devices XLA
+    would gather for this.
     """
 
     def lie(x):
         return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
-    if not on_one_device():
+    if split_axes(stack):
         return stack
     return jax.lax.platform_dependent(stack, cuda=lie, default=lambda x: x)
 

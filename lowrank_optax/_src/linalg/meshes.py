@@ -1,0 +1,69 @@
+"""What is known of a mesh when tracing, and arithmetic that must not gather on it.
+
+How an array is split is not in its type, but over which axes it may be is. Where there
+are none, as on one device and within `jax.shard_map`, nothing is done.
+"""
+
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+T = TypeVar("T")
+
+
+def split_axes(x: Array) -> tuple[str, ...]:
+    """The axes of a mesh over which XLA may split an array that is traced."""
+    if not isinstance(x, jax.core.Tracer):
+        return ()
+    mesh = jax.typeof(x).sharding.mesh
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(a for a, k in kinds if k == AxisType.Auto and mesh.shape[a] > 1)
+
+
+def devices(x: Array) -> int:
+    """How many parts an array may be split into."""
+    shape = jax.typeof(x).sharding.mesh.shape
+    return math.prod(shape[a] for a in split_axes(x))
+
+
+def whole_columns(a: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
+    """The same, its columns shared out, so that ``a a^T`` is a sum over the devices.
+
+    Of rows that are split, that product would gather the whole matrix at each device.
+    Here a device sends and receives its own part at most.
+    """
+    axes = split_axes(a)
+    if not axes:
+        return a
+    spec = PartitionSpec(*(None,) * (a.ndim - 1), axes)
+    return jax.lax.with_sharding_constraint(a, _placed(a, spec))
+
+
+def shared_out(
+    function: Callable[[Array], T], a: Float[Array, "*b m n"]
+) -> Callable[[Array], T] | None:
+    """``function``, of a stack of which each device takes its part of the matrices.
+
+    None where it is no stack that can be dealt out evenly. Results begin with the
+    stack's axis.
+    """
+    axes = split_axes(a)
+    if not axes or a.ndim != 3 or a.shape[0] % devices(a):
+        return None
+    mesh, spec = jax.typeof(a).sharding.mesh, PartitionSpec(axes)
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=spec,
+        out_specs=spec,
+        axis_names=set(axes),
+        check_vma=False,
+    )
+
+
+def _placed(x: Array, spec: PartitionSpec) -> NamedSharding:
+    return NamedSharding(jax.typeof(x).sharding.mesh, spec)

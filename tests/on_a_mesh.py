@@ -1,0 +1,100 @@
+"""Run by `test_meshes.py` on eight simulated devices; prints JSON."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from running import random_like
+
+import lowrank_optax as lro
+from benchmarks.accelerators import meshes
+from lowrank_optax._src.parts.codec import BlockInt8
+
+AXES = ("a", "b")
+SHAPES = {"rows": (32, 768), "columns": (32, 768), "both": (768, 32)}
+SHAPES |= {"layers": (8, 32, 768)}
+SPECS = {k: meshes.SPLITS[k] for k in SHAPES}
+MATRICES = lro.MatrixAxes()
+_RATE = {"learning_rate": 0.1, "matrices": MATRICES}
+# One for each mechanism: exact subspaces, subspaces and factors that turn at every
+# step, bytes. Range finders are in `test_sharding.py`.
+METHODS = {
+    "i3s": lro.i3s_adamw(rank=4, **_RATE),
+    "ldadam": lro.ldadamw(rank=12, **_RATE),
+    "mlorc": lro.mlorc_adamw(rank=8, **_RATE),
+    "bytes": lro.adamw_8bit(0.1),
+}
+
+
+def moved(tx, mesh):
+    """What a step moves, on matrices that are split in all ways."""
+    params = {
+        k: jax.ShapeDtypeStruct(s, jnp.float32, sharding=NamedSharding(mesh, SPECS[k]))
+        for k, s in SHAPES.items()
+    }
+    module, _, _ = meshes.compiled(tx, params, mesh, "cpu")
+    return [vars(meshes.moves(module, due)) for due in (False, True)]
+
+
+def codes(mesh):
+    """Of a matrix whose blocks lie on several devices: whether they are as on one."""
+    same = {}
+    for shape in [(6, 768), (16, 344), (8, 264)]:  # of the last, some are over a row
+        x = random_like(shape, 0).at[3, 5].set(jnp.inf)
+        there = jax.device_put(x, NamedSharding(mesh, P(None, AXES)))
+        codec = BlockInt8(True)
+
+        @jax.jit
+        def both(x, codec=codec):
+            code = codec.encode(None, x, None)
+            return code, codec.decode(code)
+
+        pairs = zip(*map(jax.tree.leaves, (both(x), both(there))), strict=True)
+        same[str(shape)] = all(np.array_equal(a, b, equal_nan=True) for a, b in pairs)
+    return same
+
+
+def exact(mesh):
+    """The largest angle between subspaces of `gram_eigh` on one device and on all."""
+    found = {}
+    for split, spec in SPECS.items():
+        g = random_like((8, 16, 24) if split == "layers" else (16, 24), 1)
+        there = jax.device_put(g, NamedSharding(mesh, spec))
+        find = jax.jit(lambda g: lro.linalg.gram_eigh(g, 3)[0])
+        overlap = jnp.linalg.svd(find(g).mT @ jax.device_get(find(there)))[1]
+        found[split] = float(jnp.max(jnp.abs(1 - overlap)))
+    return found
+
+
+def kernels(mesh):
+    """What the kernels say on a mesh."""
+    where = NamedSharding(mesh, P(AXES, None))
+    grads = {"w": jax.ShapeDtypeStruct((64, 512), jnp.float32, sharding=where)}
+    said = {}
+    for name, tx in {"mlorc": METHODS["mlorc"], "bytes": METHODS["bytes"]}.items():
+        state = jax.eval_shape(tx.init, grads)
+        try:
+            with lro.kernels.dispatch("pallas"):
+                jax.jit(tx.update).lower(grads, state, grads)
+            said[name] = ""
+        except ValueError as error:
+            said[name] = str(error)
+    return said
+
+
+def main():
+    mesh = meshes.mesh_of("cpu")
+    found = {
+        "moved": {name: moved(tx, mesh) for name, tx in METHODS.items()},
+        "codes": codes(mesh),
+        "exact": exact(mesh),
+        "kernels": kernels(mesh),
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""What an update moves on a mesh of eight devices: one process for all."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.accelerators.meshes import A_GROUP, A_MODEL, ROOM
+from benchmarks.accelerators.targets import environment
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def found():
+    """What `on_a_mesh.py` prints."""
+    paths = os.pathsep.join([str(HERE.parent), str(HERE)])
+    done = subprocess.run(
+        [sys.executable, str(HERE / "on_a_mesh.py")],
+        env=os.environ | environment("cpu") | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_no_matrix_is_gathered(found):
+    # A gradient has 24,576 numbers, and a Gram matrix of its short side 1,024.
+    for ordinary, refresh in found["moved"].values():
+        assert 0 < ordinary["largest"] <= refresh["largest"] <= ROOM * 12 * 768
+
+
+def test_leaves_share_their_collectives(found):
+    for ordinary, _ in found["moved"].values():
+        assert ordinary["count"] <= 4 * A_GROUP + A_MODEL
+
+
+def test_blocks_on_several_devices_have_the_codes_of_one(found):
+    assert all(found["codes"].values())
+
+
+def test_exact_subspaces_are_those_of_one_device(found):
+    assert max(found["exact"].values()) < 1e-5
+
+
+def test_kernels_on_a_mesh_are_refused(found):
+    for said in found["kernels"].values():
+        assert "jax.shard_map" in said and "a, b" in said
