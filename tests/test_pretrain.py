@@ -479,10 +479,6 @@ def broken_config(tmp_path):
     return str(file)
 
 
-# For what is refused once all is read.
-SHORT = ["--smoke", "--seq-len", "4", "--batch-size", "1", "--data"]
-
-
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
