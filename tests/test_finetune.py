@@ -859,7 +859,6 @@ def test_layerwise_takes_the_ordinary_steps_and_resumes(
         (["--export-adapter", "there"], "adapter of a model from scratch"),
         (["--resume"], "no run"),
         (["--layerwise", "--methods", "dora"], "Cannot train dora layerwise"),
-        (["--layerwise", "--methods", "adarankgrad_adamw"], "once for a whole stack"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

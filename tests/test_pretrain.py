@@ -477,10 +477,6 @@ def broken_config(tmp_path):
     return str(file)
 
 
-# For what is refused once all is read.
-SHORT = ["--smoke", "--seq-len", "4", "--batch-size", "1", "--data"]
-
-
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -505,10 +501,6 @@ SHORT = ["--smoke", "--seq-len", "4", "--batch-size", "1", "--data"]
         (["--weight-decay", "-1"], "weight_decay must be at least 0"),
         (["--resume"], "no run"),
         (["--layerwise", "--methods", "lora"], "Cannot train lora layerwise"),
-        (
-            ["--layerwise", "--methods", "adarankgrad_adamw", *SHORT, small_text],
-            "once for a whole stack",
-        ),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

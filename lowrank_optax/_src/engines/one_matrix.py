@@ -18,7 +18,7 @@ from lowrank_optax._src.leaves.keys import Seed, matrix_keys
 from lowrank_optax._src.leaves.matrix import MatrixView
 from lowrank_optax._src.leaves.roles import Known
 from lowrank_optax._src.linalg import matmul, orthonormalize, project
-from lowrank_optax._src.linalg.products import Lying, norms
+from lowrank_optax._src.linalg.products import Lying, power_of_two
 from lowrank_optax._src.linalg.random import filler
 from lowrank_optax._src.parts.laws import (
     Observer,
@@ -124,7 +124,7 @@ class Matrix(NamedTuple):
     def counted(self, refresh: Refresh, size: jax.Array, first: Any = True) -> Any:
         """The rule's state after a step whose projected gradients had these norms."""
         due, share = jnp.asarray(self.due), jnp.asarray(self.share)
-        whole, chance = _looks(self.parts, self.grad, self.own, self.seed)
+        whole, chance = _looks(self.parts, self.grad, self.own, self.seed, size)
         seen = Seen(size, whole, chance, share)
         after = refresh.after(self.own.refresh, due, seen)
         after = tree_where(due | first, after, self.own.refresh)
@@ -158,10 +158,15 @@ def is_stored(subspace: Subspace) -> bool:
 
 
 @compiled
-def _looks(parts, grad, own, seed):
-    """The norms of the gradients, and the share of noise in their bases."""
-    used = _used(parts.basis(own, seed))
-    return norms(parts.matrix(grad, own)), used / parts.view.m
+def _looks(parts, grad, own, seed, size):
+    """The norms of the gradients, and the share of noise in their bases.
+
+    In units of the projected ones, as the largest number would take one more pass.
+    """
+    inverse, unit = power_of_two(jnp.where(size == 0, 1.0, size))
+    scaled = parts.matrix(grad, own) * inverse[..., None, None]
+    whole = jnp.sqrt(jnp.sum(scaled * scaled, axis=(-2, -1))) * unit
+    return whole, _used(parts.basis(own, seed)) / parts.view.m
 
 
 def _used(basis: jax.Array) -> jax.Array:
