@@ -48,6 +48,7 @@ CASES: list[dict[str, Any]] = [
     {**SMALL, "method": "adamw"},
     {**SMALL, "method": "adamw", "layers": 4},
     {**SMALL, "method": "adamw", "layers": 4, "remat": True},
+    {**SMALL, "method": "adamw", "param_dtype": "bfloat16", "dtype": "bfloat16"},
 ]
 
 
@@ -82,7 +83,7 @@ def compiled(plan: Plan) -> int:
     shape = plan.batch_size, plan.seq_len + 1
     rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where.rows)
     if plan.layerwise:
-        make = step_of(plan.config, 1.0, parts=where.parts)
+        make = step_of(plan.config, 1.0, placement=where)
     else:
         make = ordinary(plan.config)
     given = params, state

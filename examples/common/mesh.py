@@ -185,6 +185,11 @@ class Placement:
         """Arrays of the host, whole on every device."""
         return jax.tree.map(lambda x: _put(x, self.replicated), tree)
 
+    def split(self, x: jax.Array, axis: int) -> jax.Array:
+        """An array inside of a step, held to be split along the axis of its rows."""
+        spec = PartitionSpec(*(None,) * axis, _BATCH)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
     def batch(self, batch: Any) -> Any:
         """A batch, its rows over the devices; each process puts its own."""
         return jax.tree.map(

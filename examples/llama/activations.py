@@ -68,10 +68,11 @@ class Activations:
     @property
     def layerwise(self) -> int:
         """The same where a layer is updated as soon as its gradient exists: the head,
-        or three arrays of (tokens, F); attention takes one row at a time."""
+        three arrays of (tokens, F), or attention's weights of one row, three times."""
         inputs = self.config.num_hidden_layers * self.stream
         block = 3 * self._wide // self.model + 4 * self.stream
-        return inputs + max(self.head, block) + 2 * self.stream
+        row = self._square * (2 * _FLOAT + self._item) // (self.rows * self.model)
+        return inputs + max(self.head, block, row) + 2 * self.stream
 
     @property
     def last(self) -> int:

@@ -165,9 +165,7 @@ class Job:
         """What makes steps of per-layer updates, if they are asked for."""
         if not self.settings.layerwise:
             return None
-        where = self.placement
-        parts = 1 if where is None else where.parts
-        return step_of(self.config, _CLIP, Batch.text, parts)
+        return step_of(self.config, _CLIP, Batch.text, self.placement)
 
     def init(self, method: str) -> Callable[[int], Any]:
         """Of a seed, the parameters that the method starts from."""

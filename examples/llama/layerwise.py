@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 
 import lowrank_optax as lro
+from examples.common.mesh import Placement
 from examples.llama.config import LlamaConfig
 from examples.llama.loss import Text, whole_rows
 from examples.llama.model import Layer, Llama, positions, rotary_table, within
@@ -18,7 +19,7 @@ def step_of(
     config: LlamaConfig,
     clip: float | None,
     text_of: Callable[[Any], Text] = whole_rows,
-    parts: int = 1,
+    placement: Placement | None = None,
 ) -> Callable[[optax.GradientTransformation], Callable[..., Any]]:
     """What makes a training step of an optimizer.
 
@@ -30,8 +31,9 @@ def step_of(
       config: of the model, with `scan_layers`.
       clip: the largest norm of the gradient; None for any.
       text_of: what is in a batch.
-      parts: over how many devices its rows are split.
+      placement: over which devices its rows are split, if over several.
     """
+    parts = 1 if placement is None else placement.parts
     shapes = nnx.eval_shape(lambda: Llama(config))
     graph, one_graph = nnx.graphdef(shapes), nnx.graphdef(shapes.layers)
     stack = nnx.to_pure_dict(nnx.state(shapes.layers, nnx.Param))
@@ -42,8 +44,12 @@ def step_of(
     def whole(outer: Any) -> Llama:
         return nnx.merge(graph, {**outer, "layers": stack})  # which is not looked at
 
+    def split(x: jax.Array, axis: int = 0) -> jax.Array:
+        """Held to lie as the batch does, which XLA does not see inside of the loops."""
+        return x if placement is None else placement.split(x, axis)
+
     def embed(outer: Any, text: Text) -> jax.Array:
-        return whole(outer).embed_tokens(text.ids)
+        return split(whole(outer).embed_tokens(text.ids))
 
     def project(w: Any, x: jax.Array, text: Text) -> tuple[jax.Array, ...]:
         table = rotary_table(config, positions(x.shape[1], text.segments))
@@ -52,19 +58,20 @@ def step_of(
     def attend(w: Any, given: tuple[jax.Array, ...], text: Text) -> Any:
         @jax.checkpoint
         def row_of_each(rows: Any) -> jax.Array:
-            qkv, segments = rows
-            return within(segments)(*qkv)
+            qkv, segments = jax.tree.map(split, rows)
+            return split(within(segments)(*qkv))
 
         def turns(a: jax.Array) -> jax.Array:
-            return a.reshape(parts, -1, *a.shape[1:]).swapaxes(0, 1)
+            return split(a.reshape(parts, -1, *a.shape[1:]).swapaxes(0, 1), 1)
 
         x, *qkv = given
         mixed = jax.lax.map(row_of_each, jax.tree.map(turns, (qkv, text.segments)))
-        return x, mixed.swapaxes(0, 1).reshape(-1, *mixed.shape[2:])
+        mixed = split(mixed, 1).swapaxes(0, 1)
+        return x, split(mixed.reshape(-1, *mixed.shape[2:]))
 
     def join(w: Any, given: tuple[jax.Array, ...], text: Text) -> jax.Array:
         x, mixed = given
-        return x + layer(w).self_attn.joined(mixed)
+        return split(x + layer(w).self_attn.joined(mixed))
 
     def gate(w: Any, x: jax.Array, text: Text) -> tuple[jax.Array, ...]:
         normed = layer(w).post_attention_layernorm(x)
@@ -76,7 +83,7 @@ def step_of(
 
     def narrow(w: Any, given: tuple[jax.Array, ...], text: Text) -> jax.Array:
         x, hidden = given
-        return x + layer(w).mlp.down_proj(hidden)
+        return split(x + layer(w).mlp.down_proj(hidden))
 
     def head(outer: Any, x: jax.Array, text: Text) -> jax.Array:
         return text.mean_loss(whole(outer).logits(x))

@@ -135,8 +135,7 @@ class Job:
     @property
     def step_of(self) -> Callable[..., Any]:
         """What makes steps of per-layer updates."""
-        where = self.placement
-        return step_of(self.config, _CLIP, parts=1 if where is None else where.parts)
+        return step_of(self.config, _CLIP, placement=self.placement)
 
     @cached_property
     def placement(self) -> Placement | None:
