@@ -83,10 +83,14 @@ REASONS: dict[tuple[str, str], str] = {
         "One random direction may by chance see little of a gradient that is nearly "
         "one entry, and the step by it is longer by as much. The ones after it are not."
     ),
-    ("fira_adamw", "1e19"): (
+    ("(fira_adamw|i3s_subspace, of Fira)$", "1e19"): (
         "A first gradient that is spoiled chooses the basis. Until the next refresh "
-        "nearly all of a gradient is residual, which Fira moves by Adam's whole step "
-        "where it scales the rest by 0.25."
+        "nearly all of a gradient is residual, which Fira moves by a whole step of "
+        "Adam, and not by one of low rank."
+    ),
+    ("i3s_subspace, of Fira", "zero"): (
+        "A zero gradient leaves the limiter without a norm, so that the next residual, "
+        "here that of a new basis, is not limited."
     ),
     ("flora", "1e19|an entry|a row"): (
         "Updates are cut off at a root mean square of 1, which ordinary ones come to "
