@@ -65,7 +65,7 @@ def _eigh_derivative(primals, tangents):
     the differences.
     """
     values, vectors = _descending_eigh(*primals)
-    change = matmul(vectors.mT, matmul(*tangents, vectors))
+    change = matmul(vectors.mT, matmul(tangents[0], vectors))
     change = (change + change.mT) / 2
     gap = values[..., None, :] - values[..., :, None]
     turn = jnp.where(gap != 0, change / jnp.where(gap != 0, gap, 1.0), 0.0)
