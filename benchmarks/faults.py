@@ -79,17 +79,30 @@ REASONS: dict[tuple[str, str], str] = {
         "Optax keeps what is not finite in its moments; "
         "`optax.apply_if_finite` is for that."
     ),
-    ("fira_adamw", "1e19"): (
+    ("apollo_adamw, mini", "1e19|an entry"): (
+        "One random direction may by chance see little of a gradient that is nearly "
+        "one entry, and the step by it is longer by as much. The ones after it are not."
+    ),
+    ("(fira_adamw|i3s_subspace, of Fira)$", "1e19"): (
         "A first gradient that is spoiled chooses the basis. Until the next refresh "
-        "nearly all of a gradient is residual, which Fira moves by Adam's whole step "
-        "where it scales the rest by 0.25."
+        "nearly all of a gradient is residual, which Fira moves by a whole step of "
+        "Adam, and not by one of low rank."
+    ),
+    ("i3s_subspace, of Fira", "zero"): (
+        "A zero gradient leaves the limiter without a norm, so that the next residual, "
+        "here that of a new basis, is not limited."
     ),
     ("flora", "1e19|an entry|a row"): (
         "Updates are cut off at a root mean square of 1, which ordinary ones come to "
         "after some steps. The first are a tenth of that, as the momentum starts at "
         "zero and is not corrected for it."
     ),
-    ("mlorc_adamw", "an entry|a row"): (
+    ("mlorc_adamw, of mu", "a row"): (
+        "At low rank, the first moment has an error as large as an outlier's, also "
+        "where the second, which is whole, is small. Entries are cut off at the most "
+        "that Adam's own moments allow, 10.5."
+    ),
+    ("mlorc_adamw(, of nu)?$", "1e19|an entry|a row"): (
         "At low rank, and in the precision of floats, the second moment has lost what "
         "stands beside an outlier, until that has left it. Until then entries are cut "
         "off at the most that Adam's own moments allow, 10.5."

@@ -18,7 +18,8 @@ def grads():
     return faults.gradients(SETTINGS)
 
 
-@pytest.fixture(scope="module", params=OPTIMIZERS)
+# Other forms of these are looked at in the record.
+@pytest.fixture(scope="module", params=[k for k in OPTIMIZERS if "," not in k])
 def usual(request):
     tx = OPTIMIZERS[request.param]
     return tx, faults.run(tx, grads())[0]

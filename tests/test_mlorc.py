@@ -528,3 +528,20 @@ def test_sketches_that_are_none():
         lro.mlorc_scale_by_lion(oversample=-1)
     with pytest.raises(ValueError, match="`power_iters` must not be negative, got -1"):
         lro.mlorc_scale_by_adam(power_iters=-1)
+
+
+def test_gradients_of_low_rank_have_derivatives():
+    """Of a rank below that of the codes, where values of zero come many times."""
+    tx, ones = lro.mlorc_scale_by_adam(2, matrices=lro.MatrixAxes()), jnp.ones((8, 12))
+
+    @jax.jit
+    def after_two_updates(t):
+        x, state = ones, tx.init({"w": ones})
+        for _ in range(2):
+            grad = 2 * x * jnp.cos(t) + t
+            updates, state = tx.update({"w": grad}, state)
+            x = x - 0.1 * updates["w"]
+        return jnp.sum(x**2)
+
+    want = (after_two_updates(1e-2) - after_two_updates(-1e-2)) / 2e-2
+    np.testing.assert_allclose(jax.grad(after_two_updates)(0.0), want, rtol=1e-2)

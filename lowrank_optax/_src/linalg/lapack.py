@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lowrank_optax._src.linalg import meshes, small
+from lowrank_optax._src.linalg.products import matmul
 
 
 def one_by_one(function: Callable[[Array], Any]) -> Callable[[Array], Any]:
@@ -56,10 +57,29 @@ def eigh(a: Float[Array, "*b r r"]) -> tuple[Array, Array]:
     return values.reshape(a.shape[:-1]), vectors.reshape(a.shape)
 
 
-@one_by_one
-def _library_eigh(a: Array) -> tuple[Array, Array]:
+@jax.custom_jvp
+def _descending_eigh(a: Array) -> tuple[Array, Array]:
     values, vectors = jnp.linalg.eigh(a)
     return jnp.flip(values, -1), jnp.flip(vectors, -1)
+
+
+@_descending_eigh.defjvp
+def _eigh_derivative(primals, tangents):
+    """As usual, but that vectors of equal values do not turn towards one another.
+
+    A matrix of low rank has the value zero many times, where the usual one divides by
+    the differences.
+    """
+    values, vectors = _descending_eigh(*primals)
+    change = matmul(vectors.mT, matmul(tangents[0], vectors))
+    change = (change + change.mT) / 2
+    gap = values[..., None, :] - values[..., :, None]
+    turn = jnp.where(gap != 0, change / jnp.where(gap != 0, gap, 1.0), 0.0)
+    moved = jnp.diagonal(change, axis1=-2, axis2=-1), matmul(vectors, turn)
+    return (values, vectors), moved
+
+
+_library_eigh = one_by_one(_descending_eigh)
 
 
 def inverse_root(gram: Float[Array, "*b r r"]) -> Float[Array, "*b r r"]:

@@ -336,7 +336,9 @@ def _code(
     """Both factors of ``Q W_r (W_r^T b) scale``, with ``Q W = y turn``."""
     rank = old.shape[-2]
     right = matmul(vectors[..., :rank].mT, b)
-    norm = jnp.linalg.norm(right, axis=-1, keepdims=True)
+    square = jnp.sum(right * right, axis=-1, keepdims=True)
+    # The root only of what is not zero, where it has no derivative.
+    norm = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
     used = norm > 1e-7 * jnp.max(norm, axis=-2, keepdims=True)
     right = jnp.where(used, right / jnp.where(used, norm, 1.0), 0.0)
     # An unused row keeps looking where the used ones do not: a zero row would be a
