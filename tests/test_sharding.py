@@ -561,7 +561,7 @@ def test_a_step_moves_thin_arrays_only(name, spec):
     with lro.split_states("own"):  # nothing need be gathered then
         assert {operation for operation, _ in collectives(tx, spec)} == {"all-reduce"}
     moved = collectives(tx, spec)
-    assert {operation for operation, _ in moved} == {"all-reduce", "all-gather"}
+    assert "all-gather" in {operation for operation, _ in moved}
     assert max(size for _, size in moved) <= columns * N
 
 
