@@ -237,6 +237,22 @@ def unsplit(x: jax.Array, axes: Sequence[bool]) -> jax.Array:
     return jax.device_put(x, sharding)
 
 
+def gathered(x: jax.Array) -> jax.Array:
+    """A traced thin array, whole on each device where automatic axes may split it.
+
+    Of two factors that are split by the same devices, XLA's GPU backend would not
+    gather one, but exchange their product, which is as large as the weight.
+    """
+    if not isinstance(x, jax.core.Tracer):
+        return x
+    mesh = jax.typeof(x).sharding.mesh
+    if mesh.empty or mesh.size == 1 or not mesh.are_all_axes_auto:
+        return x
+    batch = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 2)
+    spec = PartitionSpec(*batch, None, None)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
 def names(entry: Any) -> tuple[str, ...]:
     """Those in one entry of a spec."""
     if entry is None:

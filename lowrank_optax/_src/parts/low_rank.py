@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from lowrank_optax._src import linalg
+from lowrank_optax._src.leaves.placing import gathered
 from lowrank_optax._src.linalg import matmul, random
 from lowrank_optax._src.linalg.products import Lying
 from lowrank_optax._src.linalg.thin import Stacks, across, each
@@ -352,7 +353,14 @@ def low_rank_product(code: LowRankCode, turned: bool = False) -> Array:
     r = right.shape[-2]
     if r > OUTER_MAX_RANK:
         return matmul(left, right)
-    terms = (left[..., :, i, None] * right[..., i, None, :] for i in range(r))
+    # With the gradient, the product has the places of that.
+    return _outer_products(gathered(left), gathered(right))
+
+
+def _outer_products(left: Array, right: Array) -> Array:
+    terms = (
+        left[..., :, i, None] * right[..., i, None, :] for i in range(right.shape[-2])
+    )
     return functools.reduce(jnp.add, terms)
 
 
@@ -374,7 +382,7 @@ def negative_mean(left: Array, right: Array) -> Float[Array, "*b 1 1"]:
     """
 
     def sums(left, right, again):
-        x, y = (low_rank_product(LowRankCode(a, right)) for a in (left, again))
+        x, y = (_outer_products(a, right) for a in (left, again))
         terms = jnp.minimum(x, 0.0), (y < 0).astype(y.dtype)
         return tuple(jnp.sum(term, axis=(-2, -1), keepdims=True) for term in terms)
 
