@@ -16,6 +16,7 @@ from lowrank_optax._src.engines.accept import accept_finite, all_finite, tree_wh
 from lowrank_optax._src.engines.order import Order
 from lowrank_optax._src.leaves.keys import Seed, matrix_keys
 from lowrank_optax._src.leaves.matrix import MatrixView
+from lowrank_optax._src.leaves.placing import gathered
 from lowrank_optax._src.linalg import matmul, orthonormalize, project
 from lowrank_optax._src.linalg.products import Lying, norm
 from lowrank_optax._src.linalg.random import filler
@@ -154,7 +155,7 @@ def is_stored(subspace: Subspace) -> bool:
 
 @compiled
 def _down(parts, grad, own, seed):
-    return project(parts.basis(own, seed), parts.matrix(grad, own))
+    return project(gathered(parts.basis(own, seed)), parts.matrix(grad, own))
 
 
 @compiled
@@ -165,7 +166,8 @@ def _down_weight(parts, weight, own, seed):
 @compiled
 def _up(parts, grad, own, seed, coeff, direction, new, old):
     parts, scale = parts
-    rule, basis = parts.recovery, parts.basis(own, seed)
+    rule, basis = parts.recovery, gathered(parts.basis(own, seed))
+    direction = gathered(direction)
     lying = parts.view.lying(grad)
     lying = lying.of(lying.order(rule.prepare(lying.matrix, own.recovery)))
     update, recovery = rule.recover(lying, coeff, direction, basis, scale, own.recovery)

@@ -240,8 +240,8 @@ def unsplit(x: jax.Array, axes: Sequence[bool]) -> jax.Array:
 def gathered(x: jax.Array) -> jax.Array:
     """A traced thin array, whole on each device where automatic axes may split it.
 
-    Of two factors that are split by the same devices, XLA's GPU backend would not
-    gather one, but exchange their product, which is as large as the weight.
+    Else XLA's GPU backend would exchange what is as large as the weight: the product of
+    two factors that the same devices split, or the gradient for a basis.
     """
     if not isinstance(x, jax.core.Tracer):
         return x

@@ -403,6 +403,7 @@ def negative_mean(left: Array, right: Array) -> Float[Array, "*b 1 1"]:
         start = jnp.zeros((*left.shape[:-2], 1, 1), left.dtype)
         return jax.lax.scan(add, (start, start), rows)[0]
 
+    right = gathered(right)  # so that the rows of the left one split the product
     below, count = jax.lax.platform_dependent(
         left, right, cpu=by_blocks, default=at_once
     )
