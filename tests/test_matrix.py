@@ -737,8 +737,8 @@ def test_memory_report_of_a_device():
     assert rows["weights"].bytes == 2 * one
     assert rows["weights"].bytes_per_device == one // 2 + one
     counters = lro.state_bytes(tx, params) - 2 * 4 * 2 * (8 + 12)
-    # Of the sharded matrix, the factor of its rows is halved.
+    # Of the sharded matrix, both factors are halved.
     assert (
         rows["optimizer state"].bytes_per_device
-        == 4 * 2 * (4 + 12) + 4 * 2 * (8 + 12) + counters
+        == 4 * 2 * (4 + 6) + 4 * 2 * (8 + 12) + counters
     )

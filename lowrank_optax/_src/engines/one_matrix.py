@@ -18,6 +18,7 @@ from lowrank_optax._src.leaves.keys import Seed, matrix_keys
 from lowrank_optax._src.leaves.matrix import MatrixView
 from lowrank_optax._src.leaves.roles import Known
 from lowrank_optax._src.linalg import matmul, orthonormalize, project
+from lowrank_optax._src.linalg.meshes import gathered
 from lowrank_optax._src.linalg.products import Lying, power_of_two
 from lowrank_optax._src.linalg.random import filler
 from lowrank_optax._src.parts.laws import (
@@ -176,7 +177,7 @@ def _used(basis: jax.Array) -> jax.Array:
 
 @compiled
 def _down(parts, grad, own, seed):
-    return project(parts.basis(own, seed), parts.matrix(grad, own))
+    return project(gathered(parts.basis(own, seed)), parts.matrix(grad, own))
 
 
 @compiled
@@ -187,7 +188,8 @@ def _down_weight(parts, weight, own, seed):
 @compiled
 def _up(parts, grad, own, seed, coeff, direction, new, old):
     parts, scale = parts
-    rule, basis = parts.recovery, parts.basis(own, seed)
+    rule, basis = parts.recovery, gathered(parts.basis(own, seed))
+    direction = gathered(direction)
     lying = parts.view.lying(grad)
     lying = lying.of(lying.order(rule.prepare(lying.matrix, own.recovery)))
     update, recovery = rule.recover(lying, coeff, direction, basis, scale, own.recovery)

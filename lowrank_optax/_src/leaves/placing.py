@@ -43,8 +43,8 @@ def split_states(by: Split) -> contextlib.AbstractContextManager[None]:
         moment split by all mesh axes that split the weight. On a device it is as small
         a part as the weight's; a step gathers it over the axes that are not its own.
         "own" for those of the weight's own axis only, as rows of the weight for rows of
-        the basis: nothing is gathered, and where the weight is split along one axis,
-        half of the arrays are whole on every device.
+        the basis: less is gathered, and where the weight is split along one axis, half
+        of the arrays are whole on every device.
 
     Returns:
       A context manager.

@@ -30,6 +30,19 @@ def devices(x: Array) -> int:
     return math.prod(shape[a] for a in split_axes(x))
 
 
+def gathered(x: Array) -> Array:
+    """A thin array, whole on each device, but for its batch axes.
+
+    Else XLA's GPU backend would exchange what is as large as the weight: the product of
+    two factors that the same devices split, or the gradient for a basis.
+    """
+    if not split_axes(x):
+        return x
+    batch = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 2)
+    spec = PartitionSpec(*batch, None, None)
+    return jax.lax.with_sharding_constraint(x, _placed(x, spec))
+
+
 def whole_columns(a: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
     """The same, its columns shared out, so that ``a a^T`` is a sum over the devices.
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lowrank_optax._src.linalg import matmul
-from lowrank_optax._src.linalg.meshes import split_axes
+from lowrank_optax._src.linalg.meshes import gathered, split_axes
 
 # Up to here, products of factors are formed entry by entry inside the loop that uses
 # them instead of by a matrix product that has to be stored.
@@ -31,6 +31,13 @@ class LowRankCode(NamedTuple):
 def low_rank_product(code: LowRankCode, turned: bool = False) -> Array:
     """``left @ right``, or its transpose; at small rank as a sum that fuses."""
     left, right = (code.right.mT, code.left.mT) if turned else code
+    if right.shape[-2] <= OUTER_MAX_RANK:
+        # With the gradient, the product has the places of that.
+        left, right = gathered(left), gathered(right)
+    return _product(left, right)
+
+
+def _product(left: Array, right: Array) -> Array:
     r = right.shape[-2]
     if r > OUTER_MAX_RANK:
         return matmul(left, right)
@@ -45,7 +52,7 @@ def negative_mean(left: Array, right: Array) -> Float[Array, "*b 1 1"]:
     """
 
     def sums(left, right, again):
-        x, y = (low_rank_product(LowRankCode(a, right)) for a in (left, again))
+        x, y = (_product(a, right) for a in (left, again))
         terms = jnp.minimum(x, 0.0), (y < 0).astype(y.dtype)
         return tuple(jnp.sum(term, axis=(-2, -1), keepdims=True) for term in terms)
 
@@ -68,6 +75,7 @@ def negative_mean(left: Array, right: Array) -> Float[Array, "*b 1 1"]:
         start = jnp.zeros((*left.shape[:-2], 1, 1), left.dtype)
         return jax.lax.scan(add, (start, start), rows)[0]
 
+    right = gathered(right)  # so that the rows of the left one split the product
     below, count = jax.lax.platform_dependent(
         left, right, cpu=by_blocks, default=at_once
     )
