@@ -15,8 +15,7 @@ import optax
 from jax.interpreters import partial_eval
 
 from lowrank_optax._src.engines.order import after
-from lowrank_optax._src.leaves.choose import quietly
-from lowrank_optax._src.leaves.context import one_layer
+from lowrank_optax._src.leaves.context import one_layer, quietly
 from lowrank_optax._src.parts import compatible
 from lowrank_optax._src.training.accumulate import AccumulateState
 

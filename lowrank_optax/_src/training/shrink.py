@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lowrank_optax._src.leaves.choose import quietly
-from lowrank_optax._src.leaves.context import limited_ranks
+from lowrank_optax._src.leaves.context import limited_ranks, quietly
 from lowrank_optax._src.leaves.paths import Path, flatten
 from lowrank_optax._src.parts.checks import check_rank
 from lowrank_optax._src.report.diagnostics import bases
