@@ -1,9 +1,7 @@
 """Which leaves are matrices: the default rule, and what a user says instead."""
 
-import contextlib
 import dataclasses
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_optax._src.leaves.box import is_box, value_of
-from lowrank_optax._src.leaves.context import limits, note_views, record_views
+from lowrank_optax._src.leaves.context import limits, note_views
 from lowrank_optax._src.leaves.default import Choice
 from lowrank_optax._src.leaves.matrix import (
     SIDES,
@@ -154,11 +152,3 @@ def view_blocks(
                 view = MatrixView(*whole, (), axes, (), view.source)
         result.append(view)
     return result
-
-
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Initialise a transformation for its shapes only: record and warn of nothing."""
-    with record_views(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

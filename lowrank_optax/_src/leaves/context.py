@@ -73,12 +73,6 @@ def limits() -> tuple[tuple[Path, int], ...]:
     return _limits.value
 
 
-def around() -> tuple[Any, ...]:
-    """What the shapes of a state depend on, besides parameters and transformation."""
-    known = accumulating() is not None, layer_depth(), _beside.value, _whole.value
-    return limits(), *known
-
-
 def limited_ranks(
     limits: Mapping[Path, int],
 ) -> contextlib.AbstractContextManager[Any]:
@@ -126,6 +120,17 @@ def record_views() -> Iterator[list[Any]]:
     found: list[Any] = []
     with _recording(object()), _within(_log, found):
         yield found
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Initialise a transformation for its shapes only: record and warn of nothing."""
+    with _recording("nothing"), _within(_log, None):
+        yield
+
+
+def is_quiet() -> bool:
+    return _recording.value == "nothing"
 
 
 def note_views(views: list[Any]) -> None:

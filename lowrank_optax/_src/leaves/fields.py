@@ -1,6 +1,7 @@
 """Where a parameter's entries stand in an optimizer's state."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,8 +20,7 @@ from lowrank_optax._src.leaves.box import (
     is_variable,
     value_of,
 )
-from lowrank_optax._src.leaves.choose import quietly
-from lowrank_optax._src.leaves.context import around
+from lowrank_optax._src.leaves.context import quietly
 from lowrank_optax._src.leaves.paths import check_arrays, flatten, path_parts
 from lowrank_optax._src.leaves.placing import (
     annotate_by,
@@ -44,46 +44,43 @@ class StateFields:
     """
 
     def __init__(self, inner: optax.GradientTransformation, whole: bool = False):
-        self._inner = inner
-        self._whole = whole
-        self._layouts: dict[Any, Layout] = {}
+        # Traced, as JAX keeps what was, by shapes and by what is said around the call.
+        self._layout = jax.jit(functools.partial(_layout, inner, whole))
 
     def layout(self, tree: Any) -> "Layout":
         """Where the fields are, for parameters (or their shapes) like ``tree``."""
-        flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_variable)
-        values = [value_of(x) for _, x in flat]
-        shapes = tuple((tuple(x.shape), jnp.dtype(x.dtype)) for x in values)
-        seen = treedef, shapes, around()
-        if seen not in self._layouts:
-            boxes = [
-                ParamBox(jax.ShapeDtypeStruct(*x), i, tuple(range(len(x[0]))))
-                for i, x in enumerate(shapes)
-            ]
-            with quietly():
-                state = jax.eval_shape(self._inner.init, treedef.unflatten(boxes))
-            state = empty(state) if self._whole else apart(empty(state))
-            found, structure = jax.tree_util.tree_flatten_with_path(
-                state, is_leaf=is_box
-            )
-            leaves = {tuple(path): i for i, (path, _) in enumerate(flat)}
-            where = [field_of(k, x, leaves) for k, x in found]
-            self._layouts[seen] = Layout(
-                structure,
-                where,
-                {i: x for i, (_, x) in enumerate(found)},
-                _masked_fields(state, set(leaves)),
-                {
-                    w[0]: holder_of(state, k, field_name(w[0]).partition(".")[0])
-                    for (k, _), w in zip(found, where, strict=True)
-                    if w
-                },
-                frozenset(
-                    w[0]
-                    for (k, _), w in zip(found, where, strict=True)
-                    if w and "." in field_name(w[0]) and is_own(holder_of(state, k))
-                ),
-            )
-        return self._layouts[seen]
+        leaves, treedef = jax.tree.flatten(tree, is_leaf=is_variable)
+        boxes = []
+        for i, x in enumerate(map(value_of, leaves)):
+            shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+            boxes.append(ParamBox(shape, i, tuple(range(len(x.shape)))))
+        with quietly():
+            return self._layout.eval_shape(treedef.unflatten(boxes))
+
+
+def _layout(inner: optax.GradientTransformation, whole: bool, tree: Any) -> "Layout":
+    """Where the fields are, by parameters in boxes of their numbers."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)
+    leaves = {tuple(path): i for i, (path, _) in enumerate(flat)}
+    state = empty(inner.init(tree))
+    state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)),
+        state if whole else apart(state),
+    )
+    found, structure = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_box)
+    where = [field_of(k, x, leaves) for k, x in found]
+    placed = [(k, w[0]) for (k, _), w in zip(found, where, strict=True) if w]
+    holders = {
+        name: holder_of(state, k, field_name(name).partition(".")[0])
+        for k, name in placed
+    }
+    codes = frozenset(
+        name
+        for k, name in placed
+        if "." in field_name(name) and is_own(holder_of(state, k))
+    )
+    entries, masked = [x for _, x in found], _masked_fields(state, set(leaves))
+    return Layout(structure, where, entries, masked, holders, codes)
 
 
 def field_of(key_path: Any, entry: Any, leaves: Mapping[Any, int]) -> Where | None:
@@ -123,13 +120,14 @@ def _masked_fields(state: Any, paths: set[Any]) -> list[str]:
     return ["/".join(path_parts(start)) for start in starts]
 
 
-@dataclasses.dataclass(frozen=True)
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
     """Where each parameter's entries stand in a state, see `StateFields`."""
 
     structure: Any
     where: list[Where | None]
-    found: dict[int, Any]
+    found: list[Any]
     masked: list[str]
     holders: dict[str, type]
     codes: frozenset[str]  # the fields that are arrays of a code, as "mu.left"

@@ -10,8 +10,7 @@ import numpy as np
 import optax
 
 from lowrank_optax._src.leaves.box import empty, unbox
-from lowrank_optax._src.leaves.choose import quietly
-from lowrank_optax._src.leaves.context import around, without_gradient
+from lowrank_optax._src.leaves.context import quietly, without_gradient
 from lowrank_optax._src.leaves.fields import field_of
 from lowrank_optax._src.leaves.paths import (
     Path,
@@ -40,7 +39,8 @@ def transformation(
       TypeError, ValueError: for leaves that are not arrays, gradients that do not fit
         the parameters, and a state that is not of the shapes that ``init`` makes.
     """
-    states = _States(init)
+    # Traced, as JAX keeps what was, by shapes and by what is said around the call.
+    traced_init = jax.jit(init)
 
     def init_fn(params):
         params = empty(params)
@@ -55,11 +55,15 @@ def transformation(
         if weights is not None:
             weights, frozen = _weights(given, weights)
 
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), grads)
+
         def run(grads, state, weights, extra):
             return update(grads, state, weights, **extra)
 
         with without_gradient(frozen):
-            part, places = _part(old, states.like(grads), grads)
+            with quietly():
+                expected = traced_init.eval_shape(shapes)
+            part, places = _part(old, expected, grads)
             new = with_auto_axes(run, grads, part, weights, extra)
         for made, like in zip(new, (grads, part), strict=True):
             if jax.tree.structure(made) != jax.tree.structure(like):
@@ -81,26 +85,6 @@ def transformation(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-class _States:
-    """The states that an ``init`` makes, by their shapes alone."""
-
-    def __init__(self, init: Callable[..., Any]):
-        self._init = init
-        self._known: dict[Any, Any] = {}
-
-    def like(self, tree: Any) -> Any:
-        """That of parameters such as these."""
-        leaves, treedef = jax.tree.flatten(tree)
-        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
-        seen = treedef, tuple((x.shape, x.dtype) for x in shapes), around()
-        if seen not in self._known:
-            with quietly():
-                self._known[seen] = jax.eval_shape(
-                    self._init, treedef.unflatten(shapes)
-                )
-        return self._known[seen]
 
 
 def _is_trained(x: Any) -> bool:

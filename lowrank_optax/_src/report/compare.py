@@ -7,7 +7,7 @@ import jax
 import optax
 
 from lowrank_optax._src.leaves.box import unbox, value_of
-from lowrank_optax._src.leaves.choose import quietly
+from lowrank_optax._src.leaves.context import quietly
 from lowrank_optax._src.leaves.paths import Path, flatten, path_parts
 
 _SHOWN = 20  # arrays that differ; a model has hundreds

@@ -8,8 +8,7 @@ import optax
 
 from lowrank_optax._src.engines.accumulation import AccumulateState, refused
 from lowrank_optax._src.leaves.box import is_box
-from lowrank_optax._src.leaves.choose import quietly
-from lowrank_optax._src.leaves.context import accumulation
+from lowrank_optax._src.leaves.context import accumulation, quietly
 from lowrank_optax._src.leaves.fields import boxed_state
 from lowrank_optax._src.leaves.paths import flatten
 from lowrank_optax._src.leaves.transformation import transformation

@@ -16,8 +16,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.interpreters import partial_eval
 
 from lowrank_optax._src.engines.order import after
-from lowrank_optax._src.leaves.choose import quietly
-from lowrank_optax._src.leaves.context import one_layer
+from lowrank_optax._src.leaves.context import one_layer, quietly
 from lowrank_optax._src.linalg.meshes import split_axes
 from lowrank_optax._src.parts import compatible
 from lowrank_optax._src.training.accumulate import AccumulateState

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax._src.leaves.choose import quietly
-from lowrank_optax._src.leaves.context import limited_ranks
+from lowrank_optax._src.leaves.context import limited_ranks, quietly
 from lowrank_optax._src.leaves.paths import Path, flatten
 from lowrank_optax._src.leaves.placing import unsplit
 from lowrank_optax._src.parts.checks import check_rank
