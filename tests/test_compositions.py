@@ -381,17 +381,17 @@ STORED = {
     ),
     "AdaRankGrad + Adafactor": (
         lambda r: adaptive(FACTORED, r),
-        4 * (L * R + S + R),
+        4 * (L * R + S + R + 3),
     ),
     "AdaRankGrad + 8-bit Adam": (
         lambda r: lro.quantize_state(adaptive(ADAM, r)),
-        4 * L * R + in_bytes(S * R, S * R),
+        4 * (L * R + 3) + in_bytes(S * R, S * R),
     ),
     "Q-GaLore + I3S": (
         lambda r: lro.q_galore_project(
             ADAM, rank=r, update_every=3, subspace=lro.ImportanceSampled()
         ),
-        S * R / 2 + 4 * R + 4 * 2 * L * R,
+        S * R / 2 + 4 * R + 4 * (2 * L * R + 7),
     ),
     "Q-GaLore + Fira": (
         lambda r: lro.compress_state(
