@@ -87,8 +87,13 @@ def kernels(mesh):
 
 def main():
     mesh = meshes.mesh_of("cpu")
+    with lro.split_states("own"):
+        own = {name: moved(tx, mesh) for name, tx in METHODS.items()}
     found = {
-        "moved": {name: moved(tx, mesh) for name, tx in METHODS.items()},
+        "moved": own,
+        "moved by all": {
+            name: moved(METHODS[name], mesh) for name in ("mlorc", "bytes")
+        },
         "codes": codes(mesh),
         "exact": exact(mesh),
         "kernels": kernels(mesh),

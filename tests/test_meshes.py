@@ -40,6 +40,14 @@ def test_leaves_share_their_collectives(found):
         assert ordinary["count"] <= 4 * A_GROUP + A_MODEL
 
 
+def test_states_split_by_all_axes_are_gathered_as_thin_arrays(found):
+    for name, (ordinary, _) in found["moved by all"].items():
+        own = found["moved"][name][0]
+        assert ordinary["largest"] <= ROOM * 12 * 768
+        assert ordinary["bytes"] > own["bytes"]  # which is what is paid for the memory
+        assert ordinary["count"] <= 2 * (4 * A_GROUP + A_MODEL)
+
+
 def test_blocks_on_several_devices_have_the_codes_of_one(found):
     assert all(found["codes"].values())
 
