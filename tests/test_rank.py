@@ -88,7 +88,7 @@ def test_bases_and_moments_are_cut_leaf_by_leaf():
     chex.assert_shape(small.inner_state.mu["bias"], (8,))
     assert_close(small.basis["low"], state.basis["low"][:, :2], rtol=0, atol=0)
     numbers = 14 * 2 + 2 * 2 * 10 + 2 * (12 + 2 * 8) * multiple + 2 * 8
-    counters, scalars = 2, 2 * 3
+    counters, scalars = 2, 3 * 3  # of the one matrix and each of the stack
     assert nbytes(small) == 4 * (numbers + counters + scalars)
     # What the new transformation makes is what the new state is.
     chex.assert_trees_all_equal_shapes_and_dtypes(new.init(grads[0]), small)
