@@ -146,6 +146,8 @@ def test_between_refreshes_the_update_stays_in_the_subspace():
 
 class Reports(NamedTuple):
     size: jax.Array
+    whole: jax.Array
+    chance: jax.Array
     overlap: jax.Array
 
 
@@ -156,13 +158,14 @@ class Reporter:
     due_at: tuple[int, ...]
 
     def init(self, view, phase):
-        return Reports(jnp.zeros([]), jnp.zeros([]))
+        return Reports(*4 * [jnp.zeros(view.batch_shape)])
 
     def due(self, state, step):
         return jnp.any(step == jnp.array(self.due_at))
 
-    def after(self, state, due, size, overlap):
-        return Reports(size, overlap)
+    def after(self, state, due, seen):
+        shape = state.size.shape
+        return Reports(*(jnp.broadcast_to(x, shape).astype(jnp.float32) for x in seen))
 
 
 def test_what_a_refresh_is_told():
@@ -176,10 +179,11 @@ def test_what_a_refresh_is_told():
         new = np.asarray(state.basis["w"], np.float64)
         report = state.refresh["w"]
         changed.append(not np.array_equal(new, old))
-        size = np.linalg.norm(g if changed[-1] else old.mT @ np.asarray(g))
-        np.testing.assert_allclose(report.size, size, rtol=1e-5)
-        share = np.sum((new.mT @ old) ** 2) / 4 if changed[-1] else 1.0
-        np.testing.assert_allclose(report.overlap, share, rtol=1e-5)
+        g = np.asarray(g, np.float64)
+        size, whole = (np.linalg.norm(x, axis=(-2, -1)) for x in (new.mT @ g, g))
+        share = np.sum((new.mT @ old) ** 2, (-2, -1)) / 2 if changed[-1] else np.ones(2)
+        expected = Reports(size, whole, np.full(2, 2 / 5), share)
+        assert_close(report, expected, rtol=1e-5, atol=1e-6)
         old = new
     # The start is due whatever the rule says.
     assert changed == [True, False, True, False]
@@ -332,8 +336,8 @@ class OnceSmall:
     def due(self, state, step):
         return state.size < self.below
 
-    def after(self, state, due, size, overlap):
-        return state._replace(size=size)
+    def after(self, state, due, seen):
+        return state._replace(size=seen.size)
 
 
 def test_a_rule_decides_by_what_it_was_told_at_the_step_before():
