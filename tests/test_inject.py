@@ -29,7 +29,8 @@ NUMBERS = set(
 STATIC = set(
     "inner tx rule dense codecs rank max_rank min_rank leading num_heads density bits "
     "block every error_feedback oversample power_iters warm_start compress fields per "
-    "reference subspace refresh transfer recovery mask side matrices key".split()
+    "reference measure subspace refresh transfer recovery mask side matrices "
+    "key".split()
 )
 
 
