@@ -203,7 +203,7 @@ settings = Pretrain(
     seq_len=32 if SMALL else 128,
 )
 job = prepare(settings, Path(tempfile.mkdtemp()))
-task, tx = job.task, job.optimizer("adamw")
+task, tx = job.task, optax.adamw(3e-3)
 
 
 @jax.jit
