@@ -129,6 +129,7 @@ ABSENT = {
     "quantize_state": "around Adam it is adamw_8bit without a learning rate",
     "scale_by_adam_mini": "it is adam_mini without a learning rate",
     "scale_by_ldadam": "it is ldadamw without a learning rate",
+    "two_rates": "it runs two of a factory's transformations, which are rows",
 }
 
 
