@@ -1,6 +1,6 @@
 # The commands that need nothing but Python 3.11 or newer: `make demo`, `make test`,
-# `make docs` and `make test-accelerators`. Each makes an environment, installs what it needs into it
-# once, and runs.
+# `make docs` and `make test-accelerators`. Each makes an environment, installs what it
+# needs into it once, and runs.
 
 PYTHON ?= python3
 VENV := .venv

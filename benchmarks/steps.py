@@ -117,9 +117,8 @@ def naive_mlorc(rank: int = 4) -> optax.GradientTransformation:
 
 def _named(name: str, heads: int) -> optax.GradientTransformation:
     """A method of the examples, at the paper's rank for models of this width."""
-    known = {"heads": (heads, heads), "steps": _NEVER}
-    more = {x: known[x] for x in NAMED[name].needs}
-    return NAMED[name].build(_LR, _rank(name), _NEVER, 0.0, **more)
+    given = _LR, _rank(name), _NEVER, 0.0
+    return NAMED[name].build(*given, heads=(heads, heads), steps=_NEVER)
 
 
 def _rank(name: str) -> int | None:

@@ -116,9 +116,7 @@ NAMES = ["mlorc_adamw", "galore_adamw", "apollo_adamw", "galore_adamw_8bit"]
 
 def optimizer(name, rank):
     heads = (config.num_attention_heads, config.kv_heads)
-    known = {"heads": heads, "steps": 1000}
-    more = {need: known[need] for need in METHODS[name].needs}
-    return METHODS[name].build(1e-3, rank, 200, 0.0, **more)
+    return METHODS[name].build(1e-3, rank, 200, 0.0, heads=heads, steps=1000)
 
 
 def state_gib(name, rank=None):

@@ -8,6 +8,7 @@ import sys
 
 import hypothesis
 import jax
+import pytest
 
 # Nearly all time of the suite is compilation, which takes a fifth without LLVM's
 # optimizations.
@@ -88,6 +89,17 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=out)
         left = {item.nodeid for item in out}
         items[:] = [item for item in items if item.nodeid not in left]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_once(tmp_path_factory):
+    """Programs that tests of a worker have in common are compiled for the first one.
+
+    Each worker has files of its own, as JAX does not write them at once.
+    """
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 _tests_run = itertools.count(1)

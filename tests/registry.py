@@ -466,3 +466,9 @@ def example_params(dtype: Any = jnp.float32) -> Any:
         "embed": {"table": (5, 4)},
     }
     return random_like(shapes, seed=0, dtype=dtype)
+
+
+def one_of_each() -> Any:
+    """A matrix, a vector and an embedding: where it is the wrapper that is tried."""
+    params = example_params()
+    return {"up": params["up"], "embed": params["embed"]}

@@ -138,7 +138,7 @@ def test_a_zero_row_spoils_no_size_of_gradients(tx, scale):
             assert relative_error(u[name], want[name]) < 1e-5
 
 
-@pytest.mark.parametrize("outlier", [1e3, 1e20, 3e37])
+@pytest.mark.parametrize("outlier", [1e3, 1e20, 1e30])
 @pytest.mark.parametrize("threshold", [1.0, 0.25])
 def test_the_clip_keeps_what_stands_beside_an_outlier(outlier, threshold):
     x = np.random.default_rng(0).standard_normal((3, 8, 16)).astype(np.float32)

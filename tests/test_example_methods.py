@@ -26,8 +26,7 @@ def names(state):
 @pytest.mark.parametrize("name", [k for k, m in METHODS.items() if m.linear is None])
 def test_kernels_have_the_one_rate_and_all_else_the_other(name):
     own = METHODS[name]
-    more = {need: KNOWN[need] for need in own.needs}
-    tx = own.build(0.1, 2, 5, 0.0, dense=0.2, **more)
+    tx = own.build(0.1, 2, 5, 0.0, dense=0.2, **KNOWN)
     params = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
         SHAPES,
@@ -38,7 +37,7 @@ def test_kernels_have_the_one_rate_and_all_else_the_other(name):
     assert names(groups["matrices"]) == {"q_proj", "o_proj"}
     assert names(groups["dense"]) == {"embed", "norm", "head"}
     # Without another rate, the state is that of the optimizer alone.
-    plain = jax.eval_shape(own.build(0.1, 2, 5, 0.0, **more).init, params)
+    plain = jax.eval_shape(own.build(0.1, 2, 5, 0.0, **KNOWN).init, params)
     assert not optax.tree.get_all_with_path(plain, "inner_states")
 
 

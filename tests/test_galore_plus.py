@@ -14,7 +14,6 @@ from running import (
     random_like,
     relative_error,
     run,
-    run_eagerly,
 )
 
 import lowrank_optax as lro
@@ -106,7 +105,7 @@ def test_heads_are_drawn_anew_for_each_matrix_and_uniformly():
 def test_all_layouts_of_a_kernel_are_one():
     grads = gradients(steps=PERIOD + 2)
     tx = galore_plus(subspace=EXACT)
-    flat, _ = run_eagerly(tx, {"query": grads[0]}, [{"query": g} for g in grads])
+    flat, _ = run(tx, {"query": grads[0]}, [{"query": g} for g in grads])
     layouts = {
         (10, 4, 4): ((0, 1, 2), lro.MatrixAxes(rows=0, cols=(1, 2))),
         (4, 4, 10): ((1, 2, 0), lro.MatrixAxes(rows=2, cols=(0, 1))),
@@ -122,7 +121,7 @@ def test_all_layouts_of_a_kernel_are_one():
         # A kernel with an axis of heads needs no number.
         heads = HEADS if len(shape) == 2 else None
         tx = galore_plus(matrices={"query": axes}, num_heads=heads, subspace=EXACT)
-        updates, state = run_eagerly(tx, turned[0], turned)
+        updates, state = run(tx, turned[0], turned)
         assert state.basis["query"].shape == (10, RANK)
         for u, want in zip(updates, flat, strict=True):
             assert u["query"].shape == shape
@@ -274,7 +273,7 @@ def test_a_scale_of_its_own_for_the_residual():
 
     def last(**changes):
         tx = galore_plus(warmup=1, subspace=EXACT, **changes)
-        return run_eagerly(tx, grads[0], grads)[0][-1]["q_proj"]
+        return run(tx, grads[0], grads)[0][-1]["q_proj"]
 
     low, both = last(density=0, scale=0.5), last(scale=0.5)
     doubled = last(scale=0.5, residual_scale=1.0)

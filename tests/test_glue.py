@@ -1,8 +1,6 @@
 """The GLUE command: what it writes, what it refuses, killing and resuming."""
 
-import ast
 import dataclasses
-import inspect
 import io
 import json
 import re
@@ -36,6 +34,7 @@ from examples.roberta.masked import Masking
 from examples.roberta.settings import Glue
 from examples.roberta.weights import load_classifier
 from tests.faults import contents, truncate
+from tests.flags import check_help
 from tests.interrupting import Crash, at_call, crash, stop
 from tests.mrpc import TINY, write_data, write_model
 
@@ -436,21 +435,7 @@ def test_what_cannot_work_is_refused_in_one_line(
 
 
 def test_help_explains_every_flag(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
-    with pytest.raises(SystemExit) as caught:
-        main(["--help"])
-    assert caught.value.code == 0
-    shown = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
-    body = ast.parse(inspect.getsource(Glue)).body[0].body
-    explained = {
-        field.target.id: " ".join(text.value.value.split())
-        for field, text in zip(body, body[1:], strict=False)
-        if isinstance(field, ast.AnnAssign)
-    }
-    assert explained.keys() == {field.name for field in dataclasses.fields(Glue)}
-    for name, text in explained.items():
-        assert f"--{name.replace('_', '-')}" in shown
-        assert text in shown
+    check_help(main, Glue, capsys, monkeypatch)
 
 
 # Parts of the job

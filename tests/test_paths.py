@@ -61,7 +61,7 @@ def ordered(holder, values):
 def test_metrics_and_tables_have_an_entry_for_each_matrix(holder):
     params = HOLDERS[holder](*leaves(3))
     tx = lro.adaptive_rank(optax.scale_by_adam(), max_rank=4, max_residual_energy=1e-6)
-    _, state = tx.update(params, tx.init(params))
+    _, state = jax.jit(tx.update)(params, tx.init(params))
     kwargs = dict(tx=tx, grads=params, earlier=state, moments=True)
     metrics = lro.diagnostics.state_metrics(state, **kwargs)
     for name in names(holder):
@@ -85,12 +85,12 @@ def flat_names(params):
 def test_shrinking_frees_the_unused_columns_of_each_matrix(holder):
     params = HOLDERS[holder](*leaves(3))
     tx = lro.adaptive_rank(optax.scale_by_adam(), max_rank=4, max_residual_energy=1e-6)
-    _, state = tx.update(params, tx.init(params))
+    _, state = jax.jit(tx.update)(params, tx.init(params))
     after, cut = lro.rank.shrink(tx, state, params, multiple_of=1)
     widths = [x.shape[-1] for x in jax.tree.leaves(cut.basis)]
     assert widths == ordered(holder, [3, 1, 2])
-    old, _ = tx.update(params, state)
-    new, _ = after.update(params, cut)
+    old, _ = jax.jit(tx.update)(params, state)
+    new, _ = jax.jit(after.update)(params, cut)
     for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 

@@ -1,8 +1,5 @@
 """The pre-training job: what it writes, what it refuses, stopping and resuming."""
 
-import ast
-import dataclasses
-import inspect
 import io
 import json
 import math
@@ -38,6 +35,7 @@ from examples.llama.finetune_settings import Finetune
 from examples.llama.pretrain import CONFIGS, Pretrain, main
 from examples.llama.weights import load_llama
 from tests.faults import contents, flip, full_disk, largest, truncate
+from tests.flags import check_help
 
 METHODS = Pretrain().methods
 STEPS = pretrain.SMOKE.steps
@@ -550,22 +548,7 @@ def test_bad_flags_exit_with_status_2(tmp_path, monkeypatch):
     ("main", "settings"), [(main, Pretrain), (finetune.main, Finetune)]
 )
 def test_help_explains_every_flag(main, settings, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
-    with pytest.raises(SystemExit) as caught:
-        main(["--help"])
-    assert caught.value.code == 0
-    shown = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
-    body = ast.parse(inspect.getsource(settings)).body[0].body
-    explained = {
-        field.target.id: " ".join(text.value.value.split())
-        for field, text in zip(body, body[1:], strict=False)
-        if isinstance(field, ast.AnnAssign)
-    }
-    assert explained.keys() == {field.name for field in dataclasses.fields(settings)}
-    for name, text in explained.items():
-        flag = name.replace("_", "-")
-        assert f"--{flag}" in shown or f"--no-{flag}" in shown
-        assert text in shown
+    check_help(main, settings, capsys, monkeypatch)
 
 
 # The schedule

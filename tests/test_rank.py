@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from running import assert_close, random_like, relative_error, run_eagerly
+from running import assert_close, random_like, relative_error, run
 
 import lowrank_optax as lro
 
@@ -61,11 +61,11 @@ INNERS = {
 @pytest.mark.parametrize("name", INNERS)
 def test_the_trajectory_is_that_of_the_masked_state(name):
     tx, grads = INNERS[name](), gradients(12)
-    _, state = run_eagerly(tx, grads[0], grads[:6])
-    want, last = run_eagerly(tx, grads[0], grads[6:], state)
+    _, state = run(tx, grads[0], grads[:6])
+    want, last = run(tx, grads[0], grads[6:], state)
     small_tx, small = lro.rank.shrink(tx, state, grads[0], multiple_of=2)
     assert nbytes(small) < 0.8 * nbytes(state)
-    got, small = run_eagerly(small_tx, grads[0], grads[6:], small)
+    got, small = run(small_tx, grads[0], grads[6:], small)
     for u, v in zip(got, want, strict=True):
         for leaf in u:
             assert relative_error(u[leaf], v[leaf]) < 1e-5
@@ -76,7 +76,7 @@ def test_the_trajectory_is_that_of_the_masked_state(name):
 def test_bases_and_moments_are_cut_leaf_by_leaf():
     tx, grads = adaptive(), gradients(2)
     grads[1]["low"] = grads[1]["low"][:, :1] * jnp.ones((1, 14))  # of rank 1
-    _, state = run_eagerly(tx, grads[1], grads[1:])
+    _, state = run(tx, grads[1], grads[1:])
     new, small = lro.rank.shrink(tx, state, grads[0], multiple_of=2)
     used = int(np.any(np.asarray(state.basis["stack"]) != 0, axis=(0, 1)).sum())
     multiple = used + used % 2
@@ -98,7 +98,7 @@ def test_bases_and_moments_are_cut_leaf_by_leaf():
 
 def test_shrinking_goes_on_from_where_it_was():
     tx, grads = adaptive(), gradients(8)
-    _, state = run_eagerly(tx, grads[0], grads[:5])
+    _, state = run(tx, grads[0], grads[:5])
     once, state = lro.rank.shrink(tx, state, grads[0], multiple_of=3)
     assert state.basis["low"].shape[-1] == 3
     again, same = lro.rank.shrink(once, state, grads[0], multiple_of=3)
@@ -108,7 +108,7 @@ def test_shrinking_goes_on_from_where_it_was():
         {k: g[k] if k == "bias" else g[k][..., :1] * g[k][..., :1, :] for k in g}
         for g in grads
     ]
-    _, state = run_eagerly(again, grads[0], narrow, state)
+    _, state = run(again, grads[0], narrow, state)
     assert lro.diagnostics.state_metrics(state)["rank/low"] == 1
     _, state = lro.rank.shrink(again, state, grads[0], multiple_of=1)
     assert state.basis["low"].shape == (14, 1)
@@ -131,13 +131,11 @@ def test_what_compiles_its_init_is_shrunk_too():
 
 def test_a_rank_that_would_grow_is_held_at_what_is_left():
     tx, grads = adaptive(), gradients(6)
-    _, state = run_eagerly(tx, grads[0], grads[:2])
+    _, state = run(tx, grads[0], grads[:2])
     tx, state = lro.rank.shrink(tx, state, grads[0], multiple_of=1)
     left = state.basis["low"].shape[-1]
     assert left < 6
-    updates, state = run_eagerly(
-        tx, grads[0], gradients(6, rank=6, noise=1.0)[2:], state
-    )
+    updates, state = run(tx, grads[0], gradients(6, rank=6, noise=1.0)[2:], state)
     assert lro.diagnostics.state_metrics(state)["rank/low"] == left
     assert np.linalg.matrix_rank(updates[-1]["low"]) == left
 

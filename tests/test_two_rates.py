@@ -8,8 +8,8 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from registry import METHODS, PERIOD, example_params
-from running import assert_close, random_grads, run, run_eagerly
+from registry import METHODS, PERIOD, example_params, one_of_each
+from running import assert_close, random_grads, run
 from test_default_matrices import MODELS, tree_of
 
 import lowrank_optax as lro
@@ -22,7 +22,6 @@ OPTAX = {
 FACTORIES = OPTAX | {m.name: (m.factory, m.kwargs) for m in METHODS if m.is_alias}
 LABELS = {
     "up": {"kernel": "low", "bias": "rest"},
-    "down": {"kernel": "low"},
     "embed": {"table": "rest"},
 }
 
@@ -53,7 +52,7 @@ def test_equals_a_partition_written_by_hand(name):
             k: x for k, (_, x) in found.items()
         }
 
-    params = {"p": example_params()}
+    params = {"p": one_of_each()}
     grads = random_grads(params, 2)
     updates, state = run(tx._replace(update=update), params, grads)
     for u in updates:
@@ -90,7 +89,7 @@ def test_a_bias_of_two_axes_has_the_rate_and_the_state_of_a_bias(factory):
     tx = lro.two_rates(factory)(1e-3, 1, dense_learning_rate=1.0)
     (bias, kernel) = lro.describe(tx, params)
     assert bias.view is None and kernel.view
-    updates, _ = run_eagerly(tx, params, random_grads(params, 1))
+    updates, _ = run(tx, params, random_grads(params, 1))
     sizes = jax.tree.map(lambda u: float(jnp.max(jnp.abs(u))), updates[0])["query"]
     assert sizes["b"] > 0.9 and sizes["w"] < 0.1
 

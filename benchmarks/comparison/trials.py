@@ -88,8 +88,6 @@ class Trainer:
         self, method: str, rank: int | None, rate: Any, dense_rate: Any
     ) -> optax.GradientTransformation:
         s, own, config = self.job.settings, METHODS[method], self.job.config
-        heads = (config.num_attention_heads, config.kv_heads)
-        known = {"heads": heads, "steps": s.steps}
         unit = warmup_cosine(1.0, s.steps)
         tx = own.build(
             lambda step: rate * unit(step),
@@ -97,7 +95,8 @@ class Trainer:
             s.update_every,
             0.0,
             dense=lambda step: dense_rate * unit(step),
-            **{name: known[name] for name in own.needs},
+            heads=(config.num_attention_heads, config.kv_heads),
+            steps=s.steps,
         )
         return optax.chain(optax.clip_by_global_norm(1.0), tx)
 

@@ -46,14 +46,13 @@ class Method:
 
     Attributes:
       build: called with a learning rate (float or schedule), a rank, the steps
-        between two choices of the subspace and a weight decay, of which it ignores
-        those that the method has no use for; and by name with `dense`, another rate
-        for embeddings, head, biases and norms.
+        between two choices of the subspace and a weight decay; and by name with
+        `heads`, those of queries and of keys, `steps` of the whole run, and `dense`,
+        another rate for embeddings, head, biases and norms, or None. It ignores what
+        the method has no use for.
       learning_rate: the peak rate where none is given, of the matrices.
       dense_learning_rate: that of all other leaves.
       rank: the rank where none is given; None for methods that have no rank.
-      needs: what else `build` is given, by name: `heads`, those of queries and of keys;
-        `steps`, of the whole run.
       linear: what takes the place of the layers' linear maps, at the rank; None where
         the model is trained as it is.
     """
@@ -62,8 +61,11 @@ class Method:
     learning_rate: float
     dense_learning_rate: float
     rank: int | None = None
-    needs: tuple[str, ...] = ()
     linear: Callable[..., LowRankLinear] | None = None
+
+    def rank_of(self, asked: int | None) -> int | None:
+        """The rank that is asked for, or its own; None if it has none."""
+        return self.rank if self.rank is None or asked is None else asked
 
 
 def optimizer(
@@ -82,6 +84,7 @@ def optimizer(
         every: int,
         decay: float,
         dense: optax.ScalarOrSchedule | None = None,
+        **_: Any,
     ) -> optax.GradientTransformation:
         made, rates = factory, {"learning_rate": learning_rate}
         if dense is not None:
@@ -98,13 +101,13 @@ def optimizer(
     return build
 
 
-def _golore(*given: Any, steps: int, **rates: Any) -> optax.GradientTransformation:
+def _golore(*given: Any, steps: int, **more: Any) -> optax.GradientTransformation:
     switch = int(0.8 * steps)  # the paper's
-    return optimizer(lro.golore_adamw, switch_step=switch, scale=0.25)(*given, **rates)
+    return optimizer(lro.golore_adamw, switch_step=switch, scale=0.25)(*given, **more)
 
 
-def _galore_plus(*given: Any, heads: Any, **rates: Any) -> optax.GradientTransformation:
-    return optimizer(lro.galore_plus_adamw, num_heads=heads)(*given, **rates)
+def _galore_plus(*given: Any, heads: Any, **more: Any) -> optax.GradientTransformation:
+    return optimizer(lro.galore_plus_adamw, num_heads=heads)(*given, **more)
 
 
 def _adam_mini(
@@ -114,8 +117,8 @@ def _adam_mini(
     return lro.adam_mini(learning_rate, weight_decay=weight_decay)
 
 
-def _adapters(*given: Any, **rates: Any) -> optax.GradientTransformation:
-    return freeze(optimizer(optax.adamw)(*given, **rates))
+def _adapters(*given: Any, **more: Any) -> optax.GradientTransformation:
+    return freeze(optimizer(optax.adamw)(*given, **more))
 
 
 def _relora(
@@ -124,6 +127,7 @@ def _relora(
     every: int,
     decay: float,
     dense: optax.ScalarOrSchedule | None = None,
+    **_: Any,
 ) -> optax.GradientTransformation:
     return relora_adamw(
         learning_rate, every, weight_decay=decay, dense_learning_rate=dense
@@ -146,7 +150,7 @@ METHODS = {
     "fira_i3s_adamw": Method(
         optimizer(lro.fira_adamw, subspace=lro.ImportanceSampled()), 1.5e-2, _DENSE, 32
     ),
-    "golore_adamw": Method(_golore, 1.5e-2, _DENSE, 32, ("steps",)),
+    "golore_adamw": Method(_golore, 1.5e-2, _DENSE, 32),
     "ldadamw": Method(optimizer(lro.ldadamw), 3e-3, _DENSE, 32),
     "adamw_8bit": Method(optimizer(lro.adamw_8bit), 2e-3, _DENSE),
     "galore_adamw_8bit": Method(optimizer(lro.galore_adamw_8bit), 1.5e-2, _DENSE, 32),
@@ -159,7 +163,7 @@ METHODS = {
         optimizer(lro.apollo_adamw, scale=128**0.5, per="tensor"), 1e-2, _DENSE, 1
     ),
     "flora": Method(optimizer(lro.flora), 1e-2, _DENSE, 32),
-    "galore_plus_adamw": Method(_galore_plus, 1.5e-2, _DENSE, 32, ("heads",)),
+    "galore_plus_adamw": Method(_galore_plus, 1.5e-2, _DENSE, 32),
     "q_galore_adamw_8bit": Method(
         optimizer(lro.q_galore_adamw_8bit), 1.5e-2, _DENSE, 32
     ),

@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -17,17 +19,25 @@ class Elsewhere(OSError):
     """Another process cannot go on, and this one not without it."""
 
 
-class Processes(Protocol):
-    """The settings that say which process this is, of how many."""
+@dataclass(frozen=True)
+class Devices:
+    """The settings that say on what a job runs."""
 
-    out: Any
-    mesh: str | None
-    coordinator: str | None
-    num_processes: int | None
-    process_id: int | None
+    mesh: str | None = None
+    """Devices to train on, such as data=2,fsdp=4,model=2, whose product is their
+    number: data splits the batch, fsdp batch and weights, model the matrices (tensor
+    parallel). Default: one device."""
+    coordinator: str | None = None
+    """HOST:PORT of the first of several processes. Each is started with the same
+    flags, --out and --mesh among them, but for --process-id. Ranks are then not
+    searched for to be shrunk."""
+    num_processes: int | None = None
+    """How many processes there are."""
+    process_id: int | None = None
+    """Which of them this one is, from 0, which writes and prints."""
 
 
-def connect(settings: Processes) -> None:
+def connect(settings: Devices, out: Path | None) -> None:
     """Joins the other processes; before anything else is asked of JAX.
 
     Raises:
@@ -48,7 +58,7 @@ def connect(settings: Processes) -> None:
             f"Cannot be process {number} of {count}: --process-id is from 0 to"
             " --num-processes - 1."
         )
-    if s.mesh is None or s.out is None:
+    if s.mesh is None or out is None:
         raise ValueError(
             "Several processes need --mesh, over the devices of all of them, and --out,"
             " a directory that all of them see."

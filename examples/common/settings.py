@@ -14,7 +14,7 @@ import tyro
 from examples.common.errors import BadFile
 from examples.common.files import read_object, write_json
 from examples.common.lock import is_free
-from examples.common.processes import connect, is_first
+from examples.common.processes import Devices, connect, is_first
 from examples.common.typed import checked_fields
 
 S = TypeVar("S")
@@ -23,7 +23,7 @@ RUNS = Path("runs")
 RECORD = "run.json"
 
 # No part of the record: they say where and how; what --smoke changes is in the rest.
-_DEVICES = ("mesh", "coordinator", "num_processes", "process_id")
+_DEVICES = tuple(field.name for field in dataclasses.fields(Devices))
 _UNRECORDED = ("out", "resume", "smoke", *_DEVICES)
 
 
@@ -43,7 +43,7 @@ def parse_settings(
       argv: the flags.
       name: of the job; the directory of a new run is `runs/NAME-DATE`.
       full: the defaults, a dataclass with at least the fields `out` (Path or None),
-        `resume` and `smoke` (bool). Where it has those of `Processes`, these are
+        `resume` and `smoke` (bool). If it is one of `Devices`, other processes are
         joined.
       smoke: the defaults under `--smoke`.
       presets: what takes the place of defaults under a name, for a dataclass with a
@@ -66,8 +66,9 @@ def parse_settings(
             )
         defaults: Any = full
         given = _parse(argv, dataclasses.replace(defaults, **presets[preset]))
-    if hasattr(given, "coordinator"):
-        connect(given)
+    asked: Path | None = given.out
+    if isinstance(given, Devices):
+        connect(given, asked)
     if given.resume:
         out = given.out or _latest(name)
         recorded = _recorded(out, full)

@@ -182,6 +182,27 @@ def config_names() -> str:
     return ", ".join(sorted(path.stem for path in CONFIGS.glob("*.json")))
 
 
+def named_config(model: str, seq_len: int, **overrides: Any) -> LlamaConfig:
+    """The config of a name in `CONFIGS`, or of a path, for sequences of a length.
+
+    Raises:
+      ValueError: there is no such model, or it does not take such sequences.
+    """
+    path = config_path(model)
+    if path is None:
+        raise ValueError(
+            f"Unknown model {model!r}: choose from {config_names()}, or give the path"
+            " of a config.json."
+        )
+    config = LlamaConfig.from_json(path, **overrides)
+    if seq_len > config.max_position_embeddings:
+        raise ValueError(
+            f"Cannot train on sequences of {seq_len} tokens: the model takes"
+            f" {config.max_position_embeddings}. Lower --seq-len."
+        )
+    return config
+
+
 # How this model is laid out and computed is no property of the checkpoint.
 _HF_FIELDS = stored_fields(
     LlamaConfig, but=("scan_layers", "remat", "dtype", "param_dtype")

@@ -90,8 +90,7 @@ class Job:
 
     def rank(self, method: str) -> int | None:
         """The rank, the method's own where none was asked for."""
-        s, own = self.settings, METHODS[method]
-        return own.rank if s.rank is None or own.rank is None else s.rank
+        return METHODS[method].rank_of(self.settings.rank)
 
     def rates(self, method: str) -> tuple[float, float]:
         """Peak learning rates of matrices and of all else; where none was asked for,
@@ -120,16 +119,20 @@ class Job:
 
     def optimizer(self, method: str) -> optax.GradientTransformation:
         """The method under its schedule, behind a clip of the gradient's norm."""
-        s, own, config = self.settings, METHODS[method], self.base.config
-        heads = (config.num_attention_heads, config.kv_heads)
-        known = {"heads": heads, "steps": self.steps}
-        more: dict[str, Any] = {name: known[name] for name in own.needs}
+        s, config = self.settings, self.base.config
         rate, dense = self.rates(method)
-        if dense != rate:
-            more["dense"] = warmup_linear(dense, self.steps, s.warmup)
-        schedule = warmup_linear(rate, self.steps, s.warmup)
-        given = (schedule, self.rank(method), s.update_every, s.weight_decay)
-        tx = own.build(*given, **more)
+        schedule, other = (
+            warmup_linear(x, self.steps, s.warmup) for x in (rate, dense)
+        )
+        tx = METHODS[method].build(
+            schedule,
+            self.rank(method),
+            s.update_every,
+            s.weight_decay,
+            dense=None if dense == rate else other,
+            heads=(config.num_attention_heads, config.kv_heads),
+            steps=self.steps,
+        )
         if method in _ADAPTERS_ONLY:
             tx = freeze(tx, self.frozen(method))
         if not s.layerwise:  # else the step clips

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from examples.common.methods import check_methods, check_rates
+from examples.common.processes import Devices
 from examples.llama.instructions import ARITHMETIC
 
 
 @dataclass(frozen=True)
-class Finetune:
+class Finetune(Devices):
     """Fine-tune a LLaMA on instructions with several optimizers; compare them.
 
     The loss is that of the responses alone. Writes one directory: metrics, checkpoints,
@@ -95,18 +96,6 @@ class Finetune:
     shrink_every: int = 100
     """Steps between two searches for ranks that are no longer used, in methods that
     adapt them; the memory of these is freed."""
-    mesh: str | None = None
-    """Devices to train on, such as data=2,fsdp=4,model=2, whose product is their
-    number: data splits the batch, fsdp batch and weights, model the matrices (tensor
-    parallel). Default: one device."""
-    coordinator: str | None = None
-    """HOST:PORT of the first of several processes. Each is started with the same
-    flags, --out and --mesh among them, but for --process-id. Ranks are then not
-    searched for to be shrunk."""
-    num_processes: int | None = None
-    """How many processes there are."""
-    process_id: int | None = None
-    """Which of them this one is, from 0, which writes and prints."""
     smoke: bool = False
     """Smaller defaults: all of it in less than a minute, to see that it works."""
 

@@ -27,7 +27,7 @@ from examples.common.methods import METHODS, check_methods
 from examples.common.precision import in_float32
 from examples.common.report import markdown_table
 from examples.llama.activations import Activations
-from examples.llama.config import LlamaConfig, config_names, config_path
+from examples.llama.config import LlamaConfig, named_config
 from examples.llama.model import Llama
 
 _CLIP = 1.0
@@ -76,25 +76,14 @@ class Plan:
         Raises:
           ValueError: there is no such model, or it does not take such sequences.
         """
-        path = config_path(self.model)
-        if path is None:
-            raise ValueError(
-                f"Unknown model {self.model!r}: choose from {config_names()}, or give"
-                " the path of a config.json."
-            )
-        config = LlamaConfig.from_json(
-            path,
+        return named_config(
+            self.model,
+            self.seq_len,
             scan_layers=self.layerwise,
             remat=self.remat,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
-        if self.seq_len > config.max_position_embeddings:
-            raise ValueError(
-                f"Cannot train on sequences of {self.seq_len} tokens: the model takes"
-                f" {config.max_position_embeddings}. Lower --seq-len."
-            )
-        return config
 
     @property
     def placement(self) -> Placement:
@@ -124,16 +113,15 @@ class Plan:
     @property
     def chosen_rank(self) -> int | None:
         """The rank, the method's own where none was asked for; None if it has none."""
-        own = METHODS[self.method].rank
-        return own if self.rank is None or own is None else self.rank
+        return METHODS[self.method].rank_of(self.rank)
 
     def optimizer(self) -> optax.GradientTransformation:
         """The method as pre-training and fine-tuning build it."""
         config, own = self.config, METHODS[self.method]
-        known = {"heads": (config.num_attention_heads, config.kv_heads), "steps": 1000}
-        more = {name: known[name] for name in own.needs}
+        heads = (config.num_attention_heads, config.kv_heads)
         schedule = optax.constant_schedule(own.learning_rate)
-        tx = own.build(schedule, self.chosen_rank, 200, 0.0, **more)
+        given = schedule, self.chosen_rank, 200, 0.0
+        tx = own.build(*given, heads=heads, steps=1000)
         if not self.layerwise:
             tx = optax.chain(optax.clip_by_global_norm(_CLIP), tx)
         return tx if self.param_dtype == "float32" else in_float32(tx)

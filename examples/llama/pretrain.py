@@ -48,7 +48,7 @@ from examples.common.settings import (
 from examples.common.tokens import END_OF_TEXT, Packed, TokenizedCorpus, tokenize
 from examples.common.typed import checked_fields
 from examples.llama.config import CONFIGS as CONFIGS
-from examples.llama.config import LlamaConfig, config_names, config_path
+from examples.llama.config import LlamaConfig, named_config
 from examples.llama.layerwise import step_of
 from examples.llama.loss import whole_rows
 from examples.llama.model import Llama
@@ -155,8 +155,7 @@ class Job:
 
     def rank(self, method: str) -> int | None:
         """The rank, the method's own where none was asked for."""
-        s, own = self.settings, METHODS[method]
-        return own.rank if s.rank is None or own.rank is None else s.rank
+        return METHODS[method].rank_of(self.settings.rank)
 
     def rates(self, method: str) -> tuple[float, float]:
         """Peak learning rates of matrices and of all else, the method's own where none
@@ -170,12 +169,15 @@ class Job:
         """The method under its schedule, behind a clip of the gradient's norm."""
         s = self.settings
         schedule, dense = (warmup_cosine(x, s.steps) for x in self.rates(method))
-        own = METHODS[method]
-        heads = (self.config.num_attention_heads, self.config.kv_heads)
-        known = {"heads": heads, "steps": s.steps}
-        more = {name: known[name] for name in own.needs}
-        given = (schedule, self.rank(method), s.update_every, s.weight_decay)
-        tx = own.build(*given, dense=dense, **more)
+        tx = METHODS[method].build(
+            schedule,
+            self.rank(method),
+            s.update_every,
+            s.weight_decay,
+            dense=dense,
+            heads=(self.config.num_attention_heads, self.config.kv_heads),
+            steps=s.steps,
+        )
         if s.layerwise:
             return tx  # the step clips
         return optax.chain(optax.clip_by_global_norm(_CLIP), tx)
@@ -308,20 +310,10 @@ def resumed(settings: Pretrain, out: Path) -> Job:
 
 
 def read_config(settings: Pretrain) -> LlamaConfig:
-    """The model that `--model` names, checked against the sequence length."""
-    path = config_path(settings.model)
-    if path is None:
-        raise ValueError(
-            f"Unknown model {settings.model!r}: choose from {config_names()}, or give"
-            " the path of a config.json."
-        )
-    config = LlamaConfig.from_json(path, scan_layers=settings.layerwise)
-    if settings.seq_len > config.max_position_embeddings:
-        raise ValueError(
-            f"Cannot train on sequences of {settings.seq_len} tokens: the model takes"
-            f" {config.max_position_embeddings}. Lower --seq-len."
-        )
-    check_room(config.parameters, config.param_dtype, path)
+    """The model that `--model` names, checked against sequence length and memory."""
+    model = settings.model
+    config = named_config(model, settings.seq_len, scan_layers=settings.layerwise)
+    check_room(config.parameters, config.param_dtype, model)
     return config
 
 

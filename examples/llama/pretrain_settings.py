@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from examples.common.methods import check_methods, check_rates
+from examples.common.processes import Devices
 
 
 @dataclass(frozen=True)
-class Pretrain:
+class Pretrain(Devices):
     """Pre-train a LLaMA with several optimizers on the same text; compare them.
 
     Writes one directory: metrics, checkpoints and final model of each method,
@@ -60,18 +61,6 @@ class Pretrain:
     layerwise: bool = False
     """Update each layer inside of the backward pass, so that no gradient of the whole
     model exists. Layers are held as one; the gradient is not probed."""
-    mesh: str | None = None
-    """Devices to train on, such as data=2,fsdp=4,model=2, whose product is their
-    number: data splits the batch, fsdp batch and weights, model the matrices (tensor
-    parallel). Default: one device."""
-    coordinator: str | None = None
-    """HOST:PORT of the first of several processes. Each is started with the same
-    flags, --out and --mesh among them, but for --process-id. Ranks are then not
-    searched for to be shrunk."""
-    num_processes: int | None = None
-    """How many processes there are."""
-    process_id: int | None = None
-    """Which of them this one is, from 0, which writes and prints."""
     smoke: bool = False
     """Smaller defaults: all of it in less than a minute, to see that it works."""
 

@@ -128,13 +128,15 @@ class Job:
         """The method under its schedule, behind a clip of the gradient's norm at 1."""
         s, preset = self.settings, self.settings.chosen_task.preset
         own = METHODS["adamw" if method == SCRATCH else method]
-        known = {"heads": (self.config.num_attention_heads,) * 2, "steps": self.steps}
-        more: dict[str, Any] = {name: known[name] for name in own.needs}
-        if s.dense_learning_rate is not None:
-            more["dense"] = warmup_linear(s.dense_learning_rate, self.steps, s.warmup)
-        schedule = warmup_linear(learning_rate, self.steps, s.warmup)
+        dense = s.dense_learning_rate
         tx = own.build(
-            schedule, s.rank_of(method), preset.update_every, s.weight_decay, **more
+            warmup_linear(learning_rate, self.steps, s.warmup),
+            s.rank_of(method),
+            preset.update_every,
+            s.weight_decay,
+            dense=None if dense is None else warmup_linear(dense, self.steps, s.warmup),
+            heads=(self.config.num_attention_heads,) * 2,
+            steps=self.steps,
         )
         if method in _ADAPTERS_ONLY:
             tx = freeze(tx, all_but(*_HEADS))

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from examples.common.methods import METHODS, check_methods, check_rates
+from examples.common.processes import Devices
 from examples.roberta.masked import ENCODERS
 from examples.roberta.stdlib import STDLIB
 from examples.roberta.tasks import GLUE, Preset, Task
@@ -14,7 +15,7 @@ SCRATCH = "scratch"
 
 
 @dataclass(frozen=True)
-class Glue:
+class Glue(Devices):
     """Fine-tune RoBERTa or BERT on a GLUE task by several methods; compare them.
 
     Writes one directory: metrics and best checkpoint of each run, result.json,
@@ -85,18 +86,6 @@ class Glue:
     shrink_every: int = 100
     """Steps between two searches for ranks that are no longer used, in methods that
     adapt them; the memory of these is freed."""
-    mesh: str | None = None
-    """Devices to train on, such as data=2,fsdp=4,model=2, whose product is their
-    number: data splits the batch, fsdp batch and weights, model the matrices (tensor
-    parallel). Default: one device."""
-    coordinator: str | None = None
-    """HOST:PORT of the first of several processes. Each is started with the same
-    flags, --out and --mesh among them, but for --process-id. Ranks are then not
-    searched for to be shrunk."""
-    num_processes: int | None = None
-    """How many processes there are."""
-    process_id: int | None = None
-    """Which of them this one is, from 0, which writes and prints."""
     smoke: bool = False
     """Smaller defaults: all of it in less than a minute, to see that it works."""
 
@@ -128,8 +117,7 @@ class Glue:
 
     def rank_of(self, method: str) -> int | None:
         """The rank of a method; None where it has none."""
-        plain = method == SCRATCH or METHODS[method].rank is None
-        return None if plain else self.rank
+        return None if method == SCRATCH else METHODS[method].rank_of(self.rank)
 
     def check(self) -> None:
         """Raises ValueError for a value that means nothing, by name."""

@@ -22,7 +22,7 @@ from lowrank_optax._src.leaves.matrix import (
 )
 from lowrank_optax._src.leaves.paths import flatten, placeholders
 from lowrank_optax._src.leaves.saving import StateSizes, waste
-from lowrank_optax._src.leaves.specs import choices, is_said
+from lowrank_optax._src.leaves.specs import choices
 from lowrank_optax._src.leaves.told import (
     warn_of_nameless,
     warn_of_stacks,
@@ -82,7 +82,7 @@ def view_leaves(
                 view = dataclasses.replace(view, limit=dict(limits()).get(parts))
             result.append(view)
     found = any(isinstance(view, MatrixView) for view in result)
-    if is_said(matrices) and result and not found and not placeholders(tree):
+    if matrices is not None and result and not found and not placeholders(tree):
         raise ValueError(
             "`matrices` matches no parameter. The tree has "
             + ", ".join(
@@ -134,7 +134,7 @@ def view_blocks(
         a block is an index of the longer of the last two (of the last if they are
         equal).
     """
-    if is_said(matrices):
+    if matrices is not None:
         seen = view_leaves(tree, matrices, "left", creating)
         asked = [choice.asked for choice in choices(matrices, tree).values()]
     else:

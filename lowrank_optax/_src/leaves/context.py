@@ -23,7 +23,6 @@ _depth = jax.make_user_context(default_value=1)
 _limits = jax.make_user_context(default_value=())
 _beside = jax.make_user_context(default_value=())
 _recording = jax.make_user_context(default_value=None)
-_whole = jax.make_user_context(default_value=())
 _place: ContextVar[jax.Array | int] = ContextVar("place", default=0)
 _log: ContextVar[list[Any] | None] = ContextVar("log", default=None)
 
@@ -82,33 +81,20 @@ def limited_ranks(
     return _limits(tuple(sorted(smallest.items())))
 
 
-def without_gradient(
+def left_out(
     shapes: dict[Path, jax.ShapeDtypeStruct],
 ) -> contextlib.AbstractContextManager[Any]:
     """Let the leaves within be chosen as if those were beside them that are left out.
 
     Which axes an output of attention has is told by its queries, and these may be
-    frozen.
+    frozen, or belong to another part of a partition.
     """
     return _beside(tuple((beside() | shapes).items()))
 
 
 def beside() -> dict[Path, jax.ShapeDtypeStruct]:
-    """The parameters that are left out of an update, see `without_gradient`."""
+    """The parameters that are left out of a tree, see `left_out`."""
     return dict(_beside.value)
-
-
-def part_of(choices: Mapping[Path, Any]) -> contextlib.AbstractContextManager[Any]:
-    """Let what is given a part of a tree know what was made of the whole one.
-
-    Whoever asks for it has `matrices=specs.OfTheWhole(...)`.
-    """
-    return _whole(tuple(choices.items()))
-
-
-def whole() -> dict[Path, Any]:
-    """The choices of the tree of which those within are a part, see `part_of`."""
-    return dict(_whole.value)
 
 
 @contextlib.contextmanager

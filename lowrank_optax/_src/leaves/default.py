@@ -41,7 +41,7 @@ def by_default(tree: Any, stacks: MatrixAxes | None = None) -> dict[Path, Choice
     """
     paths, leaves, _ = flatten(tree)
     own = dict(zip(paths, map(value_of, leaves), strict=True))
-    left_out = [path for path, x in placeholders(tree).items() if x is None]
+    left_out = placeholders(tree)
     values = own | {
         path: x
         for path, x in beside().items()

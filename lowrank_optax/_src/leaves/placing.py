@@ -1,4 +1,4 @@
-"""Where arrays of state lie on a mesh: the only code that knows shardings.
+"""Where arrays of state lie on a mesh.
 
 The mesh axes of a weight are shared out over the axes of an array beside it. What runs
 along an axis of the weight has that axis' own; those that are left split the longest.
@@ -84,6 +84,11 @@ class Place:
     mesh: Any = None
     memory_kind: str | None = None
 
+    def sharding(self, spec: Sequence[Any]) -> NamedSharding:
+        """Of an array beside it, split so."""
+        kind = self.memory_kind
+        return NamedSharding(self.mesh, PartitionSpec(*spec), memory_kind=kind)
+
 
 def place_of(leaf: Any) -> Place | None:
     """Where a leaf lies, if that is known.
@@ -138,9 +143,7 @@ def annotate_by(box: Any, value: Any, spec: tuple[Any, ...]) -> Any:
     placed = annotation(box)
     if not isinstance(placed, NamedSharding):
         return annotate(box, value, spec)
-    kind = placed.memory_kind
-    other = NamedSharding(placed.mesh, PartitionSpec(*spec), memory_kind=kind)
-    return annotate(box, value, other)
+    return annotate(box, value, placed.update(spec=PartitionSpec(*spec)))
 
 
 def with_whole_specs(tree: Any) -> Any:
@@ -198,11 +201,9 @@ def put_beside(source: Any, value: Any, batch: Sequence[int], along: Sequence[An
     spec = share(place, value.shape, batch, along)
     if boxed:
         return annotate_by(source, value, spec)
-    kind = place.memory_kind
-    sharding = NamedSharding(place.mesh, PartitionSpec(*spec), memory_kind=kind)
     if isinstance(value, jax.core.Tracer):
-        return jax.sharding.reshard(value, sharding)
-    return jax.device_put(value, sharding)
+        return jax.sharding.reshard(value, place.sharding(spec))
+    return jax.device_put(value, place.sharding(spec))
 
 
 def share(
@@ -247,9 +248,7 @@ def unsplit(x: jax.Array, axes: Sequence[bool]) -> jax.Array:
     )
     if spec == place.spec:
         return x
-    kind = place.memory_kind
-    sharding = NamedSharding(place.mesh, PartitionSpec(*spec), memory_kind=kind)
-    return jax.device_put(x, sharding)
+    return jax.device_put(x, place.sharding(spec))
 
 
 def names(entry: Any) -> tuple[str, ...]:

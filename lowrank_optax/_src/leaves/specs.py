@@ -9,7 +9,6 @@ import jax
 import optax
 
 from lowrank_optax._src.leaves.box import is_boxed, value_of
-from lowrank_optax._src.leaves.context import whole
 from lowrank_optax._src.leaves.default import Choice, by_default, default_matrices
 from lowrank_optax._src.leaves.matrix import Matrices, MatrixAxes
 from lowrank_optax._src.leaves.paths import Path, flatten, path_parts, placeholders
@@ -17,7 +16,7 @@ from lowrank_optax._src.leaves.paths import Path, flatten, path_parts, placehold
 
 def choices(matrices: Matrices, tree: Any) -> dict[Path, Choice]:
     """What is made of each leaf of a tree of parameters or gradients."""
-    if isinstance(matrices, _Rules | OfTheWhole):
+    if isinstance(matrices, _Rules):
         return matrices.choices(tree)
     if matrices is default_matrices:
         matrices = None
@@ -65,31 +64,6 @@ def _specs(specs: Any) -> dict[Path, MatrixAxes | None]:
                 "MatrixAxes or None."
             )
     return result
-
-
-def is_said(matrices: Matrices) -> bool:
-    """Whether a user said anything of which leaves are matrices."""
-    if isinstance(matrices, OfTheWhole):
-        return is_said(matrices.matrices)
-    return matrices is not None
-
-
-@dataclasses.dataclass(frozen=True)
-class OfTheWhole:
-    """`matrices=` of a transformation that is given a part of the tree at a time.
-
-    What a leaf is may be told by its neighbours, which stand in another part: the
-    choices are those that `context.part_of` hands down.
-
-    Attributes:
-      matrices: what the user said of the whole tree.
-    """
-
-    matrices: Matrices
-
-    def choices(self, tree: Any) -> dict[Path, Choice]:
-        known = whole()
-        return {path: known[path] for path in flatten(tree)[0]}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from lowrank_optax._src.leaves.box import empty, unbox
-from lowrank_optax._src.leaves.context import quietly, without_gradient
+from lowrank_optax._src.leaves.context import left_out, quietly
 from lowrank_optax._src.leaves.fields import field_of
 from lowrank_optax._src.leaves.paths import (
     Path,
@@ -60,7 +60,7 @@ def transformation(
         def run(grads, state, weights, extra):
             return update(grads, state, weights, **extra)
 
-        with without_gradient(frozen):
+        with left_out(frozen):
             with quietly():
                 expected = traced_init.eval_shape(shapes)
             part, places = _part(old, expected, grads)

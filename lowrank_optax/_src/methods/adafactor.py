@@ -13,7 +13,6 @@ from lowrank_optax._src.leaves import matrix
 from lowrank_optax._src.leaves.choose import view_dense, view_leaves
 from lowrank_optax._src.leaves.matrix import Matrices, MatrixView, Side
 from lowrank_optax._src.leaves.paths import flatten
-from lowrank_optax._src.leaves.specs import is_said
 from lowrank_optax._src.leaves.transformation import transformation
 from lowrank_optax._src.methods.galore import galore_project
 from lowrank_optax._src.methods.optimizer import Mask, optimizer
@@ -165,13 +164,11 @@ def _scaled(
 
 
 def _clip(u: jax.Array, threshold: ArrayLike) -> jax.Array:
-    def root_mean_square(x):
-        return jnp.sqrt(jnp.mean(_squares(x), axis=(-2, -1), keepdims=True))
-
-    # Where squares exceed the range of floats, those of smaller numbers do not.
-    size, least = root_mean_square(u), 2.0**-80
-    size = jnp.where(jnp.isinf(size), root_mean_square(least * u) / least, size)
-    return u / jnp.maximum(1.0, size / threshold)
+    # In units in which squares of 1e30 are floats. Those of what is 1e-4 of the
+    # threshold are none, and count for nothing beside it.
+    unit = threshold * 2.0**50
+    square = jnp.mean(_squares(u / unit), axis=(-2, -1), keepdims=True)
+    return u / jnp.maximum(1.0, jnp.sqrt(square) * 2.0**50)
 
 
 def _squares(x: jax.Array) -> jax.Array:
@@ -181,7 +178,7 @@ def _squares(x: jax.Array) -> jax.Array:
 
 def _views(tree: Any, matrices: Matrices, creating: bool = False) -> list[MatrixView]:
     """Every leaf by the rows and columns it is given, or by its own last two axes."""
-    if not is_said(matrices):
+    if matrices is None:
         seen = view_dense(tree, creating)
     else:
         seen = view_leaves(tree, matrices, "left", creating)

@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from lowrank_optax._src import linalg
 from lowrank_optax._src.linalg import matmul, random
+from lowrank_optax._src.linalg.meshes import split_axes
 from lowrank_optax._src.linalg.products import Lying
 from lowrank_optax._src.linalg.thin import Stacks, across, each
 from lowrank_optax._src.parts import compatible
@@ -161,7 +162,8 @@ def scaled(
         return linalg.lifted(y) if spare else linalg.range_basis(y)
 
     kinds = {(y.shape, old.right.shape[-2]) for y, old in zip(ys, olds, strict=True)}
-    if len(kinds) == 1:  # in one pass over all
+    # In one pass over all, but on a mesh: those of a stack would be moved.
+    if len(kinds) == 1 and not split_axes(ys[0]):
         return list(ready(jnp.stack(ys), omegas[0], olds[0]))
     return [ready(*x) for x in zip(ys, omegas, olds, strict=True)]
 

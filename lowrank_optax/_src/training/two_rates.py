@@ -1,16 +1,19 @@
 """A learning rate of their own for the leaves that are no matrices."""
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, Optional
 
+import jax
 import optax
 
-from lowrank_optax._src.leaves.context import part_of, whole
+from lowrank_optax._src.leaves.box import value_of
+from lowrank_optax._src.leaves.context import left_out
 from lowrank_optax._src.leaves.matrix import Matrices
 from lowrank_optax._src.leaves.paths import flatten
-from lowrank_optax._src.leaves.specs import OfTheWhole, choices
+from lowrank_optax._src.leaves.specs import choices
 from lowrank_optax._src.leaves.transformation import transformation
 from lowrank_optax._src.training.inject import signature_of
 
@@ -33,7 +36,7 @@ def two_rates(
     there, keeps the rate of the matrices: which leaf has which rate depends neither on
     the rank nor on the method. `layerwise`, `rank.shrink`, `accumulate_gradients` and
     the reports take the result as they take the factory's own, and refuse what they
-    refuse of that, such as AdaRankGrad by layers.
+    refuse of that.
 
     Args:
       factory: of an optimizer that takes a ``learning_rate``, such as
@@ -72,8 +75,6 @@ def two_rates(
         given = own.bind(*args, **kwargs)
         given.apply_defaults()
         matrices = (given.arguments | more).get("matrices")
-        if "matrices" in own.parameters:
-            given.arguments["matrices"] = OfTheWhole(matrices)
         low_rank = factory(*given.args, **given.kwargs)
         for name, value in more.items():
             if name.startswith(_DENSE) and value is not None:
@@ -90,24 +91,31 @@ def _partition(
     dense: optax.GradientTransformation,
     matrices: Matrices,
 ) -> optax.GradientTransformationExtraArgs:
-    tx = optax.partition({"matrices": low_rank, "dense": dense}, _labels)
+    def labels(tree):
+        known, (paths, _, treedef) = choices(matrices, tree), flatten(tree)
+        return treedef.unflatten(
+            "dense" if known[path].axes is None else "matrices" for path in paths
+        )
+
+    tx = optax.partition({"matrices": low_rank, "dense": dense}, labels)
 
     def init(params):
-        with part_of(choices(matrices, params)):
+        with _beside_one_another(params):
             return tx.init(params)
 
     def update(updates, state, params=None, **extra):
-        with part_of(choices(matrices, updates)):
+        with _beside_one_another(updates):
             return tx.update(updates, state, params, **extra)
 
     return transformation(init, update)
 
 
-def _labels(tree: Any) -> Any:
-    known, (paths, _, treedef) = whole(), flatten(tree)
-    return treedef.unflatten(
-        "dense" if known[path].axes is None else "matrices" for path in paths
-    )
+def _beside_one_another(tree: Any) -> contextlib.AbstractContextManager[Any]:
+    """Let each half of a tree know the leaves of the other."""
+    paths, leaves, _ = flatten(tree)
+    arrays = map(value_of, leaves)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+    return left_out(dict(zip(paths, shapes, strict=True)))
 
 
 def _with_dense(own: inspect.Signature) -> inspect.Signature:
