@@ -64,6 +64,7 @@ _TYPES = """
     Any ArrayLike Array Bool Float Int Key Step Static Callable Mapping Sequence
     Iterable Method Path NamedTuple NamedSharding Matrices matrix.Matrices Side
     matrix.Side Mask Per Tier Fields Lying Table Row MemoryRow Observer StagedRule
+    Split Measure Known Seen
 """.split()
 nitpick_ignore_regex = [
     ("py:.*", rf"({'|'.join(_OTHERS)})\..*"),
