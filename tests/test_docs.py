@@ -1,5 +1,6 @@
 """The site's pages: their code runs, and the reference names all that is public."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -35,3 +36,13 @@ def test_the_reference_names_all_that_is_public():
     # Of a submodule, all members are taken.
     expected = {x for x in PUBLIC if "." not in x}
     assert sorted(named) == sorted(expected | {f"lowrank_optax.{x}" for x in MODULES})
+
+
+def test_tables_are_made_of_the_records_and_the_code(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(DOCS)
+    tables = importlib.import_module("tables")
+    tables.write(tmp_path)
+    made = {path.name for path in tmp_path.iterdir()}
+    pages = [x.read_text() for x in DOCS.rglob("*.md") if "_build" not in x.parts]
+    asked = set(re.findall(r"_generated/([\w-]+\.\w+)", "".join(pages)))
+    assert asked and asked <= made

@@ -9,40 +9,15 @@ import matplotlib.pyplot as plt
 from tables.plots import Plot
 from tables.records import made_on, record, rows
 
-SUPERSEDED = """\
-:::{warning}
-**These figures are superseded.** In these runs one learning rate was tuned for matrices
-and all other leaves together. Methods with a `scale` so gave embedding and head four
-times the rate of the matrices, and the others the same one: part of the difference may
-be that of the embedding's rate, and not of the method. The comparison is being made
-again with a rate of its own for each. Until its record is here, draw no ranking from
-this table.
-:::
-"""
+Methods = dict[str, dict[str, Any]]
+"""Rank, losses by seed and bytes of the matrices' state of each method."""
 
 
-def _groups() -> tuple[dict[str, dict[str, dict]], bool]:
-    """Rank, losses and bytes of each method by kind of comparison; whether it is old.
-
-    Bytes are of the whole state in the old record, of the matrices' in the new one.
-    """
+def _groups() -> dict[str, Methods]:
+    """The methods by kind of comparison; one that is not begun is left out."""
     found = record("comparison")["figures"]
-    if "methods" not in found:
-        groups = {"Equal rank": "equal_rank", "Equal bytes": "equal_bytes"}
-        return {title: found[key] for title, key in groups.items()}, False
-
-    def one(method: dict[str, Any]) -> dict[str, Any]:
-        trials = method["trials"]
-        return {
-            "rank": method["rank"],
-            "losses": {x["seed"]: x["validation_loss"] for x in trials},
-            "matrix_state_bytes": statistics.fmean(
-                x["mean_state_bytes"] for x in trials
-            ),
-        }
-
-    old = {name: one(method) for name, method in found["methods"].items()}
-    return {"Equal rank": old}, True
+    groups = {"Equal rank": "equal_rank", "Equal bytes": "equal_bytes"}
+    return {title: found[key] for title, key in groups.items() if found[key]}
 
 
 def _spread(losses: dict[Any, float]) -> tuple[float, float]:
@@ -53,12 +28,10 @@ def _spread(losses: dict[Any, float]) -> tuple[float, float]:
 
 def comparison() -> str:
     """Methods tuned and compared on real text."""
-    groups, old = _groups()
     found = record("comparison")
     settings = found["settings"]
-    parts = [SUPERSEDED] if old else []
-    state = "state, KiB" if old else "state of matrices, KiB"
-    for title, methods in groups.items():
+    parts = []
+    for title, methods in _groups().items():
         lines = []
         for name, x in methods.items():
             mean, deviation = _spread(x["losses"])
@@ -71,9 +44,8 @@ def comparison() -> str:
                     f"{x['matrix_state_bytes'] / 1024:,.0f}",
                 )
             )
-        head = ("", "rank", "seeds", "validation loss", state)
-        parts += [f"**{title}.**\n"] if len(groups) > 1 else []
-        parts.append(rows(head, lines, figures=True) + "\n")
+        head = ("", "rank", "seeds", "validation loss", "state of matrices, KiB")
+        parts += [f"**{title}.**\n", rows(head, lines, figures=True) + "\n"]
     parts.append(
         f"{made_on(found['machine'])} Model {settings['model']}, {settings['steps']} "
         f"steps of {settings['batch_size']} x {settings['seq_len']} tokens of the "
@@ -111,19 +83,19 @@ def task() -> str:
 
 def plot() -> Plot:
     """Loss against bytes of state, at equal rank."""
-    groups, old = _groups()
+    methods = _groups().get("Equal rank", {})
 
     def draw(axes: plt.Axes) -> None:
-        methods = groups["Equal rank"].items()
-        for (name, x), mark in zip(methods, cycle("os^vD<>pXh*"), strict=False):
+        marks = cycle("os^vD<>pXh*")
+        for (name, x), mark in zip(methods.items(), marks, strict=False):
             mean, deviation = _spread(x["losses"])
             size = x["matrix_state_bytes"] / 2**20
             axes.errorbar(
                 size, mean, 2 * deviation, fmt=mark, ms=6, capsize=3, label=name
             )
-        of = "" if old else " of the matrices"
-        axes.set_xlabel(f"optimizer state{of}, MiB")
-        axes.set_ylabel("validation loss" + (", superseded" if old else ""))
-        axes.legend(fontsize=8, frameon=False, bbox_to_anchor=(1, 1))
+        axes.set_xlabel("optimizer state of the matrices, MiB")
+        axes.set_ylabel("validation loss")
+        if methods:
+            axes.legend(fontsize=8, frameon=False, bbox_to_anchor=(1, 1))
 
     return Plot("loss_by_bytes", draw, (7.5, 4.2))
