@@ -110,6 +110,7 @@ from lowrank_optax._src.report.sharding import state_shardings as state_sharding
 from lowrank_optax._src.training.accumulate import (
     accumulate_gradients as accumulate_gradients,
 )
+from lowrank_optax._src.training.average import average_gradients as average_gradients
 from lowrank_optax._src.training.inject import inject_hyperparams as inject_hyperparams
 from lowrank_optax._src.training.two_rates import two_rates as two_rates
 
@@ -161,6 +162,7 @@ __all__ = [
     "adarankgrad_adamw_8bit",
     "apollo_adamw",
     "apollo_scale",
+    "average_gradients",
     "check_state",
     "compress_state",
     "default_matrices",

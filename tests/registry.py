@@ -415,6 +415,14 @@ METHODS = [
         ("mu", "nu", "total"),
         _ADAM,
     ),
+    # Over no axis: over the devices of a mesh, see test_average.py.
+    Method(
+        "average_gradients",
+        lro.average_gradients,
+        dict(tx=GALORE, axis_name=()),
+        ("mu", "nu"),
+        _ADAM,
+    ),
     Method(
         "scale_by_adafactor",
         lro.scale_by_adafactor,

@@ -6,13 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._src.leaves.context import accumulating
+from lowrank_optax._src.leaves.context import accumulating, averaging
 from lowrank_optax._src.parts import compatible
-
-REMEDY = (
-    "Use optax.MultiSteps, which sums whole gradients, or average the gradients of "
-    "the micro-batches before one update."
-)
 
 
 class AccumulateState(NamedTuple):
@@ -66,13 +61,22 @@ def stepwise(engine: Any) -> Callable[..., Any]:
 
 
 def check(recovery: Any) -> None:
-    """Refuse a recovery that needs whole gradients, if gradients are accumulated."""
+    """Refuse a recovery that needs whole gradients, if those are never there."""
     need = compatible.COEFFICIENTS
     if accumulating() and need not in getattr(recovery, "provides", ()):
         raise refused(compatible.name(recovery), need)
 
 
-def refused(other: str, need: str, remedy: str = REMEDY) -> ValueError:
-    name = "accumulate_gradients"
+def refused(other: str, need: str, remedy: str = "") -> ValueError:
+    """The error of a wrapper around what needs more than projected gradients."""
+    if (axes := averaging()) is not None:
+        name = "average_gradients"
+        remedy = remedy or f"Average whole gradients: jax.lax.pmean(grads, {axes})."
+    else:
+        name = "accumulate_gradients"
+        remedy = remedy or (
+            "Use optax.MultiSteps, which sums whole gradients, or average the "
+            "gradients of the micro-batches before one update."
+        )
     lacking = other if other.isidentifier() else "that"
     return compatible.cannot_use(name, other, name, need, lacking, remedy)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax._src.engines import exchange
 from lowrank_optax._src.engines.accept import accept_each, all_finite, tree_where
 from lowrank_optax._src.engines.order import Order
 from lowrank_optax._src.leaves.keys import Seed, matrix_keys
@@ -128,7 +129,7 @@ class Matrix(NamedTuple):
             return self.own.refresh
         due, share = jnp.asarray(self.due), jnp.asarray(self.share)
         whole, chance = _looks(self.parts, self.grad, self.own, self.seed, size)
-        seen = Seen(size, whole, chance, share)
+        seen = Seen(size, exchange.root_mean_square(whole), chance, share)
         after = refresh.after(self.own.refresh, due, seen)
         after = tree_where(due | first, after, self.own.refresh)
         # One by one: steps are counted whatever the norms are.
@@ -268,7 +269,7 @@ def _renew(parts, due, step, grad, own, seed, moments):
     parts, known = parts
 
     def new():
-        matrix = parts.matrix(grad, own)
+        matrix = parts.matrix(exchange.mean(grad), own)
         largest = jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
         usable = jnp.isfinite(largest) & (largest > 0)
         old = parts.basis(own, seed)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from lowrank_optax._src.engines import accumulation
+from lowrank_optax._src.engines import accumulation, exchange
 from lowrank_optax._src.engines.accept import accept_leaf, increment
 from lowrank_optax._src.engines.around import ByLeaves
 from lowrank_optax._src.engines.decay import check_no_decay
@@ -265,7 +265,7 @@ class _Projection:
             if isinstance(v, MatrixView)
         }
         low = [
-            matrices[i].low if i in matrices else full_precision(x)
+            matrices[i].low if i in matrices else exchange.mean(full_precision(x))
             for i, x in enumerate(grads)
         ]
         layout = self.fields.layout(treedef.unflatten(low))
@@ -291,8 +291,8 @@ class _Projection:
         self._renew(leaves, state.step, first)
         low, own = list(leaves.low), {}
         for i, x in leaves.matrices.items():
-            low[i] = x.down()
-            after = x.counted(self.refresh, norms(low[i]), first)
+            low[i], size = exchange.projected(x.down())
+            after = x.counted(self.refresh, size, first)
             own[i] = x.own._replace(refresh=after)
         inner_state = leaves.layout.set(state.inner_state, by_field(leaves.moments))
         return leaves.treedef.unflatten(low), leaves.store(state, own, inner_state)
@@ -338,9 +338,7 @@ class _Projection:
             # These wait for the group before; what is kept is that of `leaves`.
             at = {i: leaves.matrices[i] for i in group if i in leaves.matrices}
             at = {i: x.in_turn(order) for i, x in at.items()}
-            seen = {i: leaves.low[i] if summed is None else summed[i] for i in group}
-            if summed is None:
-                seen |= {i: x.down() for i, x in at.items()}
+            seen, sizes = leaves.seen(group, at, summed)
             given = {}
             if weights is not None:
                 given = {i: full_precision(weights[i]) for i in group}
@@ -353,7 +351,7 @@ class _Projection:
             for i, x in at.items():
                 step = seen[i], directions[i], found[i], moments[i]
                 out[i], recovery, new[i] = x.up(self.scale, *step)
-                size, x = norms(seen[i]), leaves.matrices[i]
+                size, x = sizes[i], leaves.matrices[i]
                 own[i] = x.own._replace(recovery=recovery)
                 if summed is None:
                     own[i] = own[i]._replace(refresh=x.counted(self.refresh, size))
@@ -382,6 +380,22 @@ class _Leaves:
     low: list[Any]
     matrices: dict[int, Matrix]
     moments: dict[int, Moments]
+
+    def seen(
+        self, group: Sequence[int], at: Mapping[int, Matrix], summed: Any
+    ) -> tuple[dict[int, jax.Array], dict[int, jax.Array]]:
+        """What the inner optimizer sees of leaves, and its norms where it is projected.
+
+        Args:
+          group: the leaves.
+          at: those that are matrices.
+          summed: what it sees instead; None for these gradients.
+        """
+        if summed is not None:
+            return {i: summed[i] for i in group}, {i: norms(summed[i]) for i in at}
+        down = {i: exchange.projected(x.down()) for i, x in at.items()}
+        seen = {i: down[i][0] if i in at else self.low[i] for i in group}
+        return seen, {i: size for i, (_, size) in down.items()}
 
     def store(
         self, state: ProjectState, own: Mapping[int, Own], inner_state: Any

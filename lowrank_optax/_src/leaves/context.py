@@ -22,6 +22,7 @@ _phase = jax.make_user_context(default_value=None)
 _depth = jax.make_user_context(default_value=1)
 _limits = jax.make_user_context(default_value=())
 _beside = jax.make_user_context(default_value=())
+_axes = jax.make_user_context(default_value=None)
 _recording = jax.make_user_context(default_value=None)
 _place: ContextVar[jax.Array | int] = ContextVar("place", default=0)
 _log: ContextVar[list[Any] | None] = ContextVar("log", default=None)
@@ -44,6 +45,16 @@ def accumulating() -> Phase | None:
 def accumulation(phase: Phase) -> contextlib.AbstractContextManager[Any]:
     """Let transformations within take their part in the sum of several gradients."""
     return _phase(phase)
+
+
+def averaging() -> tuple[str, ...] | None:
+    """The axes of devices over which `average_gradients` averages, see there."""
+    return _axes.value
+
+
+def averaged_over(axes: tuple[str, ...]) -> contextlib.AbstractContextManager[Any]:
+    """Let transformations within average what they see of the devices' gradients."""
+    return _axes(axes)
 
 
 @contextlib.contextmanager

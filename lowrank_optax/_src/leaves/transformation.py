@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from lowrank_optax._src.leaves.box import empty, unbox
-from lowrank_optax._src.leaves.context import left_out, quietly
+from lowrank_optax._src.leaves.context import averaging, left_out, quietly
 from lowrank_optax._src.leaves.fields import field_of
 from lowrank_optax._src.leaves.paths import (
     Path,
@@ -176,7 +176,8 @@ def _part(state: Any, expected: Any, grads: Any) -> tuple[Any, list[int]]:
     for (path, x), (_, y) in zip(own, wanted, strict=True):
         if np.shape(x) != y.shape:
             raise ValueError(_misfit(path, np.shape(x), y.shape, grads))
-    _check_local(own, grads)
+    if averaging() is None:
+        _check_local(own, grads)
     return part.unflatten([x for _, x in own]), places
 
 
@@ -200,7 +201,8 @@ def _check_local(state: Any, grads: Any) -> None:
                 f"Cannot update parameter '{_name(name)}' by a gradient of shape "
                 f"{grad.shape} that differs over the devices of {said!r}. Average "
                 f"what are gradients of parts of a batch: jax.lax.pmean(grads, "
-                f"{said!r}). If each device has a parameter of its own, say "
+                f"{said!r}), or lro.average_gradients, which does it where they are "
+                "projected. If each device has a parameter of its own, say "
                 "check_vma=False to that jax.shard_map."
             )
 

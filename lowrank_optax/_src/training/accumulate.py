@@ -68,7 +68,7 @@ def accumulate_gradients(
     def init(params):
         with accumulation("start"):
             with quietly():
-                _check_state(boxed_state(tx, params), params)
+                check_engines(boxed_state(tx, params), params)
             return tx.init(params)
 
     def update(updates, state, params=None, **extra):
@@ -92,8 +92,11 @@ def accumulate_gradients(
     return transformation(init, update)
 
 
-def _check_state(state: Any, params: Any) -> None:
-    """Refuse a transformation by its state, each entry in a box of its parameter."""
+def check_engines(state: Any, params: Any) -> None:
+    """Refuse what does not see all gradients by projections alone.
+
+    By its state in `accumulation`, with each entry in a box of its parameter.
+    """
     sums = _sums(state)
     if not sums:
         classes = {type(x).__name__: None for x in _named_tuples(state)}
@@ -116,7 +119,7 @@ def _check_state(state: Any, params: Any) -> None:
         if parts not in summed:
             path = "/".join(parts)
             need = "every parameter inside of project_gradients"
-            remedy = "Accumulate the parts of a mask or a partition each by itself."
+            remedy = "Put it around the parts of a mask or a partition, each by itself."
             raise refused(f"the parameter '{path}' outside of it", need, remedy)
 
 

@@ -1,0 +1,183 @@
+"""Devices that exchange projected gradients step as those that exchange all."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from running import assert_close, random_grads, random_like
+
+import lowrank_optax as lro
+
+SHAPES = {"tall": (48, 16), "wide": (16, 40), "stack": (3, 16, 24), "bias": (16,)}
+MATRICES = lro.MatrixAxes()
+RANK, EVERY, STEPS = 4, 3, 5
+MOMENTUM = optax.scale_by_adam()
+
+
+def project(inner=MOMENTUM, **parts):
+    parts = {"rank": RANK, "update_every": EVERY, "matrices": MATRICES} | parts
+    return lro.galore_project(inner, **parts)
+
+
+OPTIMIZERS = {
+    "galore": project,
+    "exact": lambda: project(subspace=lro.TopSingular("gram_eigh")),
+    "rotated": lambda: lro.project_gradients(
+        MOMENTUM,
+        rank=RANK,
+        refresh=lro.Staggered(EVERY),
+        transfer=lro.Rotate(),
+        matrices=MATRICES,
+    ),
+    "drawn": lambda: lro.flora_project(optax.trace(0.9), rank=RANK, matrices=MATRICES),
+    "by drift": lambda: lro.q_galore_project(
+        MOMENTUM, rank=RANK, update_every=EVERY, matrices=MATRICES
+    ),
+    "in bytes": lambda: lro.galore_adamw_8bit(
+        0.1, rank=RANK, update_every=EVERY, matrices=MATRICES
+    ),
+    "chain": lambda: lro.galore_adamw(
+        0.1, rank=RANK, update_every=EVERY, weight_decay=0.1, matrices=MATRICES
+    ),
+    "accumulated": lambda: lro.accumulate_gradients(project(), 2),
+}
+
+
+def mesh_of():
+    return jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+
+
+def local(tx, check_vma=True):
+    """Its update where each device has one of two gradients."""
+
+    def update(grads, state, params):
+        return tx.update(jax.tree.map(lambda g: g[0], grads), state, params)
+
+    specs = dict(in_specs=(P("x"), P(), P()), out_specs=P())
+    return jax.shard_map(update, mesh=mesh_of(), check_vma=check_vma, **specs)
+
+
+def averaged(tx):
+    """The same with whole gradients exchanged before it."""
+
+    def update(grads, state, params):
+        return tx.update(jax.lax.pmean(grads, "x"), state, params)
+
+    return tx._replace(update=update)
+
+
+def gradients(params):
+    ones, others = (random_grads(params, STEPS, seed) for seed in (1, 50))
+    pairs = zip(ones, others, strict=True)
+    return [jax.tree.map(lambda *g: jnp.stack(g), *pair) for pair in pairs]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_steps_are_those_of_the_mean_gradient(name):
+    tx, params = OPTIMIZERS[name](), random_like(SHAPES, 0)
+    ours = jax.jit(local(lro.average_gradients(tx, "x")))
+    theirs = jax.jit(local(averaged(tx)))
+    state = other = lro.average_gradients(tx, "x").init(params)
+    for grads in gradients(params):
+        updates, state = ours(grads, state, params)
+        expected, other = theirs(grads, other, params)
+        assert_close(updates, expected, rtol=1e-4, atol=1e-5)
+    assert jax.tree.structure(state) == jax.tree.structure(tx.init(params))
+
+
+@pytest.mark.parametrize("way", ["pmap", "vmap", "unchecked"])
+def test_any_axis_with_a_name_will_do(way):
+    tx, params = project(), random_like(SHAPES, 0)
+    mean = lro.average_gradients(tx, "x")
+    state = tx.init(params)
+    if way == "unchecked":
+        update = jax.jit(local(mean, check_vma=False))
+    else:
+        over = jax.pmap if way == "pmap" else jax.vmap
+        over = functools.partial(over, axis_name="x", in_axes=(0, None, None))
+        both = over(lambda g, s, p: mean.update(g, s, p))
+
+        def update(grads, state, params):
+            result = both(grads, state, params)
+            for x in jax.tree.leaves(result):
+                np.testing.assert_array_equal(x[0], x[1])
+            return jax.tree.map(lambda x: x[0], result)
+
+    for grads in gradients(params)[: EVERY + 1]:
+        expected, want = tx.update(
+            jax.tree.map(lambda g: g.mean(0), grads), state, params
+        )
+        updates, state = update(grads, state, params)
+        assert_close(updates, expected, rtol=1e-4, atol=1e-5)
+        assert_close(state.step, want.step)
+
+
+def exchanged(hlo):
+    """Numbers that a compiled step exchanges: in all steps, and when bases are renewed.
+
+    What stands in a conditional is only done where that is taken.
+    """
+    sums = {}
+    for name, body in re.findall(
+        r"^(?:ENTRY )?%?([\w.-]+) .*?\{\n(.*?)^\}", hlo, re.M | re.S
+    ):
+        sums[name] = sum(
+            np.prod([int(d) for d in dims.split(",") if d], dtype=int)
+            for line in body.splitlines()
+            if (found := re.search(r"= (.*?) all-reduce(?:-start)?\(", line))
+            for dims in re.findall(r"f32\[([\d,]*)\]", found[1])
+        )
+    entry = re.search(r"^ENTRY %?([\w.-]+)", hlo, re.M)[1]
+    return sums[entry], sum(sums.values()) - sums[entry]
+
+
+def test_between_refreshes_coefficients_alone_are_exchanged():
+    shapes = {"w": (64, 96), "bias": (96,)}
+    params, tx = random_like(shapes, 0), project()
+    grads = jax.tree.map(lambda x: jnp.stack([x, x]), params)
+
+    def count(update):
+        lowered = jax.jit(update).lower(grads, tx.init(params), params)
+        return exchanged(lowered.compile().as_text())
+
+    dense = 96
+    assert count(local(averaged(tx))) == (64 * 96 + dense, 0)
+    ours = count(local(lro.average_gradients(tx, "x")))
+    assert ours == (RANK * 96 + dense, 64 * 96)
+
+
+@pytest.mark.parametrize(
+    ("tx", "message"),
+    [
+        (lro.mlorc_adamw(0.1), "an optimizer of the state CompressState, .* subspace"),
+        (lro.fira_adamw(0.1, rank=2), "FiraResidual: .*projected gradient alone"),
+        (
+            optax.masked(project(), {"tall": True, "wide": False}),
+            "the parameter 'wide' outside of it: .* around the parts",
+        ),
+        (optax.chain(MOMENTUM, project()), "moments of '.*' that come before"),
+    ],
+)
+def test_refused_with_the_reason_and_a_remedy(tx, message):
+    params = random_like({"tall": (7, 4), "wide": (4, 7)}, 0)
+    tx = lro.average_gradients(tx, "x")
+    with pytest.raises(ValueError, match="Cannot use average_gradients with") as e:
+        tx.init(params)
+    assert e.match(message)
+    assert e.match(r"pmean\(grads, \('x',\)\)|around the parts")
+
+
+def test_a_bad_gradient_of_one_device_spoils_one_step():
+    tx, params = project(), random_like(SHAPES, 0)
+    update = jax.jit(local(lro.average_gradients(tx, "x")))
+    grads, state = gradients(params), tx.init(params)
+    bad = jax.tree.map(lambda g: g.at[1].set(jnp.nan), grads[1])
+    for g in (grads[0], bad, *grads[2:]):
+        updates, state = update(g, state, params)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((updates, state)))
