@@ -113,6 +113,7 @@ REASONS: dict[tuple[str, str], str] = {
 ABSENT = {
     "adaptive_rank": "it is adarankgrad_adamw without a learning rate",
     "apollo_scale": "it is apollo_adamw without a learning rate",
+    "average_gradients": "it is what it wraps, by the mean of the devices' gradients",
     "compress_state": "mlorc_compress and quantize_state are made by it; low-rank "
     "moments of Adam have no bound here, and in mlorc_adamw they have",
     "fira_project": "it is fira_adamw without a learning rate",

@@ -33,6 +33,7 @@ BY_POSITION = {
     "compress_state": ("inner", "codecs"),  # the codecs are what it is called for
     "leafwise": ("rule",),  # stands where the inner optimizer does elsewhere
     "accumulate_gradients": ("tx", "every"),  # as in optax.MultiSteps
+    "average_gradients": ("tx", "axis_name"),  # as in jax.lax.pmean
 }
 
 # Defaults of shared arguments; a factory without learning rate leaves the step size to
