@@ -28,9 +28,9 @@ NUMBERS = set(
 )
 STATIC = set(
     "inner tx rule dense codecs rank max_rank min_rank leading num_heads density bits "
-    "block every axis_name error_feedback oversample power_iters warm_start compress fields per "
-    "reference measure subspace refresh transfer recovery mask side matrices "
-    "key".split()
+    "block every axis_name error_feedback oversample power_iters warm_start compress "
+    "fields per reference measure subspace refresh transfer recovery mask side "
+    "matrices key".split()
 )
 
 
