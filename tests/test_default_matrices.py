@@ -349,6 +349,54 @@ def test_a_callable_tree_of_specs_is_a_tree():
     assert seen(model, specs) == seen(model) == {"weight": (4, 6)}
 
 
+# Stacks of vectors, and what is said of others ----------------------------------------
+
+
+def test_vectors_of_layers_are_told_by_their_names_and_the_weights_beside_them():
+    shapes = {
+        **{"w1": (12, 64, 96), "b1": (12, 96), "up_w": (12, 64, 96), "up_b": (12, 96)},
+        **{"wq": (12, 64, 4, 16), "bq": (12, 4, 16), "attn_norm_weight": (12, 64)},
+        **{"norm_ffn/weight": (12, 64), "ln_attn/w": (12, 64)},
+    }
+    assert set(seen(tree_of(shapes))) == {"wq"}
+    # What only looks like it: no weights beside it, or a matrix beside a norm.
+    others = {"b1": (64, 96), "up_b": (64, 96), "norm_ffn/kernel": (64, 96)}
+    assert set(seen(tree_of(others))) == set(others)
+    assert set(seen(tree_of({"w1": (64, 96), "b1": (64, 96)}))) == {"w1", "b1"}
+
+
+@pytest.mark.filterwarnings("ignore:No name tells")
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"0": (40, 32), "1": (32, 4, 8), "2": (64,)},
+        {"layers/0/x": (24, 4, 8), "layers/1/x": (24, 32), "layers/2/x": (24, 4, 8)},
+        {"layers/0/x": (24, 4, 8), "layers/1/x": (24, 4, 8), "layers/2/y": (24, 32)},
+        {"layers/0/x": (24, 4, 8), "layers/1/x": (4, 4, 24, 8)},
+    ],
+)
+def test_the_advice_for_what_is_unknown_can_be_followed(shapes):
+    params = tree_of(shapes)
+    with pytest.warns(UserWarning, match="nothing tells which") as said:
+        lro.describe(lro.galore_adamw(1e-2, 2), params)
+    text = str(said[0].message)
+    (advice,) = re.findall(r"matrices=(lro.matrix_rules\(.*\)); None", text)
+    rules = eval(advice, {"lro": lro})
+    rows = lro.describe(lro.galore_adamw(1e-2, 2, matrices=rules), params)
+    assert all(row.view for row in rows if len(row.shape) > 1)
+
+
+@pytest.mark.parametrize("specs", [{"nope": None}, {"w": {"x": None}}])
+def test_nothing_at_a_path_that_is_not_there_is_refused(specs):
+    params = {x: jnp.ones((16, 16)) for x in "vw"} | {"a": {"b": jnp.ones((16, 16))}}
+    with pytest.raises(ValueError, match="names .* which the tree does not have"):
+        lro.galore_adamw(1e-2, 4, matrices=specs).init(params)
+    # All below a path, whether it is there or left out.
+    tx = lro.galore_adamw(1e-2, 4, matrices={"a": {"b": None}, "w": None})
+    for tree in (params, params | {"a": None}, params | {"a": optax.MaskedNode()}):
+        assert [row.path for row in lro.describe(tx, tree) if row.view] == ["v"]
+
+
 # Lists -------------------------------------------------------------------------------
 
 

@@ -123,8 +123,8 @@ class TokenizedCorpus:
         files = [directory / name for name in _CACHE]
         if sha256(files) != expected:
             raise BadFile(
-                f"{directory} is not as it was written: {', '.join(_CACHE)} have"
-                " another checksum. Restore them, or start a new run."
+                f"{directory} is not as it was written: {', '.join(_CACHE)} have,"
+                " together, another checksum. Restore them, or start a new run."
             )
         tokenizer = read_tokenizer(files[0])
         return cls(tokenizer, *(np.load(path, mmap_mode="r") for path in files[1:]))

@@ -94,7 +94,10 @@ def view_leaves(
         )
     if creating:
         unknown = {parts for parts, choice in chosen.items() if choice.unknown}
-        warn_of_stacks([v for p, v in zip(paths, result, strict=True) if p in unknown])
+        told: dict[bool, list[Any]] = {True: [], False: []}
+        for parts, view in zip(paths, result, strict=True):
+            told[parts in unknown].append(view)
+        warn_of_stacks(told[True], told[False])
         if any(c.axes is not None and not c.asked for c in chosen.values()):
             warn_of_nameless(paths)
         warn_of_waste(idle)

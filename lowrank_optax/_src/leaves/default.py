@@ -10,7 +10,7 @@ from lowrank_optax._src.leaves.attention import attention_axes
 from lowrank_optax._src.leaves.box import value_of
 from lowrank_optax._src.leaves.context import beside
 from lowrank_optax._src.leaves.matrix import MatrixAxes
-from lowrank_optax._src.leaves.names import named_dense, pieces
+from lowrank_optax._src.leaves.names import named_dense, pieces, weights_of
 from lowrank_optax._src.leaves.paths import Path, flatten, placeholders
 
 
@@ -63,9 +63,9 @@ def _choose(
     if x.ndim < 2:
         return Choice(None, "it is a vector" if x.ndim else "it is a scalar")
     # Haiku's `b` is a bias; a `b` without the larger `w` may be anything.
-    beside = values.get((*path[:-1], "w")) if path[-1:] == ("b",) else None
-    if beside is not None and beside.ndim > x.ndim:
-        return Choice(None, "'b' names a bias")
+    larger = (values.get((*path[:-1], name)) for name in weights_of(path[-1]))
+    if any(w is not None and w.ndim > x.ndim for w in larger):
+        return Choice(None, f"'{path[-1]}' names a bias")
     if (why := named_dense(pieces(path))) is not None:
         return Choice(None, why)
     # Of those who say that leaves are stacks of matrices, none means split heads.
@@ -90,7 +90,9 @@ def default_matrices(params: Any) -> Any:
     and columns. What stays at full rank by its name, whatever its axes:
 
     - biases and norms: the last word of the leaf or its module is bias, scale, gamma,
-      beta, offset, ln or bn, or ends in norm; or a leaf b beside a w of more axes;
+      beta, offset, ln or bn, or ends in norm; such a word of a norm anywhere in the
+      leaf or its module, if the leaf ends in weight or w; or a leaf b, b1 or up_b
+      beside a w, w1 or up_w of more axes;
     - embeddings: a word that starts with embed or is emb, embs, embd, unembed,
       unembedding, wte, wpe, vocab, vocabulary or table;
     - heads: a word logits, classifier, pooler or readout; a part that ends in head or

@@ -13,6 +13,11 @@ VECTORS = frozenset("bias biases scale gamma beta offset norm norms ln bn".split
 
 _ENDS_OF_VECTORS = ("norm", "normalization")
 
+# Of these, what a leaf that ends in one of `_WEIGHTS` may be the vector of.
+_NORMS = frozenset("norm norms ln bn".split())
+
+_WEIGHTS = frozenset("weight w".split())
+
 # A word anywhere in a path: tables that are looked up, and weights tied to them.
 EMBEDDINGS = frozenset(
     "emb embs embd unembed unembedding wte wpe vocab vocabulary table".split()
@@ -41,6 +46,10 @@ def named_dense(path: Path) -> str | None:
     for piece in path[-2:]:
         if _is_vector(piece):
             return f"'{piece}' names a bias or a norm"
+    if not _WEIGHTS.isdisjoint(words(path[-1])[-1:] if path else ()):
+        for piece in path[-2:]:
+            if any(w in _NORMS or w.endswith(_ENDS_OF_VECTORS) for w in words(piece)):
+                return f"'{piece}' names a norm"
     attends = False
     for i, piece in enumerate(path):
         own = words(piece)
@@ -50,6 +59,12 @@ def named_dense(path: Path) -> str | None:
         if _is_head(piece.lower(), own, last=i >= len(path) - 2, attends=attends):
             return f"'{piece}' names a head"
     return None
+
+
+def weights_of(name: str) -> list[str]:
+    """What weights may be called where ``name`` is that of their bias."""
+    changed = (re.sub(r"^b", "w", name), re.sub(r"_b$", "_w", name))
+    return [other for other in changed if other != name]
 
 
 def _is_vector(piece: str) -> bool:

@@ -32,14 +32,19 @@ def _by_path(specs: Any, tree: Any) -> dict[Path, Choice]:
     """The choices of a tree of specs, and the default rule's where it names nothing."""
     given = _specs(specs)
     result = by_default(tree)
-    left_out = placeholders(tree)
     axes = {path: x for path, x in given.items() if x is not None}
-    if result and (unknown := set(axes) - set(result) - set(left_out)):
+    nothing = [path for path, x in given.items() if x is None]
+    left_out = placeholders(tree)
+    there = [*result, *left_out]
+    # A None may stand for all below it, as a placeholder does.
+    unknown = set(axes) - set(there)
+    unknown |= {p for p in nothing if not any(x[: len(p)] == p for x in there)}
+    unknown = {p for p in unknown if not any(p[: len(x)] == x for x in left_out)}
+    if result and unknown:
         raise ValueError(
             f"`matrices` names {sorted('/'.join(p) for p in unknown)}, which the tree "
             f"does not have. It has {['/'.join(p) for p in list(result)[:10]]}."
         )
-    nothing = [path for path, x in given.items() if x is None]
     for path in result:
         if path in axes:
             result[path] = Choice(axes[path], asked=True)

@@ -46,9 +46,9 @@ def _why(leaf: Leaf) -> str:
     return f" ({leaf.why})" if isinstance(leaf, DenseLeaf) else ""
 
 
-def warn_of_stacks(unknown: Sequence[Leaf]) -> None:
+def warn_of_stacks(unknown: Sequence[Leaf], others: Sequence[Leaf]) -> None:
     """Name what is left dense as nothing tells its rows and columns, and a remedy."""
-    alike = _alike(unknown)
+    alike = _alike(unknown, others)
     if not alike:
         return
     likely = {f"^{pattern}$": _likely_axes(own[0]) for pattern, own in alike.items()}
@@ -62,13 +62,25 @@ def warn_of_stacks(unknown: Sequence[Leaf]) -> None:
     )
 
 
-def _alike(leaves: Sequence[Leaf]) -> dict[str, list[Leaf]]:
-    """Leaves by a regular expression for their paths, one for those of all layers."""
+def _alike(
+    leaves: Sequence[Leaf], others: Sequence[Leaf] = ()
+) -> dict[str, list[Leaf]]:
+    """Leaves by a regular expression for their paths, one for those of all layers.
+
+    But by a path of its own where the expression is one of other leaves too.
+    """
     found: dict[str, list[Leaf]] = {}
     for leaf in leaves:
         pattern = re.sub(r"[0-9]+", lambda _: "[0-9]+", re.escape(leaf.path))
         found.setdefault(pattern, []).append(leaf)
-    return found
+    result: dict[str, list[Leaf]] = {}
+    for pattern, own in found.items():
+        taken = any(re.fullmatch(pattern, leaf.path) for leaf in others)
+        if taken or len({len(leaf.shape) for leaf in own}) > 1:
+            result |= {re.escape(leaf.path): [leaf] for leaf in own}
+        else:
+            result[pattern] = own
+    return result
 
 
 def _named(
