@@ -366,7 +366,11 @@ def at_usual_rank(method):
     changes = dict.fromkeys({"rank", "max_rank"} & method.kwargs.keys(), rank)
     if "num_heads" in method.kwargs:
         changes["num_heads"] = 32
-    if method.name in ("quantize_state", "accumulate_gradients"):  # of another
+    if method.name in (  # of another
+        "quantize_state",
+        "accumulate_gradients",
+        "average_gradients",
+    ):
         inner = lro.galore_project(optax.scale_by_adam(), rank=rank, matrices=matrices)
         changes[next(iter(method.kwargs))] = inner
     elif "matrices" in inspect.signature(method.factory).parameters:
