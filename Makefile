@@ -13,7 +13,7 @@ JOBS := 2
 # methods on a sample, and what newer releases have broken or may break first.
 NEWEST := $(addprefix tests/test_,$(addsuffix .py, \
 	common golden linalg project compress leafwise refresh transfer random quantize \
-	q_galore sharding adapters llama_model \
+	q_galore sharding average adapters llama_model \
 	example_files example_checkpoints example_data))
 
 .PHONY: demo test test-newest test-accelerators lint notebooks docs
