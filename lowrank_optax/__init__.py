@@ -14,8 +14,8 @@ from lowrank_optax import rank as rank
 from lowrank_optax._src.engines.accumulation import AccumulateState as AccumulateState
 from lowrank_optax._src.engines.compress import CompressState as CompressState
 from lowrank_optax._src.engines.compress import compress_state as compress_state
-from lowrank_optax._src.engines.project import ProjectState as ProjectState
 from lowrank_optax._src.engines.project import project_gradients as project_gradients
+from lowrank_optax._src.engines.project_state import ProjectState as ProjectState
 from lowrank_optax._src.engines.rules import leafwise as leafwise
 from lowrank_optax._src.leaves.default import default_matrices as default_matrices
 from lowrank_optax._src.leaves.matrix import MatrixAxes as MatrixAxes

@@ -203,7 +203,7 @@ ENTRY %main (x: bf16[8,128]) -> bf16[8,128] {
 
 
 @pytest.mark.parametrize(
-    "target, library",
+    "target, calls",
     [
         ("cusolver_syevd_ffi", True),
         ("cusolver_potrf_ffi", True),
@@ -216,14 +216,14 @@ ENTRY %main (x: bf16[8,128]) -> bf16[8,128] {
         ("QrCode", False),
     ],
 )
-def test_calls_of_libraries_are_known_by_name(target, library):
+def test_calls_of_libraries_are_known_by_name(target, calls):
     text = f"""
 ENTRY %main (x: f32[4,4]) -> f32[4,4] {{
   %x = f32[4,4]{{1,0}} parameter(0)
   ROOT %c = f32[4,4]{{1,0}} custom-call(%x), custom_call_target="{target}"
 }}
 """
-    assert cost(text) == Cost(launches=1, library=library, bytes=128)
+    assert cost(text) == Cost(launches=1, calls=calls, bytes=128)
 
 
 def test_a_program_compiled_here_is_counted():

@@ -57,20 +57,20 @@ class Cost:
     Attributes:
       launches: kernels, copies, calls of libraries, and a conditional's look at its
         predicate. On TPU these are the operations of the program.
-      library: calls of cuSOLVER, of cuBLAS's triangular solves and the like.
+      calls: of cuSOLVER, of cuBLAS's triangular solves and the like.
       bytes: read from the device's memory and written to it.
       unbounded: loops of unknown length, which were counted once.
     """
 
     launches: float = 0
-    library: float = 0
+    calls: float = 0
     bytes: float = 0
     unbounded: frozenset[str] = field(default_factory=frozenset)
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(
             self.launches + other.launches,
-            self.library + other.library,
+            self.calls + other.calls,
             self.bytes + other.bytes,
             self.unbounded | other.unbounded,
         )
@@ -78,7 +78,7 @@ class Cost:
     def times(self, count: int) -> "Cost":
         return Cost(
             count * self.launches,
-            count * self.library,
+            count * self.calls,
             count * self.bytes,
             self.unbounded,
         )
@@ -162,9 +162,9 @@ class Counter:
             return Cost()
         if any(name in x.target for name in _PALLAS):
             return Cost(launches=1, bytes=self.pallas_call(around, x))
-        library = bool(_LIBRARY.search(x.target))
+        calls = bool(_LIBRARY.search(x.target))
         moved = sum(y.bytes for y in around.operands(x)) + x.bytes
-        return Cost(launches=1, library=library, bytes=moved)
+        return Cost(launches=1, calls=calls, bytes=moved)
 
     def pallas_call(self, around: Computation, x: Instruction) -> float:
         operands = [around.by_name[name].result[0] for name in x.operands]

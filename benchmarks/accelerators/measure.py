@@ -130,8 +130,8 @@ def _counts(
         "xla_words": round(accessed / 4 / weights, 3) if accessed else None,
         "launches": int(ordinary.launches),
         "launches_refresh": int(refresh.launches),
-        "library": int(ordinary.library),
-        "library_refresh": int(refresh.library),
+        "library": int(ordinary.calls),
+        "library_refresh": int(refresh.calls),
         "weights_mib": round(size / 2**20, 3),
     }
 

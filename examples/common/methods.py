@@ -84,7 +84,8 @@ def optimizer(
         every: int,
         decay: float,
         dense: optax.ScalarOrSchedule | None = None,
-        **_: Any,
+        heads: Any = None,
+        steps: int | None = None,
     ) -> optax.GradientTransformation:
         made, rates = factory, {"learning_rate": learning_rate}
         if dense is not None:
@@ -127,7 +128,8 @@ def _relora(
     every: int,
     decay: float,
     dense: optax.ScalarOrSchedule | None = None,
-    **_: Any,
+    heads: Any = None,
+    steps: int | None = None,
 ) -> optax.GradientTransformation:
     return relora_adamw(
         learning_rate, every, weight_decay=decay, dense_learning_rate=dense

@@ -121,15 +121,12 @@ class Job:
         """The method under its schedule, behind a clip of the gradient's norm."""
         s, config = self.settings, self.base.config
         rate, dense = self.rates(method)
-        schedule, other = (
-            warmup_linear(x, self.steps, s.warmup) for x in (rate, dense)
-        )
         tx = METHODS[method].build(
-            schedule,
+            warmup_linear(rate, self.steps, s.warmup),
             self.rank(method),
             s.update_every,
             s.weight_decay,
-            dense=None if dense == rate else other,
+            dense=None if dense == rate else warmup_linear(dense, self.steps, s.warmup),
             heads=(config.num_attention_heads, config.kv_heads),
             steps=self.steps,
         )

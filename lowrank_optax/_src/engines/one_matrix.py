@@ -129,7 +129,7 @@ class Matrix(NamedTuple):
             return self.own.refresh
         due, share = jnp.asarray(self.due), jnp.asarray(self.share)
         whole, chance = _looks(self.parts, self.grad, self.own, self.seed, size)
-        seen = Seen(size, exchange.root_mean_square(whole), chance, share)
+        seen = Seen(size, exchange.mean(whole), chance, share)
         after = refresh.after(self.own.refresh, due, seen)
         after = tree_where(due | first, after, self.own.refresh)
         # One by one: steps are counted whatever the norms are.

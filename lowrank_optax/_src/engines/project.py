@@ -1,8 +1,8 @@
 """The gradient-space engine: an optimizer that runs inside a low-rank subspace."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,13 @@ from lowrank_optax._src.engines.around import ByLeaves
 from lowrank_optax._src.engines.decay import check_no_decay
 from lowrank_optax._src.engines.one_matrix import (
     Matrix,
-    Moments,
     Own,
     Parts,
     is_stored,
     renew_due,
 )
 from lowrank_optax._src.engines.order import Order
+from lowrank_optax._src.engines.project_state import Leaves, ProjectState
 from lowrank_optax._src.leaves import matrix
 from lowrank_optax._src.leaves.choose import view_leaves
 from lowrank_optax._src.leaves.fields import (
@@ -36,7 +36,6 @@ from lowrank_optax._src.leaves.matrix import MatrixView, nameless
 from lowrank_optax._src.leaves.paths import flatten, full_precision
 from lowrank_optax._src.leaves.saving import projected
 from lowrank_optax._src.leaves.transformation import transformation
-from lowrank_optax._src.linalg.products import norms
 from lowrank_optax._src.parts import compatible
 from lowrank_optax._src.parts.checks import check_number, check_rank
 from lowrank_optax._src.parts.laws import (
@@ -49,27 +48,6 @@ from lowrank_optax._src.parts.recovery import Drop
 from lowrank_optax._src.parts.refresh import Every, spread
 from lowrank_optax._src.parts.subspace import TopSingular
 from lowrank_optax._src.parts.transfer import Keep
-
-
-class ProjectState(NamedTuple):
-    """State of `project_gradients`; trees mirror the parameters'.
-
-    Attributes:
-      step: updates made so far, int32.
-      basis: ``(*batch, m, r)`` at matrices, ``MaskedNode()`` elsewhere; set at a
-        refresh. Of a subspace that is not stored, the step at which it was drawn,
-        int32.
-      refresh: state of the refresh rule at matrices.
-      recovery: state of the recovery at matrices.
-      inner_state: of the inner optimizer, on ``(*batch, r, n)`` at matrices and on the
-        parameter's own shape elsewhere.
-    """
-
-    step: jax.Array
-    basis: Any
-    refresh: Any
-    recovery: Any
-    inner_state: Any
 
 
 def project_gradients(
@@ -240,7 +218,7 @@ class _Projection:
             known = dict(layout.known)
             compatible.check_moments(self.transfer, part, view, r, dict(own), known)
 
-    def _leaves(self, updates: Any, state: ProjectState) -> "_Leaves":
+    def _leaves(self, updates: Any, state: ProjectState) -> Leaves:
         """The leaves of an update, and what belongs to those that are matrices."""
         paths, grads, treedef = flatten(updates)
         views = self._views(updates)
@@ -270,9 +248,9 @@ class _Projection:
         ]
         layout = self.fields.layout(treedef.unflatten(low))
         moments = by_leaf(layout.get(state.inner_state), range(len(grads)))
-        return _Leaves(treedef, layout, grads, low, matrices, moments)
+        return Leaves(treedef, layout, grads, low, matrices, moments)
 
-    def _renew(self, leaves: "_Leaves", step: jax.Array, first: Any = True) -> None:
+    def _renew(self, leaves: Leaves, step: jax.Array, first: Any = True) -> None:
         """Renew the bases that are due, and carry their moments along."""
         due = {
             i: x.is_due(self.refresh, step, first) for i, x in leaves.matrices.items()
@@ -289,13 +267,14 @@ class _Projection:
         """The projected gradients; unless ``first``, in the bases that there are."""
         leaves = self._leaves(updates, state)
         self._renew(leaves, state.step, first)
-        low, own = list(leaves.low), {}
-        for i, x in leaves.matrices.items():
-            low[i], size = exchange.projected(x.down())
-            after = x.counted(self.refresh, size, first)
-            own[i] = x.own._replace(refresh=after)
+        low, sizes = leaves.seen(range(len(leaves.grads)), leaves.matrices)
+        own = {
+            i: x.own._replace(refresh=x.counted(self.refresh, sizes[i], first))
+            for i, x in leaves.matrices.items()
+        }
         inner_state = leaves.layout.set(state.inner_state, by_field(leaves.moments))
-        return leaves.treedef.unflatten(low), leaves.store(state, own, inner_state)
+        new_state = leaves.store(state, own, inner_state)
+        return leaves.treedef.unflatten(low[i] for i in range(len(low))), new_state
 
     def update(
         self,
@@ -359,54 +338,6 @@ class _Projection:
         state = leaves.store(state, own, inner.state(new))
         state = state._replace(step=increment(state.step))
         return leaves.treedef.unflatten(out[i] for i in range(len(out))), state
-
-
-@dataclasses.dataclass
-class _Leaves:
-    """The leaves of one update, in the order of their tree.
-
-    Attributes:
-      treedef: of the updates.
-      layout: of the inner optimizer's state.
-      grads: as they lie in memory.
-      low: what the inner optimizer sees, by its shape alone at matrices.
-      matrices: by the number of the leaf.
-      moments: the inner optimizer's, by the number of the leaf and the field.
-    """
-
-    treedef: jax.tree_util.PyTreeDef
-    layout: Layout
-    grads: list[jax.Array]
-    low: list[Any]
-    matrices: dict[int, Matrix]
-    moments: dict[int, Moments]
-
-    def seen(
-        self, group: Sequence[int], at: Mapping[int, Matrix], summed: Any
-    ) -> tuple[dict[int, jax.Array], dict[int, jax.Array]]:
-        """What the inner optimizer sees of leaves, and its norms where it is projected.
-
-        Args:
-          group: the leaves.
-          at: those that are matrices.
-          summed: what it sees instead; None for these gradients.
-        """
-        if summed is not None:
-            return {i: summed[i] for i in group}, {i: norms(summed[i]) for i in at}
-        down = {i: exchange.projected(x.down()) for i, x in at.items()}
-        seen = {i: down[i][0] if i in at else self.low[i] for i in group}
-        return seen, {i: size for i, (_, size) in down.items()}
-
-    def store(
-        self, state: ProjectState, own: Mapping[int, Own], inner_state: Any
-    ) -> ProjectState:
-        trees = (state.basis, state.refresh, state.recovery)
-        columns = [self.treedef.flatten_up_to(x) for x in trees]
-        for i, kept in own.items():
-            for column, x in zip(columns, kept, strict=True):
-                column[i] = x
-        basis, refresh, recovery = map(self.treedef.unflatten, columns)
-        return ProjectState(state.step, basis, refresh, recovery, inner_state)
 
 
 def _at(view: MatrixView, part: Any) -> Any:

@@ -93,11 +93,11 @@ def view_leaves(
             + ". Name at least one leaf of two axes or more, or leave `matrices` out."
         )
     if creating:
-        unknown = {parts for parts, choice in chosen.items() if choice.unknown}
-        told: dict[bool, list[Any]] = {True: [], False: []}
-        for parts, view in zip(paths, result, strict=True):
-            told[parts in unknown].append(view)
-        warn_of_stacks(told[True], told[False])
+        by_path = dict(zip(paths, result, strict=True))
+        unknown = [v for path, v in by_path.items() if chosen[path].unknown]
+        warn_of_stacks(
+            unknown, [v for path, v in by_path.items() if not chosen[path].unknown]
+        )
         if any(c.axes is not None and not c.asked for c in chosen.values()):
             warn_of_nameless(paths)
         warn_of_waste(idle)

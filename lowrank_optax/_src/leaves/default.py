@@ -63,8 +63,8 @@ def _choose(
     if x.ndim < 2:
         return Choice(None, "it is a vector" if x.ndim else "it is a scalar")
     # Haiku's `b` is a bias; a `b` without the larger `w` may be anything.
-    larger = [values.get(other) for other in _weights_beside(path)]
-    if any(w is not None and w.ndim > x.ndim for w in larger):
+    weights = [values[other] for other in weights_of(path) if other in values]
+    if any(w.ndim > x.ndim for w in weights):
         return Choice(None, f"'{path[-1]}' names a bias")
     if (why := named_dense(pieces(path))) is not None:
         return Choice(None, why)
@@ -77,12 +77,6 @@ def _choose(
         why = f"it has {x.ndim} axes and nothing tells which are rows and columns"
         return Choice(None, why, unknown=True)
     return Choice(MatrixAxes())
-
-
-def _weights_beside(path: Path) -> list[Path]:
-    """Where the weights stand whose bias may be at ``path``."""
-    *module, name = path or ("",)
-    return [(*module, other) for other in weights_of(name)]
 
 
 def default_matrices(params: Any) -> Any:

@@ -9,14 +9,14 @@ from lowrank_optax._src.leaves.paths import Path, words
 
 # The last word of a leaf's name, or of its module's: there is one such vector a layer,
 # so that two axes are a stack, or split heads.
-VECTORS = frozenset("bias biases scale gamma beta offset norm norms ln bn".split())
+VECTORS = frozenset("bias biases scale gamma beta offset".split())
 
-_ENDS_OF_VECTORS = ("norm", "normalization")
+# As the others; and anywhere in both names, of a leaf that ends in one of `WEIGHTS`.
+NORMS = frozenset("norm norms ln bn".split())
 
-# Of these, what a leaf that ends in one of `_WEIGHTS` may be the vector of.
-_NORMS = frozenset("norm norms ln bn".split())
+_ENDS_OF_NORMS = ("norm", "normalization")
 
-_WEIGHTS = frozenset("weight w".split())
+WEIGHTS = frozenset("weight w".split())
 
 # A word anywhere in a path: tables that are looked up, and weights tied to them.
 EMBEDDINGS = frozenset(
@@ -46,9 +46,9 @@ def named_dense(path: Path) -> str | None:
     for piece in path[-2:]:
         if _is_vector(piece):
             return f"'{piece}' names a bias or a norm"
-    if not _WEIGHTS.isdisjoint(words(path[-1])[-1:] if path else ()):
+    if path and not WEIGHTS.isdisjoint(words(path[-1])[-1:]):
         for piece in path[-2:]:
-            if any(w in _NORMS or w.endswith(_ENDS_OF_VECTORS) for w in words(piece)):
+            if any(map(_is_norm, words(piece))):
                 return f"'{piece}' names a norm"
     attends = False
     for i, piece in enumerate(path):
@@ -61,16 +61,21 @@ def named_dense(path: Path) -> str | None:
     return None
 
 
-def weights_of(name: str) -> list[str]:
-    """What weights may be called where ``name`` is that of their bias."""
+def weights_of(path: Path) -> list[Path]:
+    """Where the weights may stand whose bias is at ``path``."""
+    *module, name = path or ("",)
     changed = (re.sub(r"^b", "w", name), re.sub(r"_b$", "_w", name))
-    return [other for other in changed if other != name]
+    return [(*module, other) for other in changed if other != name]
 
 
 def _is_vector(piece: str) -> bool:
     # A letter alone tells parts apart, as in `ln_f` and `bias_k`.
     own = [word for word in words(piece) if len(word) > 1]
-    return bool(own) and (own[-1] in VECTORS or own[-1].endswith(_ENDS_OF_VECTORS))
+    return bool(own) and (own[-1] in VECTORS or _is_norm(own[-1]))
+
+
+def _is_norm(word: str) -> bool:
+    return word in NORMS or word.endswith(_ENDS_OF_NORMS)
 
 
 def _is_head(piece: str, own: list[str], last: bool, attends: bool) -> bool:

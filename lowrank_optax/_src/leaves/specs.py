@@ -33,13 +33,13 @@ def _by_path(specs: Any, tree: Any) -> dict[Path, Choice]:
     given = _specs(specs)
     result = by_default(tree)
     axes = {path: x for path, x in given.items() if x is not None}
-    nothing = [path for path, x in given.items() if x is None]
+    nothing = {path for path, x in given.items() if x is None}
     left_out = placeholders(tree)
     there = [*result, *left_out]
     # A None may stand for all below it, as a placeholder does.
     unknown = set(axes) - set(there)
-    unknown |= {p for p in nothing if not any(x[: len(p)] == p for x in there)}
-    unknown = {p for p in unknown if not any(p[: len(x)] == x for x in left_out)}
+    unknown |= nothing - {start for path in there for start in _starts(path)}
+    unknown = {path for path in unknown if left_out.keys().isdisjoint(_starts(path))}
     if result and unknown:
         raise ValueError(
             f"`matrices` names {sorted('/'.join(p) for p in unknown)}, which the tree "
@@ -48,9 +48,14 @@ def _by_path(specs: Any, tree: Any) -> dict[Path, Choice]:
     for path in result:
         if path in axes:
             result[path] = Choice(axes[path], asked=True)
-        elif any(path[: len(start)] == start for start in nothing):
+        elif not nothing.isdisjoint(_starts(path)):
             result[path] = _ASKED_TO_BE_DENSE
     return result
+
+
+def _starts(path: Path) -> list[Path]:
+    """A path, and those of all that it is in."""
+    return [path[:length] for length in range(len(path) + 1)]
 
 
 _ASKED_TO_BE_DENSE = Choice(None, "`matrices` has None for it", asked=True)

@@ -176,8 +176,7 @@ def _part(state: Any, expected: Any, grads: Any) -> tuple[Any, list[int]]:
     for (path, x), (_, y) in zip(own, wanted, strict=True):
         if np.shape(x) != y.shape:
             raise ValueError(_misfit(path, np.shape(x), y.shape, grads))
-    if averaging() is None:
-        _check_local(own, grads)
+    _check_local(own, grads)
     return part.unflatten([x for _, x in own]), places
 
 
@@ -189,12 +188,15 @@ def _check_local(state: Any, grads: Any) -> None:
       grads: of the leaves.
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(grads)
-    if not any(varying(grad) for _, grad in flat):
+    averaged = set(averaging() or ())
+    if not any(varying(grad) - averaged for _, grad in flat):
         return
     leaves = {tuple(path): i for i, (path, _) in enumerate(flat)}
     for path, _ in state:
         where = field_of(path, None, leaves)
-        if where is not None and (axes := sorted(varying(flat[where[1]][1]))):
+        if where is not None and (
+            axes := sorted(varying(flat[where[1]][1]) - averaged)
+        ):
             name, grad = flat[where[1]]
             said = axes[0] if len(axes) == 1 else tuple(axes)
             raise ValueError(

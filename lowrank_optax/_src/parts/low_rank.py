@@ -11,7 +11,6 @@ from jaxtyping import Array
 
 from lowrank_optax._src import linalg
 from lowrank_optax._src.linalg import matmul, random
-from lowrank_optax._src.linalg.meshes import split_axes
 from lowrank_optax._src.linalg.products import Lying
 from lowrank_optax._src.linalg.thin import Stacks, across, each
 from lowrank_optax._src.parts import compatible
@@ -153,19 +152,15 @@ def scaled(
 ) -> list[Array]:
     """First products ``A Omega``, ready for the second ones with A."""
 
-    def ready(y, omega, old):
-        if omega is None:
-            return y
-        y = linalg.near_one(y)
-        # Where no column is spare, the faint directions count too.
-        spare = y.shape[-1] > old.right.shape[-2]
-        return linalg.lifted(y) if spare else linalg.range_basis(y)
-
-    kinds = {(y.shape, old.right.shape[-2]) for y, old in zip(ys, olds, strict=True)}
-    # In one pass over all, but on a mesh: those of a stack would be moved.
-    if len(kinds) == 1 and not split_axes(ys[0]):
-        return list(ready(jnp.stack(ys), omegas[0], olds[0]))
-    return [ready(*x) for x in zip(ys, omegas, olds, strict=True)]
+    found = dict(enumerate(ys))
+    drawn = [i for i, omega in enumerate(omegas) if omega is not None]
+    # Where no column is spare, the faint directions count too.
+    spare = {i: ys[i].shape[-1] > olds[i].right.shape[-2] for i in drawn}
+    for ready, wanted in ((linalg.lifted, True), (linalg.range_basis, False)):
+        own = [i for i in drawn if spare[i] == wanted]
+        near = [(linalg.near_one(ys[i]),) for i in own]
+        found |= zip(own, each(ready, near, None), strict=True)
+    return list(found.values())
 
 
 def _range(

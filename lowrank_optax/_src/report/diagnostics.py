@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from lowrank_optax._src import linalg
-from lowrank_optax._src.engines.project import ProjectState
+from lowrank_optax._src.engines.project_state import ProjectState
 from lowrank_optax._src.leaves.box import is_box, is_variable, value_of
 from lowrank_optax._src.leaves.context import record_views
 from lowrank_optax._src.leaves.fields import boxed_state

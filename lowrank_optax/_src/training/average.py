@@ -33,7 +33,7 @@ def average_gradients(
     `jax.shard_map` or `jax.pmap`, with weights and state that are the same on all. In
     a chain, what comes before the projection acts on each device's own gradient:
     ``clip_by_global_norm`` bounds each of them. A refresh rule that looks at norms of
-    gradients (`OnConvergence`) is shown their root mean square over the devices.
+    gradients (`OnConvergence`) is shown their mean over the devices.
 
     Args:
       tx: `project_gradients` or what is made of it, alone or inside of chains and
