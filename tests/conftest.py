@@ -5,6 +5,7 @@ import itertools
 import os
 import subprocess
 import sys
+import tempfile
 
 import hypothesis
 import jax
@@ -92,14 +93,16 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compile_once(tmp_path_factory):
+def compile_once():
     """Programs that tests of a worker have in common are compiled for the first one.
 
     Each worker has files of its own, as JAX does not write them at once.
     """
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    with tempfile.TemporaryDirectory() as folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        yield
 
 
 _tests_run = itertools.count(1)

@@ -1,7 +1,6 @@
 """Devices that exchange projected gradients step as those that exchange all."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from running import assert_close, random_grads, random_like
 
 import lowrank_optax as lro
+from benchmarks.accelerators import hlo, meshes
 
 SHAPES = {"tall": (48, 16), "wide": (16, 40), "stack": (3, 16, 24), "bias": (16,)}
 MATRICES = lro.MatrixAxes()
@@ -20,32 +20,28 @@ RANK, EVERY, STEPS = 4, 3, 5
 MOMENTUM = optax.scale_by_adam()
 
 
-def project(inner=MOMENTUM, **parts):
-    parts = {"rank": RANK, "update_every": EVERY, "matrices": MATRICES} | parts
-    return lro.galore_project(inner, **parts)
+_PARTS = {"rank": RANK, "update_every": EVERY, "matrices": MATRICES}
+
+
+def project(**parts):
+    return lro.galore_project(MOMENTUM, **_PARTS | parts)
 
 
 OPTIMIZERS = {
-    "galore": project,
-    "exact": lambda: project(subspace=lro.TopSingular("gram_eigh")),
-    "rotated": lambda: lro.project_gradients(
+    "galore": project(),
+    "exact": project(subspace=lro.TopSingular("gram_eigh")),
+    "rotated": lro.project_gradients(
         MOMENTUM,
         rank=RANK,
         refresh=lro.Staggered(EVERY),
         transfer=lro.Rotate(),
         matrices=MATRICES,
     ),
-    "drawn": lambda: lro.flora_project(optax.trace(0.9), rank=RANK, matrices=MATRICES),
-    "by drift": lambda: lro.q_galore_project(
-        MOMENTUM, rank=RANK, update_every=EVERY, matrices=MATRICES
-    ),
-    "in bytes": lambda: lro.galore_adamw_8bit(
-        0.1, rank=RANK, update_every=EVERY, matrices=MATRICES
-    ),
-    "chain": lambda: lro.galore_adamw(
-        0.1, rank=RANK, update_every=EVERY, weight_decay=0.1, matrices=MATRICES
-    ),
-    "accumulated": lambda: lro.accumulate_gradients(project(), 2),
+    "drawn": lro.flora_project(optax.trace(0.9), rank=RANK, matrices=MATRICES),
+    "by drift": lro.q_galore_project(MOMENTUM, **_PARTS),
+    "in bytes": lro.galore_adamw_8bit(0.1, **_PARTS),
+    "chain": lro.galore_adamw(0.1, weight_decay=0.1, **_PARTS),
+    "accumulated": lro.accumulate_gradients(project(), 2),
 }
 
 
@@ -80,7 +76,7 @@ def gradients(params):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_steps_are_those_of_the_mean_gradient(name):
-    tx, params = OPTIMIZERS[name](), random_like(SHAPES, 0)
+    tx, params = OPTIMIZERS[name], random_like(SHAPES, 0)
     ours = jax.jit(local(lro.average_gradients(tx, "x")))
     theirs = jax.jit(local(averaged(tx)))
     state = other = lro.average_gradients(tx, "x").init(params)
@@ -109,47 +105,65 @@ def test_any_axis_with_a_name_will_do(way):
                 np.testing.assert_array_equal(x[0], x[1])
             return jax.tree.map(lambda x: x[0], result)
 
+    plain = jax.jit(tx.update)
     for grads in gradients(params)[: EVERY + 1]:
-        expected, want = tx.update(
-            jax.tree.map(lambda g: g.mean(0), grads), state, params
-        )
+        whole = jax.tree.map(lambda g: g.mean(0), grads)
+        expected, want = plain(whole, state, params)
         updates, state = update(grads, state, params)
         assert_close(updates, expected, rtol=1e-4, atol=1e-5)
         assert_close(state.step, want.step)
 
 
-def exchanged(hlo):
-    """Numbers that a compiled step exchanges: in all steps, and when bases are renewed.
-
-    What stands in a conditional is only done where that is taken.
-    """
-    sums = {}
-    for name, body in re.findall(
-        r"^(?:ENTRY )?%?([\w.-]+) .*?\{\n(.*?)^\}", hlo, re.M | re.S
-    ):
-        sums[name] = sum(
-            np.prod([int(d) for d in dims.split(",") if d], dtype=int)
-            for line in body.splitlines()
-            if (found := re.search(r"= (.*?) all-reduce(?:-start)?\(", line))
-            for dims in re.findall(r"f32\[([\d,]*)\]", found[1])
-        )
-    entry = re.search(r"^ENTRY %?([\w.-]+)", hlo, re.M)[1]
-    return sums[entry], sum(sums.values()) - sums[entry]
+@pytest.mark.parametrize("measure", ["share", "norm"])
+def test_a_rule_that_looks_at_norms_is_shown_their_mean(measure):
+    """Equal gradients have equal norms: ranks and refreshes are those of one device."""
+    tx = lro.adaptive_rank(
+        MOMENTUM, max_rank=RANK, max_interval=EVERY, measure=measure, matrices=MATRICES
+    )
+    params = random_like(SHAPES, 0)
+    ours = jax.jit(local(lro.average_gradients(tx, "x")))
+    alone, state = jax.jit(tx.update), tx.init(params)
+    other = state
+    for g in random_grads(params, STEPS):
+        twice = jax.tree.map(lambda x: jnp.stack([x, x]), g)
+        updates, state = ours(twice, state, params)
+        expected, other = alone(g, other, params)
+        assert_close(updates, expected, rtol=1e-4, atol=1e-5)
+    assert_close(state.refresh, other.refresh, rtol=1e-4, atol=1e-5)
 
 
 def test_between_refreshes_coefficients_alone_are_exchanged():
-    shapes = {"w": (64, 96), "bias": (96,)}
-    params, tx = random_like(shapes, 0), project()
+    params, tx = random_like({"w": (64, 96), "bias": (96,)}, 0), project()
     grads = jax.tree.map(lambda x: jnp.stack([x, x]), params)
 
-    def count(update):
+    def count(update, refresh):
         lowered = jax.jit(update).lower(grads, tx.init(params), params)
-        return exchanged(lowered.compile().as_text())
+        module = hlo.parse(lowered.compile().as_text())
+        return meshes.moves(module, refresh).bytes
 
-    dense = 96
-    assert count(local(averaged(tx))) == (64 * 96 + dense, 0)
-    ours = count(local(lro.average_gradients(tx, "x")))
-    assert ours == (RANK * 96 + dense, 64 * 96)
+    whole, thin = 4 * (64 * 96 + 96), 4 * (RANK * 96 + 96)
+    for refresh in (False, True):
+        assert count(local(averaged(tx)), refresh) == whole
+    ours = local(lro.average_gradients(tx, "x"))
+    assert count(ours, False) == thin
+    assert count(ours, True) == thin + 4 * 64 * 96
+
+
+def test_gradients_that_differ_over_other_axes_too_are_refused():
+    mesh = jax.make_mesh((2, 1), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    tx, params = project(), {"w": jnp.ones((16, 24))}
+
+    specs = dict(in_specs=(P(("x", "y")), P(), P()), out_specs=P())
+
+    def trace(axes):
+        update = lro.average_gradients(tx, axes).update
+        step = jax.shard_map(lambda *x: update(*x)[0], mesh=mesh, **specs)
+        jax.eval_shape(step, {"w": jnp.ones((32, 24))}, tx.init(params), params)
+
+    for axes, over in (("x", "'y'"), ("y", "'x'"), ((), r"\('x', 'y'\)")):
+        with pytest.raises(ValueError, match=f"'w'.*over the devices of {over}"):
+            trace(axes)
+    trace(("x", "y"))
 
 
 @pytest.mark.parametrize(
@@ -178,6 +192,9 @@ def test_a_bad_gradient_of_one_device_spoils_one_step():
     update = jax.jit(local(lro.average_gradients(tx, "x")))
     grads, state = gradients(params), tx.init(params)
     bad = jax.tree.map(lambda g: g.at[1].set(jnp.nan), grads[1])
+    finite = []
     for g in (grads[0], bad, *grads[2:]):
         updates, state = update(g, state, params)
-    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((updates, state)))
+        finite.append(all(np.all(np.isfinite(x)) for x in jax.tree.leaves(updates)))
+    assert finite == [True, False, *[True] * (STEPS - 2)]
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state))

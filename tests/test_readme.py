@@ -1,9 +1,12 @@
 """The Python blocks of the documents run, as a reader pastes them."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+
+from benchmarks.comparison.record import interval
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,3 +26,18 @@ def test_python_blocks_run(name, capsys):
         assert capsys.readouterr().out == table  # describe's
     if name == "COMPOSITIONS.md":
         assert len(capsys.readouterr().out.splitlines()) == len(names["compositions"])
+
+
+def test_the_losses_compared_are_those_of_the_record():
+    text = (ROOT / "README.md").read_text()
+    (names, figures) = re.search(
+        r"95 % interval:\n\n\|(.*)\|\n\|[-|]+\|\n\|(.*)\|\n", text
+    ).groups()
+    record = json.loads((ROOT / "benchmarks/records/comparison.json").read_text())
+    found = record["figures"]["equal_rank"]
+    adamw = found["adamw"]["losses"]
+    for name, figure in zip(names.split("|"), figures.split("|"), strict=True):
+        losses = found[name.strip(" `")]["losses"]
+        assert len(losses) == 5
+        mean, half = interval([losses[seed] - adamw[seed] for seed in adamw])
+        assert figure.strip() == f"{mean:+.3f} ± {half:.3f}"

@@ -30,6 +30,7 @@ def _texts() -> dict[str, str]:
         "memory": memory.everything(),
         "memory_step": memory.step(),
         "memory_accumulation": memory.accumulation(),
+        "exchange": memory.exchange(),
         "speed_h100": speed.table("h100", "7b", "float32"),
         "speed_h100_bfloat16": speed.table("h100", "7b", "bfloat16"),
         "speed_h100_stacked": speed.table("h100", "7b-stacked", "float32"),

@@ -67,6 +67,21 @@ def step() -> str:
     return rows((*head, "(peak - state) / weights"), lines, figures=True)
 
 
+def exchange(rank: int = 128) -> str:
+    """What devices exchange of LLaMA-7B's gradients, whole and projected."""
+    found = lro.describe(lro.galore_adamw(1e-2, rank, matrices=MATRICES), LLAMA_7B)
+    projected = [row for row in found if row.view is not None]
+    whole = sum(math.prod(row.shape) for row in projected)
+    thin = sum(rank * math.prod(row.view) // min(row.view[-2:]) for row in projected)
+    rest = _WEIGHTS - whole
+    return (
+        f"At rank {rank}, the matrices of LLaMA-7B's 32 layers are {thin / 1e6:.0f} "
+        f"million numbers in such a step, where whole gradients are {whole / 1e6:,.0f} "
+        f"million, {whole / thin:.0f} times as many. Embedding, head and norms, which "
+        f"are not projected, stay {rest / 1e6:.0f} million.\n"
+    )
+
+
 def accumulation() -> str:
     """What a window of gradients takes beside the optimizer's own state."""
     lines = []

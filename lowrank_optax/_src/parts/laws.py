@@ -86,7 +86,12 @@ class Refresh(Protocol):
         ...
 
     def after(self, state: Any, due: Bool[Array, "*b"], seen: Seen) -> Any:
-        """The next state, arrays shaped as before."""
+        """The next state, arrays shaped as before.
+
+        ``seen`` has for each matrix ``size``, the norm of the projected gradient,
+        ``whole``, that of the gradient, ``chance``, the share that noise has in a basis
+        of this rank, and ``overlap`` of the new basis with the old one, 1 if not due.
+        """
         ...
 
 
