@@ -186,7 +186,7 @@ def cold_errors(rank: int, steps: int) -> dict[str, list[dict[str, float]]]:
     @partial(jax.jit, static_argnums=0)
     def encode(codec, key, x, old):
         code = codec.encode(key, x, old)
-        return codec.draw([key], [old], None)[0], code.left, code.right
+        return codec.draw([key], [old], None)[0].mT, code.left, code.right
 
     for v in second_moments(steps):
         x = jnp.asarray(v, jnp.float32)

@@ -584,13 +584,14 @@ def test_small_factorizations_call_no_library_on_accelerators(platform):
 def test_a_matrix_is_multiplied_as_it_lies(turned, batch):
     a = normal(*batch, 7, 5).astype(np.float32)
     w, q = (normal(*batch, n, 3, seed=n).astype(np.float32) for n in (5, 7))
+    w = np.swapaxes(w, -1, -2)
     x = Lying(jnp.asarray(np.swapaxes(a, -1, -2) if turned else a), turned)
     for transform in (lambda f: f, jax.jit):
         y, z = transform(x.sketch)(w), transform(x.project)(q)
-        np.testing.assert_allclose(y, a @ w, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(y, a @ np.swapaxes(w, -1, -2), rtol=0, atol=1e-5)
         np.testing.assert_allclose(z, np.swapaxes(q, -1, -2) @ a, rtol=0, atol=1e-5)
     assert x.of(x.array).turned == turned
-    np.testing.assert_allclose(x.of(2 * x.array).sketch(w), 2 * a @ w, atol=1e-5)
+    np.testing.assert_allclose(x.of(2 * x.array).sketch(w), 2 * y, atol=1e-5)
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -598,7 +599,7 @@ def test_no_large_matrix_is_transposed(turned):
     x = jnp.ones((64, 48))
     w, q = (jnp.ones((n, 3)) for n in ((64, 48) if turned else (48, 64)))
     program = jax.jit(
-        lambda x, w, q: (Lying(x, turned).sketch(w), Lying(x, turned).project(q))
+        lambda x, w, q: (Lying(x, turned).sketch(w.T), Lying(x, turned).project(q))
     ).lower(x, w, q)
     lines = [y for y in program.as_text().splitlines() if "transpose" in y]
     assert not any("48x64" in y or "64x48" in y for y in lines)

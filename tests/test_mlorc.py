@@ -131,7 +131,7 @@ def test_a_code_is_that_of_algorithm_3(warm_start, wide, tolerance):
         x = jnp.asarray(np.stack(moments), float)
         view = lro.MatrixView("w", x.shape, x.dtype, (1,), (2,), (0,))
         old, key = codec.init(view), jax.random.split(jax.random.key(0), len(x))
-        (omega,) = codec.draw([key], [old], None)
+        omega = codec.draw([key], [old], None)[0].mT
         left, right = map(reference.wide, jax.jit(codec.encode)(key, x, old))
     conditions = []
     for a, y, code in zip(*map(reference.wide, (x, omega, left @ right)), strict=True):

@@ -36,7 +36,7 @@ def suits(
         grad.array.dtype == jnp.float32
         and thin
         and all(
-            codec.power_iters == 0 and omega is not None and omega.shape[-1] < min(m, n)
+            codec.power_iters == 0 and omega is not None and omega.shape[-2] < min(m, n)
             for codec, omega in zip(codecs, omegas, strict=True)
         )
     )
@@ -65,8 +65,7 @@ def adam_sketches(
     source = grad.matrix.astype(grad.dtype), *olds[1], zeta, b2, 1 - b2
 
     def passes(*on):
-        wide = [omega.mT for omega in omegas]  # whose rows are short on TPU otherwise
-        g_omega, v_omega = SKETCHES(*on, *source, *wide, turned=grad.turned)
+        g_omega, v_omega = SKETCHES(*on, *source, *omegas, turned=grad.turned)
         ys = [b1 * kept + (1 - b1) * g_omega, v_omega]
         ys = scaled(ys, omegas, olds)
         zs = PROJECTIONS(*on, *source, *ys, turned=grad.turned)

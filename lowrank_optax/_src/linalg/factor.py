@@ -15,7 +15,13 @@ from jaxtyping import Array, Float
 
 from lowrank_optax._src.linalg import meshes, random, small, thin
 from lowrank_optax._src.linalg.lapack import eigh, inverse_root
-from lowrank_optax._src.linalg.products import gram, matmul, unit_columns, unit_scale
+from lowrank_optax._src.linalg.products import (
+    gram,
+    matmul,
+    near_one,
+    unit_columns,
+    unit_scale,
+)
 
 
 def _eps(x: Array) -> float:
@@ -122,20 +128,15 @@ def lifted(y: Float[Array, "*b m k"]) -> Float[Array, "*b m k"]:
     The columns of y need not be of one size. Those of ``y T`` are orthogonal to what
     the Gram matrix of y can tell, and of norm one, or less where they depend on others:
     by a tenth where what is new in them is three times the root of the shift (1e-3 of
-    a column in float32), and to nothing where it is a rounding error.
+    a column in float32), and of next to none where it is a rounding error.
     """
-    square = gram(y)
-    diagonal = jnp.diagonal(square, axis1=-2, axis2=-1)
-    # Columns below are the rounding errors of the largest.
-    noise = (26 * _eps(y)) ** 2 * jnp.max(diagonal, axis=-1, keepdims=True)
-    used = diagonal > noise
-    unit = jnp.where(used, jax.lax.rsqrt(jnp.where(used, diagonal, 1.0)), 0.0)
-    k = square.shape[-1]
-    square = square * unit[..., None] * unit[..., None, :]
-    # A column that is not used gets a one, so that there is an inverse.
-    shift = jnp.where(used, 2 * k * _eps(y), 1.0)
-    shifted = square + shift[..., None] * jnp.eye(k, dtype=square.dtype)
-    return matmul(y, unit[..., None] * inverse_root(shifted).mT)
+    y = near_one(y)
+    square, k = gram(y), y.shape[-1]
+    # Columns below are the rounding errors of the largest, and stay as short.
+    noise = (26 * _eps(y)) ** 2 * jnp.max(square, axis=(-2, -1), keepdims=True)
+    shift = jnp.where(square > noise, 2 * k * _eps(y) * square, 1.0)
+    shifted = square + shift * jnp.eye(k, dtype=square.dtype)
+    return matmul(y, inverse_root(shifted).mT)
 
 
 # Of the square of a column that `lifted` has made: what is shorter is noise, or so

@@ -150,8 +150,10 @@ class Lying:
         return -1 if self.turned else -2
 
     def sketch(self, w: Array) -> Array:
-        """``A w``."""
-        return project(w, self.array).mT if self.turned else sketch(self.array, w)
+        """``A w^T``: the rows of ``w`` lie as those of A do, long on every device."""
+        if self.turned:
+            return project(w.mT, self.array).mT
+        return matmul(self.array, jax.lax.optimization_barrier(w).mT)
 
     def project(self, q: Array) -> Array:
         """``q^T A``."""

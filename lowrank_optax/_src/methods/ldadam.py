@@ -145,8 +145,8 @@ class LDAdam:
         # B^T P and B (B^T P) by their products; B is not formed. P^T P = 1, or near it
         # where P is stored in bytes: what matters here is its range.
         z = self.rho * mu_hat + (1 - self.rho) * sum(x.project(old) for x in a)
-        z = linalg.near_one(z).mT
-        y = self.rho * matmul(old, matmul(mu_hat, z))
+        z = linalg.near_one(z)
+        y = self.rho * matmul(old, matmul(mu_hat, z.mT))
         return None, y + (1 - self.rho) * sum(x.sketch(z) for x in a)
 
     def turn(self, found, states, count):

@@ -81,7 +81,7 @@ class LowRank:
     def draw(
         self, keys: list[Array], olds: list[LowRankCode], count: Array | None
     ) -> list[Array | None]:
-        """Omega of each code; None where the whole space is its own range.
+        """Omega^T of each code; None where the whole space is its own range.
 
         Args:
           keys: one for each matrix.
@@ -95,7 +95,7 @@ class LowRank:
             for i in wanted:
                 *batch, _, n = olds[i].right.shape
                 shape = (*batch, n, sizes[i])
-                drawn[i] = random.normal(keys[i], shape, olds[i].right.dtype)
+                drawn[i] = random.normal(keys[i], shape, olds[i].right.dtype).mT
             return list(drawn.values())
         for size in {sizes[i] - olds[i].right.shape[-2] for i in wanted}:
             same = [i for i in wanted if sizes[i] - olds[i].right.shape[-2] == size]
@@ -158,8 +158,7 @@ def scaled(
     spare = {i: ys[i].shape[-1] > olds[i].right.shape[-2] for i in drawn}
     for ready, wanted in ((linalg.lifted, True), (linalg.range_basis, False)):
         own = [i for i in drawn if spare[i] == wanted]
-        near = [(linalg.near_one(ys[i]),) for i in own]
-        found |= zip(own, each(ready, near, None), strict=True)
+        found |= zip(own, each(ready, [(ys[i],) for i in own], None), strict=True)
     return list(found.values())
 
 
@@ -175,22 +174,21 @@ def _range(
     y = x.first(omega) if isinstance(x, Average) else x.sketch(omega)
     for _ in range(codec.power_iters):
         z = x.project(linalg.range_basis(y)).mT
-        y = x.sketch(linalg.range_basis(z))
+        y = x.sketch(linalg.range_basis(z).mT)
     return y
 
 
-def _beside_signs(seeds: Array, right: Array, cols: int) -> Array:
-    """The right factors as columns, with random ones beside them.
+def _beside_signs(seeds: Array, right: Array, count: int) -> Array:
+    """The right factors, with ``count`` random rows below them.
 
-    The random columns are made orthogonal to the factors, which changes no range. Else
+    The random rows are made orthogonal to the factors, which changes no range. Else
     their products would all be near that with the leading factor, and a Gram matrix
     could not tell what is left of them from its rounding errors.
     """
-    warm = right.mT
-    n = warm.shape[-2]
-    fresh = random.signs(seeds[..., 0, 0], n, cols, warm.dtype) * n**-0.5
-    fresh -= matmul(warm, matmul(right, fresh))
-    return jnp.concatenate([warm, fresh], axis=-1)
+    n = right.shape[-1]
+    fresh = random.signs(seeds[..., 0, 0], n, count, right.dtype).mT * n**-0.5
+    fresh -= matmul(matmul(fresh, right.mT), right)
+    return jnp.concatenate([right, fresh], axis=-2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +208,7 @@ class Average:
     kept: Array | None = None
 
     def first(self, omega: Array) -> Array:
-        """``A Omega``."""
+        """``A Omega``, of Omega^T."""
         return self.decay * self.kept + (1 - self.decay) * self.grad.sketch(omega)
 
     def last(self, q: Array) -> Array:
@@ -218,7 +216,7 @@ class Average:
         return self.grad.project(q)
 
     def sketch(self, w: Array) -> Array:
-        kept = matmul(self.old.left, matmul(self.old.right, w))
+        kept = matmul(self.old.left, matmul(self.old.right, w.mT))
         return self.decay * kept + (1 - self.decay) * self.grad.sketch(w)
 
     def project(self, q: Array) -> Array:
@@ -235,7 +233,7 @@ def kept_sketches(
     problems = [(*olds[i], x) for i, x in drawn.items()]
     if problems:
         made = each(
-            lambda left, right, x: matmul(left, matmul(right, x)), problems, count
+            lambda left, right, x: matmul(left, matmul(right, x.mT)), problems, count
         )
         kept |= zip(drawn, made, strict=True)
     return list(kept.values())
