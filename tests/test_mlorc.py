@@ -1,5 +1,6 @@
 """MLorc against its formulas, against the optimizers that it compresses, and itself."""
 
+import contextlib
 import re
 import zlib
 
@@ -12,6 +13,7 @@ import reference
 from running import assert_close, norm, random_grads, random_like, relative_error, run
 
 import lowrank_optax as lro
+from lowrank_optax._src.kernels.dispatch import interpreted
 from lowrank_optax._src.linalg import random
 
 STEPS, RANK = 12, 2
@@ -545,3 +547,67 @@ def test_gradients_of_low_rank_have_derivatives():
 
     want = (after_two_updates(1e-2) - after_two_updates(-1e-2)) / 2e-2
     np.testing.assert_allclose(jax.grad(after_two_updates)(0.0), want, rtol=1e-2)
+
+
+# What of a gradient is multiplied, and by what.
+OUTLIERS = {
+    "an entry": (np.s_[3, 5], 1e6),
+    "six entries": ((np.arange(6) * 7, np.arange(6) * 5), 1e4),
+    "a row": (np.s_[3], 1e5),
+    "all": (np.s_[:], 1e4),
+}
+
+
+@pytest.mark.parametrize("outlier", OUTLIERS)
+@pytest.mark.parametrize("tier", ["xla", "interpret cuda"])
+def test_an_outlier_in_noise_does_not_stay(outlier, tier):
+    """Of gradients without any structure, a flat V is all that factors can keep."""
+    shape, when, (where, factor) = (48, 96), 8, OUTLIERS[outlier]
+    grads = np.array(gradients(shape, when + 25))
+    spoiled = grads.copy()
+    spoiled[when][where] *= factor
+    tx = lro.mlorc_scale_by_adam(4)
+
+    def norms(grads):
+        def step(state, grad):
+            update, state = tx.update({"w": grad}, state)
+            return state, jnp.linalg.norm(update["w"])
+
+        return jax.lax.scan(step, tx.init({"w": jnp.ones(shape)}), grads)[1]
+
+    scope = contextlib.nullcontext() if tier == "xla" else interpreted("cuda")
+    with scope:
+        usual, found = (np.asarray(jax.jit(norms)(x)) for x in (grads, spoiled))
+    ratio = found / usual
+    np.testing.assert_array_equal(ratio[:when], 1)
+    # Adam too goes five times as far where all gradients grow at once.
+    assert ratio.max() < (8 if outlier == "all" else 4.5)
+    assert ratio[-1] < 1.2
+
+
+@pytest.mark.parametrize("where", [np.s_[2, 3], np.s_[:]], ids=["entry", "all"])
+def test_what_a_gradient_adds_has_the_bound_that_is_documented(where):
+    """In float64 by the formula, at full rank, where nothing is lost."""
+    b1, b2, eps, shape = 0.8, 0.99, 1e-8, (5, 8)
+    grads = np.array(gradients(shape, 9))
+    grads[6][where] *= 1e4
+    full = {"w": lro.MatrixAxes()}
+    tx = lro.mlorc_scale_by_adam(5, b1=b1, b2=b2, eps=eps, matrices=full)
+    m, v = np.zeros(shape), np.zeros(shape)
+    state = tx.init({"w": jnp.ones(shape)})
+    for t, grad in enumerate(grads):
+        g = np.float64(grad)
+        most = np.inf
+        if t:
+            longer = max(1, 100 * (1 - b2) / (1 - b2**t))
+            most = 0.1 * np.sqrt(v.size) * v.mean() * longer
+        scale = min(1, np.sqrt(most / ((1 - b2) * np.mean(g**2))))
+        assert (scale < 1) == (t == 6)
+        m = b1 * m + (1 - b1) * scale * g
+        v = b2 * v + np.minimum((1 - b2) * g**2, most)
+        m_hat, v_hat = m / (1 - b1 ** (t + 1)), v / (1 - b2 ** (t + 1))
+        updates, state = tx.update({"w": jnp.asarray(grad)}, state)
+        expected = m_hat / (np.sqrt(v_hat) + eps)
+        most_of_all = (1 - b1) / np.sqrt((1 - b2) * (1 - b1**2 / b2))
+        expected = np.clip(expected, -most_of_all, most_of_all)
+        assert relative_error(updates["w"], expected) < 1e-3

@@ -90,9 +90,7 @@ def _on_one_device() -> bool:
     return inside or jax.device_count() == 1
 
 
-def by_platform(
-    run: Callable[[str, bool], list[T]], plain: Callable[[], list[T]]
-) -> list[T]:
+def by_platform(run: Callable[[str, bool], T], plain: Callable[[], T]) -> T:
     """What ``run(platform, interpret)`` makes, for what is compiled for.
 
     Args:

@@ -46,53 +46,57 @@ def adam_sketches(
     decays: Sequence[Any],
     grad: Lying,
     olds: Sequence[LowRankCode],
-    given: tuple[Sequence[Array], Array, Array],
-    plain: Callable[[], list[Sketch]],
-) -> list[Sketch]:
-    """`sketches` of ``b1 L R + (1 - b1) G`` and of V, the former before `with_kept`.
+    given: tuple[Sequence[Array], Array, Array, Array],
+    scale: Callable[[Array], Array],
+    plain: Callable[[], tuple[list[Sketch], Array]],
+) -> tuple[list[Sketch], Array]:
+    """`sketches` of ``b1 L R + (1 - b1) s G`` and V, the former before `with_kept`; s.
 
     Args:
       decays: b1 and b2.
       grad: G.
       olds: the codes of both moments.
-      given: Omega of each moment, ``L R Omega`` of the first one, and `negative_mean`
-        of the second one.
-      plain: makes them without kernels.
+      given: Omega of each moment, ``L R Omega`` of the first one, and of the second one
+        `negative_mean` and the most that G may add to an entry.
+      scale: s, by ``G Omega``.
+      plain: makes both without kernels.
     """
-    (b1, b2), (omegas, kept, zeta) = decays, given
+    (b1, b2), (omegas, kept, zeta, most) = decays, given
     # Back in the leaf's dtype: XLA cancels both casts, and moves what the leaf holds.
     # 1 - 0.999 has four digits in float32, if 0.999 is rounded to it before.
-    source = grad.matrix.astype(grad.dtype), *olds[1], zeta, b2, 1 - b2
+    source = grad.matrix.astype(grad.dtype), *olds[1], zeta, b2, 1 - b2, most
 
     def passes(*on):
         g_omega, v_omega = SKETCHES(*on, *source, *omegas, turned=grad.turned)
-        ys = [b1 * kept + (1 - b1) * g_omega, v_omega]
+        small = scale(g_omega)
+        ys = [b1 * kept + (1 - b1) * small * g_omega, v_omega]
         ys = scaled(ys, omegas, olds)
-        zs = PROJECTIONS(*on, *source, *ys, turned=grad.turned)
-        return list(zip(ys, zs, strict=True))
+        g_z, v_z = PROJECTIONS(*on, *source, *ys, turned=grad.turned)
+        return list(zip(ys, (small * g_z, v_z), strict=True)), small
 
     return by_platform(passes, plain)
 
 
-def mlorc_sketches(g, left, right, zeta, b2, fresh, mu_omega, nu_omega):
+def mlorc_sketches(g, left, right, zeta, b2, fresh, most, mu_omega, nu_omega):
     """A tile's part of ``G Omega`` and ``V Omega``."""
     g = g.astype(jnp.float32)
-    v = _second_moment(g, left, right, zeta, b2, fresh)
+    v = _second_moment(g, left, right, zeta, b2, fresh, most)
     return dot(g, mu_omega, (1, 1)), dot(v, nu_omega, (1, 1))
 
 
-def mlorc_projections(g, left, right, zeta, b2, fresh, mu_y, nu_y):
+def mlorc_projections(g, left, right, zeta, b2, fresh, most, mu_y, nu_y):
     """A tile's part of ``Y^T G`` and ``Y^T V``."""
     g = g.astype(jnp.float32)
-    v = _second_moment(g, left, right, zeta, b2, fresh)
+    v = _second_moment(g, left, right, zeta, b2, fresh, most)
     return dot(mu_y, g, (0, 0)), dot(nu_y, v, (0, 0))
 
 
-def _second_moment(g, left, right, zeta, b2, fresh):
-    return b2 * clamp_negative(product(left, right), zeta) + fresh * g * g
+def _second_moment(g, left, right, zeta, b2, fresh, most):
+    added = jnp.minimum(fresh * g * g, most)
+    return b2 * clamp_negative(product(left, right), zeta) + added
 
 
-_V = ("mn", "mr", "rn", "11", "11", "11")
+_V = ("mn", "mr", "rn", "11", "11", "11", "11")
 SKETCHES = Pass(mlorc_sketches, ins=(*_V, "ln", "ln"), outs=("ml", "ml"), over="n")
 PROJECTIONS = Pass(
     mlorc_projections, ins=(*_V, "ml", "ml"), outs=("ln", "ln"), over="m"

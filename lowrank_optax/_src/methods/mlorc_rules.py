@@ -1,6 +1,8 @@
 """MLorc's algorithms on one matrix."""
 
 import dataclasses
+import functools
+import math
 from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
@@ -9,11 +11,12 @@ from jax.typing import ArrayLike
 from lowrank_optax._src.kernels.dispatch import active
 from lowrank_optax._src.leaves import saving
 from lowrank_optax._src.linalg.thin import each
-from lowrank_optax._src.parts.bounds import cut_off
+from lowrank_optax._src.parts.bounds import cut_off, most_of_square, scale_down
 from lowrank_optax._src.parts.factors import (
     LowRankCode,
     clamp_negative,
     low_rank_product,
+    mean_entry,
     negative_mean,
 )
 from lowrank_optax._src.parts.low_rank import (
@@ -65,35 +68,50 @@ class MLorcAdam:
         omegas, kept = self.mu.prepare(keys, mus, count)
         pairs = zip(omegas, self.nu.draw(keys, nus, count), strict=True)
         zeta = each(negative_mean, nus, count)
-        return list(zip(pairs, kept, zeta, strict=True))
+        most = each(functools.partial(self._most, count), nus, count)
+        return list(zip(pairs, kept, zeta, most, strict=True))
+
+    def _most(self, step, left, right):
+        size = left.shape[-2] * right.shape[-1]
+        return most_of_square(mean_entry(left, right), size, self.b2, step)
 
     def update(self, step, grad, state, given):
-        omegas, kept, zeta = given
+        omegas, kept, zeta, most = given
         g, t, b1, b2 = grad.array, step + 1, self.b1, self.b2
-        m = b1 * low_rank_product(state.mu, grad.turned) + (1 - b1) * g
         v_old = low_rank_product(state.nu, grad.turned)
-        v = b2 * clamp_negative(v_old, zeta) + (1 - b2) * g**2
+        v = b2 * clamp_negative(v_old, zeta) + jnp.minimum((1 - b2) * g**2, most)
+
+        def scale(new):
+            """Of G, so that its mean square has the bound of an entry's."""
+            if new is None:
+                square = jnp.mean(g * g, axis=(-2, -1), keepdims=True)
+            else:
+                square = self.mu.energy(new, state.mu) / math.prod(g.shape[-2:])
+            return scale_down(jnp.asarray((1 - b2) * square), most)
+
+        def plain():
+            new = None if omegas[0] is None else grad.sketch(omegas[0])
+            average = Average(b1, state.mu, grad, kept, new, scale(new))
+            codecs, matrices = (self.mu, self.nu), (average, grad.of(v))
+            return sketches(codecs, omegas, matrices, state), average.scale
+
+        found, small = self._sketches(grad, state, given, scale, plain)
+        m = b1 * low_rank_product(state.mu, grad.turned) + (1 - b1) * (small * g)
         m_hat, v_hat = m * (1 / (1 - b1**t)), v * (1 / (1 - b2**t))
-        moments = Average(b1, state.mu, grad, kept), grad.of(v)
-        found = self._sketches(grad, moments, state, given)
         # A V that has lost an entry's part would let it go further.
         update = cut_off(m_hat / (jnp.sqrt(v_hat) + self.eps), b1, b2)
         return grad.of(update), found
 
-    def _sketches(self, grad, moments, state, given):
+    def _sketches(self, grad, state, given, scale, plain):
         """The sketches of both; by kernels where those are wanted, which store no V."""
-        codecs, omegas = (self.mu, self.nu), given[0]
-
-        def plain():
-            return sketches(codecs, omegas, moments, state)
-
         if not active(grad.array):
             return plain()
         from lowrank_optax._src.kernels import mlorc
 
-        if not mlorc.suits(grad, codecs, omegas):
+        if not mlorc.suits(grad, (self.mu, self.nu), given[0]):
             return plain()
-        return mlorc.adam_sketches((self.b1, self.b2), grad, state, given, plain)
+        decays = self.b1, self.b2
+        return mlorc.adam_sketches(decays, grad, state, given, scale, plain)
 
     def finish(self, found, states, count):
         mus, nus = ([s[k] for s in states] for k in (0, 1))
@@ -132,7 +150,8 @@ class MLorcLion:
         kept = low_rank_product(state.mu, grad.turned)
         c = self.b1 * kept + (1 - self.b1) * grad.array
         omega, sketched = given
-        average = Average(self.b2, state.mu, grad, sketched)
+        new = None if omega is None else grad.sketch(omega)
+        average = Average(self.b2, state.mu, grad, sketched, new)
         found = sketches([self.mu], [omega], [average], state)
         return grad.of(jnp.sign(c)), found
 

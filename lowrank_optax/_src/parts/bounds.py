@@ -23,6 +23,38 @@ def most_of_adam(b1: ArrayLike, b2: ArrayLike) -> jax.Array:
     return jnp.where(square > 0, (1 - b1) / jnp.sqrt(some), jnp.inf)
 
 
+def most_of_square(
+    mean: jax.Array, size: int, b2: ArrayLike, step: ArrayLike
+) -> jax.Array:
+    """What a step may add to an entry of a second moment that is stored at low rank.
+
+    A flat matrix of this mean has ``sqrt(size) mean`` for its one singular value. The
+    factors would lose it beside those of some entries that are larger, and with it what
+    divides the updates of all others. So an entry may add a tenth of that, by a moment
+    of a hundred gradients at least: no ordinary gradient comes near.
+
+    Args:
+      mean: of the moment before the step, not corrected.
+      size: entries of the matrix.
+      b2: decay of the moment.
+      step: steps before this one.
+
+    Returns:
+      The most, of the shape of ``mean``; infinity where that is not positive.
+    """
+    seen = 1 - b2 ** jnp.maximum(step, 1)
+    longer = jnp.maximum(100 * (1 - b2) / seen, 1.0)
+    return jnp.where(mean > 0, 0.1 * size**0.5 * mean * longer, jnp.inf)
+
+
+def scale_down(square: jax.Array, most: jax.Array) -> jax.Array:
+    """By what to multiply a matrix whose ``square`` may not exceed ``most``."""
+    above = square > most
+    # The root only of what is not infinite, where it has no derivative.
+    ratio = jnp.where(above, most, 1.0) / jnp.where(above, square, 1.0)
+    return jnp.sqrt(ratio)
+
+
 def cut_off(updates: T, b1: ArrayLike, b2: ArrayLike) -> T:
     """Updates of which no entry exceeds `most_of_adam`, by moments that have a loss.
 

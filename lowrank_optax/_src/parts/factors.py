@@ -82,6 +82,13 @@ def negative_mean(left: Array, right: Array) -> Float[Array, "*b 1 1"]:
     return -below / jnp.maximum(count, 1.0)
 
 
+def mean_entry(left: Array, right: Array) -> Float[Array, "*b 1 1"]:
+    """The mean of ``left @ right``, by the means of its factors."""
+    columns = jnp.mean(left, axis=-2, keepdims=True)
+    rows = jnp.mean(right, axis=-1, keepdims=True)
+    return jnp.sum(columns * rows.mT, axis=-1, keepdims=True)
+
+
 def clamp_negative(
     x: Float[Array, "*b m n"], zeta: Float[Array, "*b 1 1"]
 ) -> Float[Array, "*b m n"]:

@@ -117,6 +117,19 @@ class LowRank:
         omegas = self.draw(keys, olds, count)
         return omegas, kept_sketches(olds, omegas, count)
 
+    def energy(self, sketch: Array, old: LowRankCode) -> Array:
+        """``|A|^2`` of each matrix, about, by ``A Omega``: (*b, 1, 1).
+
+        Of random columns each is an estimate of it; the old right factors have their
+        own parts of it, and what is random beside them has the rest.
+        """
+        k, (r, n) = sketch.shape[-1], old.right.shape[-2:]
+        weights = np.where(np.arange(k) < r, 1.0, n / max(k - r, 1))
+        if not self.warm_start:
+            weights = np.full(k, 1 / k)
+        terms = sketch * sketch * weights.astype(sketch.dtype)
+        return jnp.sum(terms, axis=(-2, -1), keepdims=True)
+
     def _size(self, old: LowRankCode) -> int:
         r, n = old.right.shape[-2:]
         return min(r + self.oversample, old.left.shape[-2], n)
@@ -171,7 +184,7 @@ def _range(
     if omega is None:
         *batch, m, _ = old.left.shape
         return jnp.broadcast_to(jnp.eye(m, dtype=old.left.dtype), (*batch, m, m))
-    y = x.first(omega) if isinstance(x, Average) else x.sketch(omega)
+    y = x.first if isinstance(x, Average) else x.sketch(omega)
     for _ in range(codec.power_iters):
         z = x.project(linalg.range_basis(y)).mT
         y = x.sketch(linalg.range_basis(z).mT)
@@ -199,29 +212,39 @@ class Average:
     it is sketched, and by `with_kept` after the last product with G.
 
     Attributes:
+      grad: G.
       kept: ``L R Omega``; None where there is no Omega, and A is its own sketch.
+      new: ``G Omega``.
+      scale: G is ``scale * grad``.
     """
 
     decay: Any
     old: LowRankCode
     grad: Lying
     kept: Array | None = None
+    new: Array | None = None
+    scale: Array | float = 1.0
 
-    def first(self, omega: Array) -> Array:
-        """``A Omega``, of Omega^T."""
-        return self.decay * self.kept + (1 - self.decay) * self.grad.sketch(omega)
+    @property
+    def first(self) -> Array:
+        """``A Omega``."""
+        return self.decay * self.kept + self._weight * self.new
 
     def last(self, q: Array) -> Array:
         """``q^T G``, of which `with_kept` makes ``q^T A``."""
-        return self.grad.project(q)
+        return self.scale * self.grad.project(q)
 
     def sketch(self, w: Array) -> Array:
         kept = matmul(self.old.left, matmul(self.old.right, w.mT))
-        return self.decay * kept + (1 - self.decay) * self.grad.sketch(w)
+        return self.decay * kept + self._weight * self.grad.sketch(w)
 
     def project(self, q: Array) -> Array:
         kept = matmul(matmul(q.mT, self.old.left), self.old.right)
-        return self.decay * kept + (1 - self.decay) * self.grad.project(q)
+        return self.decay * kept + self._weight * self.grad.project(q)
+
+    @property
+    def _weight(self):
+        return (1 - self.decay) * self.scale
 
 
 def kept_sketches(
