@@ -259,6 +259,7 @@ plt.show()
 #
 # To bring a method into the library: put the part and the functions into one file of
 # `lowrank_optax/_src/methods`, add them to `tests/registry.py`, which runs the common
-# tests (`jit`, `scan`, sharding, checkpoints, bad gradients, ...), and to the README's
-# table. A refresh rule, a transfer, a recovery or a codec goes the same way;
+# tests (`jit`, `scan`, sharding, checkpoints, bad gradients, ...), and to the other
+# places that [CONTRIBUTING.md](../CONTRIBUTING.md) lists: a test names what was
+# forgotten. A refresh rule, a transfer, a recovery or a codec goes the same way;
 # [COMPOSITIONS.md](../COMPOSITIONS.md) says which parts combine.

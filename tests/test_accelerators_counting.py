@@ -1,6 +1,5 @@
 """The counts of `benchmarks.accelerators`, against numbers that were made by hand."""
 
-import inspect
 import json
 from pathlib import Path
 
@@ -458,17 +457,6 @@ def test_a_program_without_marks_has_none_to_leave_out():
         return jax.lax.cond(due, lambda: x + 1, lambda: x)
 
     assert programs.without_refresh(program(step, flag, x)) is None
-
-
-def test_every_public_optimizer_is_a_case():
-    public = (getattr(lro, name) for name in lro.__all__)
-    functions = filter(inspect.isfunction, public)
-    factories = {
-        f for f in functions if "learning_rate" in inspect.signature(f).parameters
-    }
-    assert lro.mlorc_adamw in factories
-    counted = {case.factory for case in CASES.values() if case.own}
-    assert factories <= counted
 
 
 ROW = {

@@ -37,9 +37,9 @@ def test_updates_stay_within_ten_times_the_usual(usual, fault):
 
 
 def test_every_public_factory_is_in_the_table_or_has_a_reason():
-    public = {
-        method.name.partition("-")[0]: None for method in METHODS if method.factory
-    }
+    public = {method.name.partition("-")[0] for method in METHODS}
     rows = {name.partition(",")[0] for name in OPTIMIZERS}
-    assert set(public) == (rows & set(public)) | set(faults.ABSENT)
+    missing = public - rows - set(faults.ABSENT)
+    assert not missing, f"Add {missing} to benchmarks/faults.py: a row, or a reason."
+    assert set(faults.ABSENT) <= public
     assert not rows & set(faults.ABSENT) - {"i3s_subspace"}

@@ -1,5 +1,7 @@
 """Per-layer updates are the ordinary step's, in place, or refused with the reason."""
 
+import inspect
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from registry import METHODS as REGISTRY
 from running import assert_close, random_like
 
 import lowrank_optax as lro
@@ -154,6 +157,30 @@ def test_the_trajectory_is_that_of_the_ordinary_step(params, name):
     # 5 steps of 0.05; MLorc's inner products are added up in another order.
     assert_close(got[:2], expected[:2], rtol=1e-5, atol=1e-5)
     assert_close(got[2], expected[2], rtol=1e-3, atol=1e-4)
+
+
+# Of stacked vectors, Adafactor factors the matrix of all layers, and Adam-mini's number
+# of blocks is that of all layers.
+OF_ALL_LAYERS = {"galore_adafactor", "flora", "adam_mini", "galore_adam_mini"}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [m for m in REGISTRY if m.is_optimizer and m.name not in METHODS],
+    ids=lambda m: m.name,
+)
+def test_every_other_optimizer_is_taken_or_refused(params, method):
+    takes = inspect.signature(method.factory).parameters
+    tx = method.make(**{"matrices": matrices} if "matrices" in takes else {})
+    step = lro.layerwise.value_and_update(tx, **MODEL)
+    state = jax.eval_shape(tx.init, params)
+    if method.name in OF_ALL_LAYERS:
+        with pytest.raises(ValueError, match="requires an entry for each layer"):
+            jax.eval_shape(step, params, state, next(batches()))
+    else:
+        found = jax.eval_shape(step, params, state, next(batches()))
+        chex.assert_trees_all_equal_shapes_and_dtypes(found.params, params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(found.opt_state, state)
 
 
 def test_bytes_of_layers_that_alone_would_be_too_small_for_them():

@@ -68,7 +68,10 @@ def documented_arguments(doc):
 def test_functions_are_documented(name):
     doc = inspect.getdoc(FUNCTIONS[name])
     parameters = inspect.signature(FUNCTIONS[name]).parameters
-    assert set(parameters) <= documented_arguments(doc)
+    missing = set(parameters) - documented_arguments(doc)
+    assert not missing, (
+        f"Say what {missing} are in the docstring of {name}, in `Args:`."
+    )
     # A whole optimizer returns what every optimizer of Optax is.
     assert "Returns:" in doc or "learning_rate" in parameters
 
@@ -90,7 +93,8 @@ def test_every_name_is_shown_in_use():
     )
     # Views and states are made by the library.
     used = FUNCTIONS.keys() | CLASSES.keys() - {"MatrixView"}
-    assert [k for k in used if not re.search(rf"\b{k.split('.')[-1]}\(", code)] == []
+    missing = [k for k in used if not re.search(rf"\b{k.split('.')[-1]}\(", code)]
+    assert not missing, f"Show {missing} in an example of a docstring."
 
 
 @pytest.mark.parametrize("name", STATES)
@@ -127,10 +131,34 @@ def is_factory(x):
 def test_every_transformation_is_in_the_registry():
     factories = {k for k, x in FUNCTIONS.items() if is_factory(x)}
     assert len(factories) >= 10
-    assert {method.factory.__name__ for method in METHODS} == factories
+    missing = factories - {method.factory.__name__ for method in METHODS}
+    assert not missing, f"Add {', '.join(sorted(missing))} to tests/registry.py."
     for method in METHODS:
         assert method.public in (method.factory, lro.two_rates)
     assert len({method.name for method in METHODS}) == len(METHODS)
+
+
+# What makes a step of an optimizer, but is none: each is tried with the registry there.
+WRAPPERS = {
+    "inject_hyperparams": "test_inject.py",
+    "layerwise.value_and_update": "test_layerwise.py",
+    "two_rates": "test_two_rates.py",
+}
+
+
+def test_every_wrapper_is_tried_with_the_registry():
+    wrappers = {
+        name
+        for name, x in FUNCTIONS.items()
+        if "Callable" in str(inspect.signature(x).return_annotation)
+        and "GradientTransformation" in str(inspect.signature(x))
+    }
+    missing = wrappers - WRAPPERS.keys()
+    assert not missing, f"Try {missing} with the registry, and add it to WRAPPERS."
+    for name, file in WRAPPERS.items():
+        text = Path(__file__).with_name(file).read_text()
+        assert name in wrappers and f"lro.{name}(" in text
+        assert "from registry import METHODS" in text
 
 
 def kinds(function):
