@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -76,6 +77,18 @@ def pytest_addoption(parser):
         help="of the tests that try every law with every method, run one of so many; "
         "by default all, but one of four in test_boxes and test_calls",
     )
+    parser.addoption(
+        "--contract",
+        type=Path,
+        help="a JSON file: which method passed which test is added to it",
+    )
+
+
+def pytest_configure(config):
+    if path := config.getoption("--contract"):
+        from contract import Contract  # imports the library: after the flags are set
+
+        config.pluginmanager.register(Contract(path))
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,13 +1,16 @@
 """The site's pages: their code runs, and the reference names all that is public."""
 
 import importlib
+import json
 import re
 from pathlib import Path
 
 import pytest
+from registry import METHODS
 from test_public_api import MODULES, PUBLIC
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 # Those that Sphinx executes are run when the site is built.
 PAGES = [
     path
@@ -35,6 +38,8 @@ def test_the_reference_names_all_that_is_public():
     named = re.findall(r"^\.\. auto(?:function|class|module):: (\S+)$", text, re.M)
     # Of a submodule, all members are taken.
     expected = {x for x in PUBLIC if "." not in x}
+    missing = expected - set(named)
+    assert not missing, f"Add {', '.join(sorted(missing))} to a page of docs/api."
     assert sorted(named) == sorted(expected | {f"lowrank_optax.{x}" for x in MODULES})
 
 
@@ -46,3 +51,18 @@ def test_tables_are_made_of_the_records_and_the_code(monkeypatch, tmp_path):
     pages = [x.read_text() for x in DOCS.rglob("*.md") if "_build" not in x.parts]
     asked = set(re.findall(r"_generated/([\w-]+\.\w+)", "".join(pages)))
     assert asked and asked <= made
+
+
+def test_the_contract_is_of_the_methods_and_tests_that_there_are():
+    runs = json.loads((ROOT / "benchmarks/records/contract.json").read_text())
+    tests = {test: cases for run in runs.values() for test, cases in run.items()}
+    for test in tests:
+        file, name = test.split("::")
+        text = (ROOT / "tests" / file).read_text()
+        assert f"def {name}(" in text, f"`make contract` again: {test} is gone."
+    names = {method.name for method in METHODS}
+    tried = {name for cases in tests.values() for name in cases} - {""}
+    assert not names - tried, f"`make contract METHOD={min(names - tried)}` records it."
+    assert not tried - names, f"`make contract` again: {tried - names} are gone."
+    for run in runs.values():
+        assert all(all(cases.values()) for cases in run.values()), "Some failed."

@@ -28,6 +28,21 @@ def test_python_blocks_run(name, capsys):
         assert len(capsys.readouterr().out.splitlines()) == len(names["compositions"])
 
 
+def anchors(path):
+    """What GitHub and the site name the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", x.lower()).replace(" ", "-") for x in headings}
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in ROOT.glob("*.md")))
+def test_links_lead_somewhere(name):
+    links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", (ROOT / name).read_text())
+    for path, anchor in links:
+        target = ROOT / (path or name)
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
 def test_the_losses_compared_are_those_of_the_record():
     text = (ROOT / "README.md").read_text()
     (names, figures) = re.search(

@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 
 from benchmarks.faults import table as faults_table
-from tables import choice, losses, memory, methods, speed
+from tables import choice, contract, losses, memory, methods, speed
 from tables.records import ROOT, record
 
 
@@ -25,11 +25,16 @@ def _texts() -> dict[str, str]:
         "methods": methods.table(),
         **{f"facts_{page}": methods.facts(page) for page in pages},
         "choice": choice.figures(),
+        "contract_summary": contract.summary(),
+        "contract_by_method": contract.by_method(),
+        "contract_by_test": contract.by_test(),
         "comparison": losses.comparison(),
         "mrpc": losses.task(),
         "memory": memory.everything(),
-        "memory_step": memory.step(),
+        "memory_step": memory.step("layerwise"),
+        "memory_step_h100": memory.step("layerwise_h100"),
         "memory_accumulation": memory.accumulation(),
+        "devices": memory.devices(),
         "exchange": memory.exchange(),
         "speed_h100": speed.table("h100", "7b", "float32"),
         "speed_h100_bfloat16": speed.table("h100", "7b", "bfloat16"),

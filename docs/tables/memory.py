@@ -1,10 +1,13 @@
 """Bytes: of LLaMA-7B by method and rank, of a window of gradients, of a whole step."""
 
 import math
+from typing import Literal
 
 import jax
 import matplotlib.pyplot as plt
 import optax
+from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
 from tables.llama import LLAMA_7B, MATRICES
@@ -52,7 +55,7 @@ def everything() -> str:
     return rows(head, lines, figures=True)
 
 
-def step() -> str:
+def step(name: str) -> str:
     """The measured peak of a training step, with and without per-layer updates."""
     lines = [
         (
@@ -61,10 +64,59 @@ def step() -> str:
             *(f"{x[k] / 1e9:.1f}" for k in ("weights", "state", "temporaries", "peak")),
             f"{x['without state']:.2f}",
         )
-        for x in record("layerwise")["figures"]
+        for x in record(name)["figures"]
     ]
     head = ("", "step", "weights", "state", "temporaries", "peak")
     return rows((*head, "(peak - state) / weights"), lines, figures=True)
+
+
+# By the mesh axes that split the rows and the columns of a weight.
+_MESHES = {
+    "8, FSDP": (("fsdp",), (8,), P("fsdp", None)),
+    "4 x 2, FSDP and tensor": (("fsdp", "model"), (4, 2), P("fsdp", "model")),
+}
+
+
+def devices() -> str:
+    """The state on each device of two meshes, split by all axes and by own ones."""
+    shown = {
+        "AdamW of Optax": None,
+        "GaLore": 1024,
+        "GaLore in 8 bits": 1024,
+        "MLorc-AdamW": 4,
+    }
+    lines = []
+    for title, rank in shown.items():
+        method = _titled(title)
+        cells = [gigabytes(llama_bytes(method, rank))]
+        for by in ("all", "own"):
+            for mesh in _MESHES.values():
+                cells.append(gigabytes(_on_a_device(method.make(rank or 0), *mesh, by)))
+        lines.append((title + (f", r = {rank}" if rank else ""), *cells))
+    own = [f'{name}, `"own"`' for name in _MESHES]
+    return rows(("", "in all", *_MESHES, *own), lines, figures=True)
+
+
+def _on_a_device(
+    tx: optax.GradientTransformation,
+    names: tuple[str, ...],
+    sizes: tuple[int, ...],
+    spec: P,
+    by: Literal["all", "own"],
+) -> int:
+    mesh = AbstractMesh(sizes, names)
+
+    def lay(path: jax.tree_util.KeyPath, x: jax.ShapeDtypeStruct):
+        whole = "norm" in jax.tree_util.keystr(path)
+        split = P() if whole else P(*[None] * (len(x.shape) - 2), *spec)
+        lying = NamedSharding(mesh, split)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lying)
+
+    params = jax.tree.map_with_path(lay, LLAMA_7B)
+    with lro.split_states(by):
+        report = lro.memory_report(tx, params, mesh)
+    (state,) = (row for row in report if row.what == "optimizer state")
+    return state.bytes_per_device
 
 
 def exchange(rank: int = 128) -> str:
