@@ -8,6 +8,7 @@ VENV := .venv
 ACCELERATORS := .venv-accelerators
 SUBSET := whole
 JOBS := 2
+TRAINER := tunix
 
 # What runs on the newest Python and jax, in ten minutes on two cores: the laws of all
 # methods on a sample, and what newer releases have broken or may break first.
@@ -16,7 +17,8 @@ NEWEST := $(addprefix tests/test_,$(addsuffix .py, \
 	q_galore sharding average adapters llama_model \
 	example_files example_checkpoints example_data))
 
-.PHONY: demo test coverage test-newest test-accelerators contract lint notebooks docs dist
+.PHONY: demo test coverage test-newest test-accelerators test-trainer contract lint \
+	notebooks docs dist
 
 demo: $(VENV)/examples.stamp
 	$(VENV)/bin/python -m examples.llama.pretrain
@@ -28,6 +30,19 @@ test: $(VENV)/test.stamp
 test-accelerators: $(ACCELERATORS)/accelerators.stamp
 	$(ACCELERATORS)/bin/python -m benchmarks.accelerators.check \
 		--subset $(SUBSET) --jobs $(JOBS)
+
+# TRAINER is tunix, eformer, kauldron or levanter: each in an environment of its own,
+# with warnings of its own. uv, as pip tries releases for an hour.
+test-trainer: .venv-$(TRAINER)/trainer.stamp
+	.venv-$(TRAINER)/bin/python -m pytest -W ignore tests/trainers/test_$(TRAINER).py
+
+.venv-%/trainer.stamp: pyproject.toml tests/trainers/%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install uv
+	.venv-$*/bin/python -m uv pip install --python .venv-$*/bin/python \
+		--overrides tests/trainers/overrides.txt \
+		-e . -r tests/trainers/$*.txt hypothesis pytest
+	touch $@
 
 test-newest: $(VENV)/test.stamp
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal --sample 8 $(NEWEST)
