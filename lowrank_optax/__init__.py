@@ -111,6 +111,7 @@ from lowrank_optax._src.training.accumulate import (
     accumulate_gradients as accumulate_gradients,
 )
 from lowrank_optax._src.training.average import average_gradients as average_gradients
+from lowrank_optax._src.training.convert import convert_state as convert_state
 from lowrank_optax._src.training.inject import inject_hyperparams as inject_hyperparams
 from lowrank_optax._src.training.two_rates import two_rates as two_rates
 
@@ -165,6 +166,7 @@ __all__ = [
     "average_gradients",
     "check_state",
     "compress_state",
+    "convert_state",
     "default_matrices",
     "describe",
     "diagnostics",

@@ -67,7 +67,7 @@ def test_codes_and_dtypes_are_told_apart_from_ranks():
     params = {"up": jax.ShapeDtypeStruct((64, 256), jnp.float32)}
     said = refusal(lro.adamw_8bit(0.1), state_of(optax.adamw(0.1), params), params)
     assert "mu.index' of 'up' (64, 256): absent, must be uint8 (64, 256)" in said
-    assert "as for 8 bits" in said and "rank" not in said
+    assert "as for 8 bits" in said and "r rank made" not in said
     half = optax.scale_by_adam(mu_dtype=jnp.bfloat16)
     said = refusal(optax.scale_by_adam(), state_of(half))
     assert "'mu' of 'up' (24, 32): bfloat16 (24, 32), must be float32 (24, 32)" in said

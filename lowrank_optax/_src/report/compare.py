@@ -16,10 +16,12 @@ _REMEDIES = {
     "lowrank_optax.rank.shrink has cut the state, lowrank_optax.rank.fit(tx, state) is "
     "the transformation for it.",
     "larger": "A larger rank made larger arrays: give it to the transformation. Once "
-    "the state is restored, lowrank_optax.rank.shrink frees what is not used of it.",
+    "the state is restored, lowrank_optax.rank.shrink frees what is not used of it, "
+    "and lowrank_optax.convert_state cuts it to a smaller rank.",
     "dtype": "Parameters of another dtype, or a `Cast`, made arrays of another dtype.",
     "alone": "Another method, or codecs as for 8 bits, made arrays that only one of "
-    "the two has: restore the state with the transformation that made it.",
+    "the two has: restore the state with the transformation that made it. For bytes, "
+    "lowrank_optax.convert_state makes of it what the other keeps.",
 }
 
 

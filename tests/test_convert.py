@@ -1,0 +1,204 @@
+"""States of other ranks and other bytes, as another transformation keeps them."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from registry import METHODS, example_params
+from running import assert_close, random_grads, random_like, run
+from test_quantize import quantized
+
+import lowrank_optax as lro
+
+SHAPES = {"up": (24, 256), "down": (160, 28), "bias": (4200,), "norm": (3,)}
+RATE = 0.1
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_like(SHAPES, 0)
+
+
+def trained(tx, params, steps=3):
+    """A state as it is after some steps, among them a block's largest below zero."""
+    grads = random_grads(params, steps)
+    for g in grads:
+        g["up"] = g["up"].at[0, 0].set(-9.0)
+    return run(tx, params, grads)[1]
+
+
+def mu_and_nu(state):
+    return tuple(optax.tree.get(state, name) for name in ("mu", "nu"))
+
+
+def test_what_fits_stays_as_it_is():
+    params = example_params()
+    for method in METHODS:
+        state = jax.eval_shape(method.tx.init, params)
+        same = lro.convert_state(method.tx, state, params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(same, state)
+
+
+PAIRS = {
+    "adamw": (optax.adamw(RATE, weight_decay=0.0), lro.adamw_8bit(RATE)),
+    "galore": (
+        lro.galore_adamw(RATE, rank=20),
+        lro.galore_adamw_8bit(RATE, rank=20),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_numbers_become_bytes_and_bytes_the_numbers_that_they_stand_for(name, params):
+    wide, narrow = PAIRS[name]
+    state = trained(wide, params)
+    in_bytes = lro.convert_state(narrow, state, params)
+    lro.check_state(narrow, in_bytes, params)
+    back = lro.convert_state(wide, in_bytes, params)
+    for moments, again, signed in zip(
+        mu_and_nu(state), mu_and_nu(back), (True, False), strict=True
+    ):
+        for leaf, x in moments.items():
+            rounded = quantized(np.atleast_2d(x), signed).reshape(x.shape)
+            expected = x if x.size < 4096 else rounded
+            largest = np.max(np.abs(x))
+            np.testing.assert_allclose(again[leaf], expected, atol=1e-6 * largest)
+            half_a_step = 0.45 / (64 if signed else 128)
+            assert np.max(np.abs(again[leaf] - x)) <= 1.001 * half_a_step * largest
+    # The next step is that of the numbers: nothing else was lost, the count neither.
+    grads = random_grads(params, 1, seed=9)[0]
+    (ours,), new = run(narrow, params, [grads], in_bytes)
+    (theirs,), _ = run(wide, params, [grads], back)
+    assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert int(optax.tree.get_all_with_path(new, "step")[0][1]) == 4
+
+
+def galore(rank):
+    return lro.galore_project(optax.scale_by_adam(), rank=rank)
+
+
+def test_of_a_basis_the_leading_columns_stay(params):
+    state = trained(galore(8), params)
+    small = lro.convert_state(galore(5), state, params)
+    rows = {"up": np.s_[:5], "down": np.s_[:5], "bias": np.s_[:], "norm": np.s_[:]}
+    for leaf in ("up", "down"):
+        np.testing.assert_array_equal(small.basis[leaf], state.basis[leaf][:, :5])
+    for new, old in zip(mu_and_nu(small), mu_and_nu(state), strict=True):
+        for leaf, kept in rows.items():
+            np.testing.assert_array_equal(new[leaf], old[leaf][kept])
+    (updates,), _ = run(galore(5), params, [params], small)
+    assert np.linalg.matrix_rank(updates["up"]) == 5
+
+
+def test_rank_and_bytes_at_once(params):
+    params = {"up": params["up"]}
+    tx = lro.galore_adamw_8bit(RATE, rank=16)
+    state = trained(lro.galore_adamw(RATE, rank=20), params)
+    small = lro.convert_state(tx, state, params)
+    mu, nu = mu_and_nu(small)
+    for code, x, signed in ((mu["up"], 0, True), (nu["up"], 1, False)):
+        whole = np.asarray(mu_and_nu(state)[x]["up"])[:16]
+        decoded = lro.BlockInt8(signed).decode(code)
+        atol = 1e-6 * np.abs(whole).max()
+        np.testing.assert_allclose(decoded, quantized(whole, signed), atol=atol)
+    smaller = lro.convert_state(lro.galore_adamw_8bit(RATE, rank=15), state, params)
+    for rank in (15, 1):
+        lro.convert_state(lro.galore_adamw(RATE, rank=rank), smaller, params)
+
+
+def test_a_basis_in_half_bytes_keeps_its_columns():
+    params = random_like({"up": (520, 530)}, 0)  # large enough for a code
+
+    def made(rank):
+        return lro.q_galore_project(optax.scale_by_adam(), rank=rank)
+
+    state = trained(made(16), params, 1)
+    small = lro.convert_state(made(9), state, params)
+    codec = lro.PackedInt4()
+
+    def basis(state):
+        return codec.decode(optax.tree.get(state, "basis")["up"])
+
+    assert state.inner_state.basis["up"].pairs.shape == (520, 8)
+    np.testing.assert_array_equal(basis(small), basis(state)[:, :9])
+
+
+def test_of_factors_the_best_approximation_stays(params):
+    def made(rank):
+        return lro.mlorc_scale_by_adam(rank)
+
+    state = trained(made(6), params)
+    small = lro.convert_state(made(2), state, params)
+    for new, old in zip(mu_and_nu(small), mu_and_nu(state), strict=True):
+        for leaf in ("up", "down"):
+            whole = np.float64(old[leaf].left) @ np.float64(old[leaf].right)
+            u, s, v = np.linalg.svd(whole, full_matrices=False)
+            best = (u[:, :2] * s[:2]) @ v[:2]
+            found = np.asarray(new[leaf].left @ new[leaf].right)
+            np.testing.assert_allclose(found, best, atol=1e-4 * s[0])
+            rows = np.linalg.norm(new[leaf].right, axis=-1)
+            np.testing.assert_allclose(rows, 1.0, rtol=1e-5)
+
+
+def test_on_a_mesh_as_it_is_told(params):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+    params = {"up": jax.device_put(params["up"], NamedSharding(mesh, P(None, "x")))}
+    old, tx = lro.galore_adamw(RATE, rank=20), lro.galore_adamw_8bit(RATE, rank=20)
+    state = trained(old, params)
+    shardings = lro.state_shardings(tx, params, mesh)
+    convert = jax.jit(
+        lambda state: lro.convert_state(tx, state, params), out_shardings=shardings
+    )
+    found, expected = convert(state), lro.convert_state(tx, state, params)
+    chex.assert_trees_all_equal(found, expected)
+    index = mu_and_nu(found)[0]["up"].index
+    assert {x.data.shape for x in index.addressable_shards} == {(20, 128)}
+
+
+BLOCKS_OF_100 = lro.adamw_8bit(0.1, block=100)
+
+
+@pytest.mark.parametrize(
+    ("made", "used", "message"),
+    [
+        (galore(4), galore(8), r"'basis' of 'up' .*\(24, 4\), must be .*\(24, 8\)"),
+        (optax.trace(0.9), galore(4), "'trace' of 'up'.*must be absent"),
+        (lro.adamw_8bit(0.1), lro.mlorc_adamw(0.1), "mu.left' of 'up'.*absent"),
+        (
+            lro.adamw_8bit(0.1, block=100),
+            optax.adamw(0.1),
+            "'0/mu/up' in blocks of 256",
+        ),
+        (
+            optax.adamw(0.1),
+            lro.adamw_8bit(0.1, block=100),
+            "'0/inner_state/mu/up' in b",
+        ),
+    ],
+)
+def test_what_differs_in_more_is_refused(made, used, message, params):
+    params = {"up": params["up"]}
+    state = made.init(params)
+    with pytest.raises(ValueError, match=message):
+        lro.convert_state(used, state, params)
+
+
+def test_the_blocks_may_be_named(params):
+    params = {"up": params["up"]}
+    tx = optax.adamw(0.1)
+    state = trained(BLOCKS_OF_100, params)
+    found = lro.convert_state(tx, state, params, block=100)
+    code = mu_and_nu(state)[0]["up"]
+    expected = lro.BlockInt8(True, 100).decode(code)
+    np.testing.assert_array_equal(mu_and_nu(found)[0]["up"], expected)
+
+
+def test_a_smaller_model_is_not_cut_out_of_a_larger_one():
+    large, small = {"w": jnp.ones((12, 16))}, {"w": jnp.ones((12, 14))}
+    for tx in (optax.scale_by_adam(), galore(4)):
+        with pytest.raises(ValueError, match=r"'(inner_state/)?mu' of 'w' \(12, 14\)"):
+            lro.convert_state(tx, tx.init(large), small)
