@@ -202,3 +202,9 @@ def test_a_smaller_model_is_not_cut_out_of_a_larger_one():
     for tx in (optax.scale_by_adam(), galore(4)):
         with pytest.raises(ValueError, match=r"'(inner_state/)?mu' of 'w' \(12, 14\)"):
             lro.convert_state(tx, tx.init(large), small)
+
+
+def test_other_containers_are_refused(params):
+    state = galore(4).init(params)
+    with pytest.raises(ValueError, match=r"jax.eval_shape\(old.init, params\)"):
+        lro.convert_state(galore(4), state._asdict(), params)

@@ -60,8 +60,16 @@ def convert_state(
     with limited_ranks(dict.fromkeys(flatten(params)[0], 1)):
         lowest, _ = jax.tree_util.tree_flatten_with_path(_shapes(tx, params))
     at_rank_1 = {path_parts(key): x.shape for key, x in lowest}
-    state = _Conversion(at_rank_1, block).convert(wanted, unbox(opt_state))
-    check_state(tx, state, params)
+    state = unbox(opt_state)
+    if not isinstance(state, (dict, list)):
+        state = _Conversion(at_rank_1, block).convert(wanted, state)
+        check_state(tx, state, params)
+    if jax.tree.structure(state) != jax.tree.structure(wanted):
+        raise ValueError(
+            "Cannot convert a state in other containers than its transformation makes, "
+            "as of a checkpoint that is restored without them. Restore it into "
+            "jax.eval_shape(old.init, params), of the transformation that made it."
+        )
     return state
 
 
