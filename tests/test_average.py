@@ -7,12 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from page import run_sections
 from running import assert_close, random_grads, random_like
 
 import lowrank_optax as lro
 from benchmarks.accelerators import hlo, meshes
+from examples.llama.config import LlamaConfig
+from examples.llama.model import Llama
+from examples.llama.pretrain import init_and_loss
 
 SHAPES = {"tall": (48, 16), "wide": (16, 40), "stack": (3, 16, 24), "bias": (16,)}
 MATRICES = lro.MatrixAxes()
@@ -147,6 +152,42 @@ def test_between_refreshes_coefficients_alone_are_exchanged():
     ours = local(lro.average_gradients(tx, "x"))
     assert count(ours, False) == thin
     assert count(ours, True) == thin + 4 * 64 * 96
+
+
+def test_a_llama_trains_with_the_losses_of_one_device():
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+    )
+    init, loss = init_and_loss(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    tx = lro.galore_adamw(0.02, rank=RANK, update_every=EVERY, scale=1.0)
+    rows = jax.random.randint(jax.random.key(1), (4, 17), 0, 64)
+    title = "Data parallelism in the subspace"
+    page = run_sections("devices.md", "State lies as the weights do", title)
+    mean = lro.average_gradients(tx, "data")
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    step = page["data_parallel"](loss, mean, mesh)
+
+    @jax.jit
+    def alone(params, state, batch):
+        value, grads = jax.value_and_grad(loss)(params, batch)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    losses = []
+    for take, own in ((step, mean), (alone, tx)):
+        params = init()
+        state, found = own.init(params), []
+        for _ in range(STEPS):
+            params, state, value = take(params, state, rows)
+            found.append(float(value))
+        losses.append(found)
+    assert losses[1][-1] < losses[1][0]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def test_gradients_that_differ_over_other_axes_too_are_refused():
