@@ -27,9 +27,13 @@ def main(address, process):
     basis = jax.jit(lambda x: x.at[:, :3].set(1.0), out_shardings=basis.sharding)(basis)
     assert not (basis.is_fully_addressable or basis.is_fully_replicated)
     state = state._replace(basis={"kernel": basis})
-    _, small = lro.rank.shrink(tx, state, params, multiple_of=2)
+    tx, small = lro.rank.shrink(tx, state, params, multiple_of=2)
     assert small.basis["kernel"].shape == (24, 4)  # of the long side
     assert small.inner_state.mu["kernel"].shape == (4, 16)
+    # As the examples go on: placed anew, and stepped.
+    small = jax.device_put(small, lro.state_shardings(tx, params, mesh))
+    updates, new = jax.jit(tx.update)(params, small, params)
+    assert new.basis["kernel"].shape == (24, 4) and updates["kernel"].shape == (16, 24)
 
 
 if __name__ == "__main__":

@@ -272,9 +272,7 @@ class _Loop:
                     record |= extra
                     top = self._keep_best(record, top, state)
                 freed = 0
-                # It would need the whole state in one process.
-                alone = jax.process_count() == 1
-                if alone and not last and done % at.shrink_every == 0:
+                if not last and done % at.shrink_every == 0:
                     self.tx, state, freed = _shrink(self.tx, state)
                 if freed:
                     record["freed_bytes"] = freed
