@@ -85,8 +85,8 @@ def test_states_stay_in_place(general):
     where = NamedSharding(mesh, P("x", None))
     params = {"w": jax.device_put(random_like({"w": (16, 24)}, 0)["w"], where)}
     plain = lro.galore_adamw(0.1, rank=2)
-    tx = general["in_place"](plain)
-    shardings = lro.state_shardings(tx, params, mesh)
+    shardings = lro.state_shardings(plain, params, mesh)
+    tx = general["in_place"](plain, shardings)
     state = jax.jit(tx.init, out_shardings=shardings)(params)
     updates, new = jax.jit(tx.update)(params, state, params)
     for x, place in zip(jax.tree.leaves(new), jax.tree.leaves(shardings), strict=True):

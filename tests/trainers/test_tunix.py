@@ -55,13 +55,13 @@ def batches():
 def mesh():
     mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     with jax.set_mesh(mesh), mesh:  # Flax asks for the one, Tunix for the other
-        yield
+        yield mesh
 
 
-def trainer_by_page(**changes):
+def trainer_by_page(mesh, **changes):
     """The trainer that the page makes."""
     config = TrainingConfig(eval_every_n_steps=100, **{"max_steps": STEPS} | changes)
-    given = dict(model=Model(nnx.Rngs(0)), schedule=SCHEDULE, config=config)
+    given = dict(model=Model(nnx.Rngs(0)), schedule=SCHEDULE, config=config, mesh=mesh)
     found = run_sections("trainers.md", "What trainers ask for", "Tunix", **given)
     return found["trainer"].with_gen_model_input_fn(inputs)
 
@@ -70,8 +70,8 @@ def weights(trainer):
     return jax.tree.leaves(nnx.state(trainer.model, nnx.Param))
 
 
-def test_training_lowers_the_loss_with_thin_states_split_as_the_weights(batches):
-    trainer = trainer_by_page()
+def test_training_lowers_the_loss_with_thin_states_split_as_the_weights(batches, mesh):
+    trainer = trainer_by_page(mesh)
     loss = nnx.jit(lambda model: trainer.loss_fn(model, **inputs(batches[0])))
     before = loss(trainer.model)
     trainer.train(batches)
@@ -84,11 +84,11 @@ def test_training_lowers_the_loss_with_thin_states_split_as_the_weights(batches)
     assert {x.data.shape for x in basis.addressable_shards} == {(WIDTH // 2, RANK)}
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(batches, tmp_path):
+def test_a_resumed_run_is_the_uninterrupted_one(batches, mesh, tmp_path):
     options = ocp.CheckpointManagerOptions(save_interval_steps=STEPS // 2)
     saved = dict(checkpoint_root_directory=str(tmp_path), checkpointing_options=options)
-    trainer_by_page(max_steps=STEPS // 2, **saved).train(batches)
-    resumed, whole = trainer_by_page(**saved), trainer_by_page()
+    trainer_by_page(mesh, max_steps=STEPS // 2, **saved).train(batches)
+    resumed, whole = trainer_by_page(mesh, **saved), trainer_by_page(mesh)
     assert resumed.train_steps == STEPS // 2
     for trainer in (resumed, whole):
         trainer.train(batches)
