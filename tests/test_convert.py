@@ -35,6 +35,16 @@ def mu_and_nu(state):
     return tuple(optax.tree.get(state, name) for name in ("mu", "nu"))
 
 
+def assert_rounded(found, x, signed):
+    """To the nearest numbers of the map, but for ties, which float32 may break."""
+    x = np.asarray(x)
+    largest = np.abs(x).max()
+    half_a_step = 0.45 / (64 if signed else 128)
+    assert np.max(np.abs(found - x)) <= 1.001 * half_a_step * largest
+    expected = quantized(np.atleast_2d(x), signed).reshape(x.shape)
+    assert np.mean(np.abs(found - expected) > 1e-6 * largest) < 1e-3
+
+
 def test_what_fits_stays_as_it_is():
     params = example_params()
     for method in METHODS:
@@ -63,12 +73,10 @@ def test_numbers_become_bytes_and_bytes_the_numbers_that_they_stand_for(name, pa
         mu_and_nu(state), mu_and_nu(back), (True, False), strict=True
     ):
         for leaf, x in moments.items():
-            rounded = quantized(np.atleast_2d(x), signed).reshape(x.shape)
-            expected = x if x.size < 4096 else rounded
-            largest = np.max(np.abs(x))
-            np.testing.assert_allclose(again[leaf], expected, atol=1e-6 * largest)
-            half_a_step = 0.45 / (64 if signed else 128)
-            assert np.max(np.abs(again[leaf] - x)) <= 1.001 * half_a_step * largest
+            if x.size < 4096:
+                np.testing.assert_array_equal(again[leaf], x)
+            else:
+                assert_rounded(again[leaf], x, signed)
     # The next step is that of the numbers: nothing else was lost, the count neither.
     grads = random_grads(params, 1, seed=9)[0]
     (ours,), new = run(narrow, params, [grads], in_bytes)
@@ -101,10 +109,8 @@ def test_rank_and_bytes_at_once(params):
     small = lro.convert_state(tx, state, params)
     mu, nu = mu_and_nu(small)
     for code, x, signed in ((mu["up"], 0, True), (nu["up"], 1, False)):
-        whole = np.asarray(mu_and_nu(state)[x]["up"])[:16]
-        decoded = lro.BlockInt8(signed).decode(code)
-        atol = 1e-6 * np.abs(whole).max()
-        np.testing.assert_allclose(decoded, quantized(whole, signed), atol=atol)
+        whole = mu_and_nu(state)[x]["up"][:16]
+        assert_rounded(lro.BlockInt8(signed).decode(code), whole, signed)
     smaller = lro.convert_state(lro.galore_adamw_8bit(RATE, rank=15), state, params)
     for rank in (15, 1):
         lro.convert_state(lro.galore_adamw(RATE, rank=rank), smaller, params)
