@@ -55,6 +55,7 @@ class Method:
       rank: the rank where none is given; None for methods that have no rank.
       linear: what takes the place of the layers' linear maps, at the rank; None where
         the model is trained as it is.
+      adapters_only: whether fine-tuning leaves all but these as it is.
     """
 
     build: Callable[..., optax.GradientTransformation]
@@ -62,6 +63,7 @@ class Method:
     dense_learning_rate: float
     rank: int | None = None
     linear: Callable[..., LowRankLinear] | None = None
+    adapters_only: bool = False
 
     def rank_of(self, asked: int | None) -> int | None:
         """The rank that is asked for, or its own; None if it has none."""
@@ -111,6 +113,65 @@ def _galore_plus(*given: Any, heads: Any, **more: Any) -> optax.GradientTransfor
     return optimizer(lro.galore_plus_adamw, num_heads=heads)(*given, **more)
 
 
+def galore_plus_adamw_8bit(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int,
+    *,
+    num_heads: int | tuple[int, int] | None,
+    density: float,
+    update_every: int,
+    weight_decay: optax.ScalarOrSchedule,
+    matrices: Any,
+) -> optax.GradientTransformation:
+    """GaLore+ with the moments of its Adam in bytes, as the paper trains."""
+    method = lro.galore_plus_project(
+        optax.scale_by_adam(),
+        rank=rank,
+        num_heads=num_heads,
+        density=density,
+        update_every=update_every,
+        scale=0.25,
+        matrices=matrices,
+    )
+    return optax.chain(
+        lro.quantize_state(method),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _galore_plus_8bit(density: float) -> Callable[..., optax.GradientTransformation]:
+    """With so large a share of the entries in the residual."""
+
+    def build(*given: Any, heads: Any, **more: Any) -> optax.GradientTransformation:
+        fixed = {"num_heads": heads, "density": density}
+        return optimizer(galore_plus_adamw_8bit, **fixed)(*given, **more)
+
+    return build
+
+
+def _hybrid(
+    rate: optax.ScalarOrSchedule, rank: int, *given: Any, **more: Any
+) -> optax.GradientTransformation:
+    """Half of the basis leads, the paper naming no r0 for its runs."""
+    fixed = {"subspace": lro.Hybrid(rank // 2), "transfer": lro.Rotate()}
+    return optimizer(lro.galore_adamw, **fixed)(rate, rank, *given, **more)
+
+
+def _fixed_interval(
+    rate: optax.ScalarOrSchedule, rank: int, every: int, *given: Any, **more: Any
+) -> optax.GradientTransformation:
+    build = optimizer(lro.adarankgrad_adamw, min_interval=every)
+    return build(rate, rank, every, *given, **more)
+
+
+def _fixed_rank(
+    rate: optax.ScalarOrSchedule, rank: int, *given: Any, **more: Any
+) -> optax.GradientTransformation:
+    build = optimizer(lro.adarankgrad_adamw, min_rank=rank)
+    return build(rate, rank, *given, **more)
+
+
 def _adam_mini(
     learning_rate: optax.ScalarOrSchedule, weight_decay: float
 ) -> optax.GradientTransformation:
@@ -118,8 +179,15 @@ def _adam_mini(
     return lro.adam_mini(learning_rate, weight_decay=weight_decay)
 
 
-def _adapters(*given: Any, **more: Any) -> optax.GradientTransformation:
-    return freeze(optimizer(optax.adamw)(*given, **more))
+def _adapters(
+    factory: Callable[..., optax.GradientTransformation],
+) -> Callable[..., optax.GradientTransformation]:
+    """`Method.build` of an optimizer that leaves frozen kernels as they are."""
+
+    def build(*given: Any, **more: Any) -> optax.GradientTransformation:
+        return freeze(optimizer(factory)(*given, **more))
+
+    return build
 
 
 def _relora(
@@ -171,12 +239,51 @@ METHODS = {
     ),
     "adam_mini": Method(optimizer(_adam_mini), 2e-3, _DENSE),
     "galore_adam_mini": Method(optimizer(lro.galore_adam_mini), 1.5e-2, _DENSE, 32),
-    "lora": Method(_adapters, 3e-3, _DENSE, 32, linear=LoRALinear),
-    "dora": Method(_adapters, 3e-3, _DENSE, 32, linear=DoRALinear),
+    "lora": Method(_adapters(optax.adamw), 3e-3, _DENSE, 32, LoRALinear, True),
+    "lora_lion": Method(_adapters(optax.lion), 1e-3, 3e-3, 32, LoRALinear, True),
+    "dora": Method(_adapters(optax.adamw), 3e-3, _DENSE, 32, DoRALinear, True),
     "relora": Method(_relora, 3e-3, _DENSE, 32, linear=LoRALinear),
     "factorized": Method(
         optimizer(optax.adamw), 3e-3, _DENSE, 32, linear=FactorizedLinear
     ),
+    # What the papers take a method apart by. MLorc, Table 7: one moment is compressed.
+    "mlorc_m": Method(optimizer(lro.mlorc_adamw, compress=("mu",)), 2e-3, _DENSE, 4),
+    "mlorc_v": Method(optimizer(lro.mlorc_adamw, compress=("nu",)), 2e-3, _DENSE, 4),
+    # I3S, Table 1: around other optimizers than Adam.
+    "i3s_adafactor": Method(
+        optimizer(lro.galore_adafactor, subspace=lro.ImportanceSampled()),
+        1.5e-2,
+        _DENSE,
+        32,
+    ),
+    "i3s_adam_mini": Method(
+        optimizer(lro.galore_adam_mini, subspace=lro.ImportanceSampled()),
+        1.5e-2,
+        _DENSE,
+        32,
+    ),
+    "i3s_adamw_8bit": Method(
+        optimizer(lro.galore_adamw_8bit, subspace=lro.ImportanceSampled()),
+        1.5e-2,
+        _DENSE,
+        32,
+    ),
+    # I3S, Algorithm 3 and Figures 5 and 6: other draws of the subspace.
+    "hybrid_adamw": Method(_hybrid, 1.5e-2, _DENSE, 32),
+    "uniform_adamw": Method(
+        optimizer(lro.galore_adamw, subspace=lro.UniformSampled()), 1.5e-2, _DENSE, 32
+    ),
+    "random_adamw": Method(
+        optimizer(lro.golore_adamw, switch_step=0, scale=0.25), 1.5e-2, _DENSE, 32
+    ),
+    # GaLore+, Tables 1 to 8: in 8 bits, and the share of entries in the residual.
+    "galore_plus_adamw_8bit": Method(_galore_plus_8bit(0.012), 1.5e-2, _DENSE, 32),
+    "galore_plus_8bit_0.0": Method(_galore_plus_8bit(0.0), 1.5e-2, _DENSE, 32),
+    "galore_plus_8bit_0.6": Method(_galore_plus_8bit(0.006), 1.5e-2, _DENSE, 32),
+    "galore_plus_8bit_1.8": Method(_galore_plus_8bit(0.018), 1.5e-2, _DENSE, 32),
+    # AdaRankGrad, Tables 5 and 6: only the rank adapts, or only the interval.
+    "adarankgrad_fixed_interval": Method(_fixed_interval, 1.5e-2, _DENSE, 32),
+    "adarankgrad_fixed_rank": Method(_fixed_rank, 1.5e-2, _DENSE, 32),
 }
 
 

@@ -45,9 +45,8 @@ from examples.llama.pretrain import MODEL
 from examples.llama.rows import Batch, Rows
 from examples.llama.weights import save_llama, tensor_name
 
-# In these nothing but the adapters is trained, as fine-tuning has it. The others that
-# take the linear maps' place train the rest too.
-_ADAPTERS_ONLY = ("lora", "dora")
+# Of which an adapter of their rank is all that was added.
+_LORA = ("lora", "lora_lion")
 _ANSWERS = "answers.json"
 _CLIP = 1.0  # the largest norm of the gradient
 
@@ -130,7 +129,7 @@ class Job:
             heads=(config.num_attention_heads, config.kv_heads),
             steps=self.steps,
         )
-        if method in _ADAPTERS_ONLY:
+        if METHODS[method].adapters_only:
             tx = freeze(tx, self.frozen(method))
         if not s.layerwise:  # else the step clips
             tx = optax.chain(optax.clip_by_global_norm(_CLIP), tx)
@@ -138,7 +137,7 @@ class Job:
 
     def frozen(self, method: str) -> Callable[[Any], Any]:
         """What the method leaves as it is, as `is_frozen` says it."""
-        return all_but() if method in _ADAPTERS_ONLY else is_frozen
+        return all_but() if METHODS[method].adapters_only else is_frozen
 
     def adapted(self, method: str, model: Llama, rngs: nnx.Rngs) -> Llama:
         """The model as the method trains it."""
@@ -334,7 +333,7 @@ class Job:
         adapters = lro.adapters.extract_lora(
             matrices(params),
             matrices(self.base.params),
-            rank=self.rank(method) if method == "lora" else None,
+            rank=self.rank(method) if method in _LORA else None,
         )
         lro.adapters.save_peft(
             adapters,

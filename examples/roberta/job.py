@@ -52,10 +52,7 @@ PRETRAINED = "pretrained"
 BEST = "best"
 SUMMARY = "summary.json"
 
-# In these nothing but adapters and head is trained, as fine-tuning has it; the others
-# that take the linear maps' place train the rest too.
-_ADAPTERS_ONLY = ("lora", "dora")
-_HEADS = ("pooler", "classifier")
+_HEADS = ("pooler", "classifier")  # trained beside adapters
 _ALPHA = 16.0  # of LoRA, MLorc's Appendix D.2
 _PRETRAIN_BATCH = 32
 
@@ -138,7 +135,7 @@ class Job:
             heads=(self.config.num_attention_heads,) * 2,
             steps=self.steps,
         )
-        if method in _ADAPTERS_ONLY:
+        if adapters_only(method):
             tx = freeze(tx, all_but(*_HEADS))
         return optax.chain(optax.clip_by_global_norm(1.0), tx)
 
@@ -189,7 +186,7 @@ class Job:
 
     def loss(self, method: str) -> Callable[[Any, Batch], jax.Array]:
         """The mean loss of a training batch, with dropout."""
-        return partial(weighted_loss, self.graph(method), method in _ADAPTERS_ONLY)
+        return partial(weighted_loss, self.graph(method), adapters_only(method))
 
     def task(
         self,
@@ -321,7 +318,7 @@ class Job:
     ) -> dict[str, Any]:
         """What `Run` takes besides the records."""
         params = self.shapes(method)
-        frozen = all_but(*_HEADS) if method in _ADAPTERS_ONLY else is_frozen
+        frozen = all_but(*_HEADS) if adapters_only(method) else is_frozen
         records = read_metrics(directory / METRICS_FILE)
         freed = sum(record.get("freed_bytes", 0) for record in records)
         return {
@@ -336,6 +333,12 @@ class Job:
         }
 
 
+def adapters_only(method: str) -> bool:
+    """Whether nothing but adapters and head is trained, as fine-tuning has it; others
+    that take the linear maps' place train the rest too."""
+    return method != SCRATCH and METHODS[method].adapters_only
+
+
 def _initial(method: str, rank: int | None, seed: int, weights: Weights) -> Classifier:
     if method == SCRATCH:
         weights = Weights(weights.config, {})
@@ -343,7 +346,7 @@ def _initial(method: str, rank: int | None, seed: int, weights: Weights) -> Clas
     model = weights.model(rngs)
     kind = None if method == SCRATCH else METHODS[method].linear
     if kind is not None and rank is not None:
-        if method in _ADAPTERS_ONLY:
+        if adapters_only(method):
             kind = partial(kind, alpha=_ALPHA)
         adapt(model.encoder, kind, rank, rngs=rngs)
     return model

@@ -26,6 +26,7 @@ RESULT = "result.json"
 
 _NOTES = {
     "lora": "trains adapters and head only",
+    "lora_lion": "trains adapters and head only",
     "dora": "trains adapters and head only",
     SCRATCH: "adamw from random weights, so from scratch",
 }
