@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 import lowrank_optax as lro
 from examples.common.checkpoints import seal
 from examples.common.loop import TrainState
+from examples.common.methods import METHODS
 from examples.common.metrics import read_metrics
 from examples.common.precision import in_float32
 from examples.common.settings import parse_settings, write_record
@@ -32,15 +33,18 @@ from examples.common.tokens import END_OF_TEXT
 from examples.llama import finetune
 from examples.llama.base import load_base
 from examples.llama.config import LlamaConfig
+from examples.llama.final_number import final_number
 from examples.llama.finetune import main
 from examples.llama.finetune_job import loss_sums
-from examples.llama.finetune_settings import PRESETS, RATES, SMOKE, Finetune
-from examples.llama.instructions import (
-    Instruction,
-    final_number,
-    load_instructions,
-    read_instructions,
+from examples.llama.finetune_settings import (
+    PRESETS,
+    PUBLISHED,
+    RATES,
+    SMOKE,
+    Finetune,
 )
+from examples.llama.forms import Instruction
+from examples.llama.instructions import load_instructions, read_instructions
 from examples.llama.model import Llama
 from examples.llama.problems import arithmetic
 from examples.llama.rows import Example, Rows, lay_out, pack
@@ -55,6 +59,8 @@ FORMS = {
     "metamath.jsonl": '{"type": "x", "query": "1+1?", "response": "The answer is 2"}\n',
     "codefeedback.jsonl": '{"query": "Print 2.", "answer": "print(2)", "lang": "py"}\n',
     "e2e.jsonl": '{"mr": "name[Aroma]", "ref": "Aroma is a place."}\n',
+    "humaneval.jsonl": '{"prompt": "def f():", "canonical_solution": " return 1\\n",'
+    ' "test": "def check(f): assert f() == 1", "entry_point": "f"}\n',
     "e2e.csv": 'mr,ref\n"name[Aroma], food[tea]","Aroma,\nwith tea."\n',
 }
 EXPECTED = {
@@ -62,6 +68,11 @@ EXPECTED = {
     "metamath.jsonl": ("1+1?", "The answer is 2", Decimal(2)),
     "codefeedback.jsonl": ("Print 2.", "print(2)", None),
     "e2e.jsonl": ("name[Aroma]", "Aroma is a place.", None),
+    "humaneval.jsonl": (
+        "Complete this Python function.\n\n```python\ndef f():\n```",
+        "```python\ndef f():\n return 1\n```",
+        None,
+    ),
     "e2e.csv": ("name[Aroma], food[tea]", "Aroma,\nwith tea.", None),
 }
 
@@ -423,10 +434,11 @@ def test_a_small_model_learns_to_answer_problems_it_has_not_seen(smoke):
     assert found["initial_validation_loss"] == pytest.approx(math.log(512), abs=0.2)
     assert found["validation_loss"] < 0.5
     # Guessing a frequent number is right in fewer than one of ten.
-    assert found["exact_match"] > 0.25
+    (share,) = found["scores"]["exact_match"]
+    assert share > 0.25
     answers = json.loads((out / "mlorc_adamw/seed-0/answers.json").read_text())
-    assert found["exact_match"] == sum(x["correct"] for x in answers) / len(answers)
-    assert len(answers) == result["data"]["problems"] == 50
+    assert share == sum(x["correct"] for x in answers) / len(answers)
+    assert len(answers) == result["data"]["questions"] == 50
     for x in answers:
         right = x["response"].split("#### ")[-1] == x["expected"]
         assert x["correct"] is right
@@ -445,7 +457,7 @@ def test_result_output_and_report_say_from_scratch(smoke):
     assert row in printed
     found = result["runs"]["mlorc_adamw"]["0"]
     assert f" {found['validation_loss']:.3f} |" in row
-    assert f" {found['exact_match']:.1%} |" in row
+    assert f" {found['scores']['exact_match'][0]:.1%} |" in row
     assert f" {found['state_bytes']:,} B |" in row
     for name in ("loss.png", "exact_match.png", "memory.png"):
         assert (out / name).stat().st_size > 0 and f"({name})" in report
@@ -495,7 +507,9 @@ def test_weights_are_fine_tuned_and_exported_as_an_adapter(smoke, weights, tmp_p
     by_prompt = {x["prompt"]: x for x in before}
     answers = json.loads((out / "answers.json").read_text())
     assert answers == [by_prompt[x["prompt"]] for x in answers]
-    assert result["exact_match_before"] == np.mean([x["correct"] for x in answers])
+    assert result["before"] == {
+        "exact_match": [np.mean([x["correct"] for x in answers])]
+    }
 
     # Only the adapters are trained; merged they are the model that was saved.
     config = LlamaConfig.from_json(weights / "config.json")
@@ -599,6 +613,47 @@ def test_weights_that_do_not_fit_are_refused(spoil, said, weights, tmp_path):
     status, printed, errors = run(["--smoke", "--model", weights, "--out", out])
     assert status == 2 and printed == "" and not out.exists()
     assert len(errors.splitlines()) == 1 and said in errors
+
+
+# Texts, asked twice
+
+MEANINGS = "mr,ref\n" + "".join(
+    f'"name[{name}], food[{food}]",{text}\n'
+    for name in ("Aroma", "Bibi", "Cotto", "Dolce", "Eat", "Fino")
+    for food in ("Thai", "Greek")
+    for text in (f"{name} has {food} food.", f"For {food} food go to {name}.")
+)
+
+
+def test_texts_are_scored_in_each_evaluation_and_resume(tmp_path):
+    data, out = tmp_path / "e2e.csv", tmp_path / "run"
+    data.write_text(MEANINGS)
+    argv = ["--smoke", "--batch-size", "2", "--steps", "2", "--methods", "adamw"]
+    argv += ["--data", data, "--test", data, "--test-examples", "5"]
+    argv += ["--temperature", "1", "--evaluations", "2", "--out", out]
+    status, printed, errors = run(argv)
+    assert status == 0, errors
+    result = result_of(out)
+    assert result["data"]["questions"] == 5
+    found = result["runs"]["adamw"]["0"]["scores"]
+    assert {"bleu", "nist", "rouge1", "rouge2", "rougeL", "cider"} <= set(found)
+    assert all(len(values) == 2 for values in found.values())
+    parts = [out / "adamw/seed-0" / f"answers{x}.json" for x in ("", "-2")]
+    rows = [json.loads(path.read_text()) for path in parts]
+    assert rows[0] != rows[1]
+    assert all(len(row["references"]) == 2 for row in rows[0])
+    assert "rougeL" in printed and "±" in printed
+    report = (out / "report.md").read_text()
+    assert "5 questions, judged by likeness to the responses" in report
+    if "meteor" not in found:
+        assert "METEOR: not computed" in report
+
+    before = contents(out)
+    (out / "result.json").unlink()
+    parts[1].unlink()
+    assert run(["--resume", "--out", out])[0] == 0
+    assert result_of(out) == result
+    assert contents(out).keys() == before.keys()
 
 
 # Stopping and resuming
@@ -826,7 +881,7 @@ def test_layerwise_takes_the_ordinary_steps_and_resumes(
     chex.assert_trees_all_close(*models, rtol=1e-4, atol=1e-5)
     # What is made of the weights does not tell one from the other.
     results = [result_of(out)["runs"]["galore_adamw"]["0"] for out in runs]
-    for name in ("exact_match", "state_bytes", "trained_parameters"):
+    for name in ("scores", "state_bytes", "trained_parameters"):
         assert results[0][name] == results[1][name]
     names = [
         set(load_file(path / "galore_adamw/seed-0/adapter_model.safetensors"))
@@ -855,6 +910,8 @@ def test_layerwise_takes_the_ordinary_steps_and_resumes(
         (["--steps", "0"], "steps must be at least 1"),
         (["--learning-rate", "0"], "learning_rate must be above 0"),
         (["--temperature", "-1"], "temperature must be at least 0"),
+        (["--evaluations", "2"], "temperature 0 would all be the same"),
+        (["--test", "code.jsonl"], "code.jsonl, line 1: answers are judged by running"),
         (["--warmup", "1"], "warmup must be in"),
         (["--export-adapter", "there"], "adapter of a model from scratch"),
         (["--resume"], "no run"),
@@ -869,6 +926,7 @@ def test_what_cannot_work_is_refused_in_one_line(flags, said, tmp_path, monkeypa
     Path("empty").mkdir()
     Path("bad.jsonl").write_bytes(GOOD + b"{")
     Path("one.jsonl").write_bytes(GOOD)
+    Path("code.jsonl").write_text(FORMS["humaneval.jsonl"])
     Path("few.jsonl").write_bytes(GOOD + GOOD.replace(b"a?", b"b?"))
     before = set(tmp_path.iterdir())
     status, printed, errors = run(["--smoke", *flags])
@@ -892,6 +950,15 @@ def test_presets_have_the_papers_settings_and_give_way_to_flags():
     assert (code["seq_len"], code["temperature"]) == (1024, 0.1)
     assert RATES["mlorc-metamath"]["mlorc_adamw"] == 7e-5
     assert RATES["mlorc-codefeedback"]["mlorc_lion"] == 7e-6
-    for rates in RATES.values():
+    for name, rates in RATES.items():
+        argv = ["--preset", name, "--run-programs", "--out", "none"]
+        found, _ = parse_settings(argv, "x", Finetune(), SMOKE, PRESETS)
         found.check()
-        assert set(found.methods) <= set(rates)
+        assert set(found.methods) <= set(rates) <= set(METHODS)
+        for published in PUBLISHED[name].values():
+            assert set(published) <= set(rates)
+    # Alpha is 64 of the paper, 0.25 that of the method.
+    rate = RATES["galore-plus-gsm8k"]["galore_plus_adamw_8bit"]
+    assert rate * 0.25 == pytest.approx(64 * 1e-6)
+    assert PRESETS["galore-plus-mawps"]["epochs"] == 3
+    assert PRESETS["mlorc-metamath"]["evaluations"] == 4

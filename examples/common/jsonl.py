@@ -1,4 +1,4 @@
-"""JSON lines: the one reader of all files of examples."""
+"""JSON lines and arrays: the one reader of all files of examples."""
 
 import json
 import re
@@ -56,6 +56,30 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
             ) from error
         except ValueError as error:  # a number of thousands of digits
             raise ValueError(f"{where}: not JSON ({error}).") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: not a JSON object.")
+        yield where, row
+
+
+def read_array(path: Path) -> Iterator[tuple[str, Row]]:
+    """The objects of a file that is one JSON array, and where each stands, for errors.
+
+    Raises:
+      ValueError: it is no array of objects, naming file and item.
+      OSError: it cannot be read.
+    """
+    try:
+        rows = json.loads(read_text(path))
+    except RecursionError as error:
+        raise ValueError(f"{path}: nested too deeply.") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg}).") from (
+            error
+        )
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: not a JSON array.")
+    for number, row in enumerate(rows, start=1):
+        where = f"{path}, item {number}"
         if not isinstance(row, dict):
             raise ValueError(f"{where}: not a JSON object.")
         yield where, row

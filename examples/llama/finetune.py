@@ -13,6 +13,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import flax
 import jax
@@ -30,8 +31,11 @@ from examples.llama.base import load_base
 from examples.llama.finetune_job import Job
 from examples.llama.finetune_report import comparison, write_files
 from examples.llama.finetune_settings import PRESETS, SMOKE, Finetune
-from examples.llama.instructions import Instruction, Instructions, load_instructions
+from examples.llama.graders import grader_of, questions_of
+from examples.llama.instructions import Instructions, load_instructions
 from examples.llama.rows import Rows, encode, lay_out
+
+X = TypeVar("X")
 
 
 def prepare(settings: Finetune, out: Path) -> Job:
@@ -49,6 +53,8 @@ def prepare(settings: Finetune, out: Path) -> Job:
         spread(data.train, s.train_examples),
         spread(data.test, s.test_examples),
     )
+    grader = grader_of(data.test, s.run_programs)
+    questions = spread(questions_of(grader, data.test), s.test_examples)
     base = load_base(
         s.model,
         [x.prompt + x.response for x in chosen.train],
@@ -58,8 +64,8 @@ def prepare(settings: Finetune, out: Path) -> Job:
         remat=s.remat,
     )
     train, test = (encode(base.tokenizer, part, base.stop[0]) for part in chosen.parts)
-    problems = [i for i, x in enumerate(chosen.test) if x.number is not None]
-    prompts = [test[i].prompt for i in problems]
+    asked = encode(base.tokenizer, [x.instruction for x in questions], base.stop[0])
+    prompts = [x.prompt for x in asked]
     base = base.with_positions(s.seq_len)
     if base.params is None and prompts:
         base = base.with_positions(max(map(len, prompts)) + s.max_new_tokens)
@@ -79,7 +85,8 @@ def prepare(settings: Finetune, out: Path) -> Job:
             "sha256": chosen.sha256,
             "train": laid_out(rows, len(train)),
             "test": laid_out(tested, len(test)),
-            "problems": len(problems),
+            "questions": len(questions),
+            "asked": None if grader is None else grader.asked,
         },
         "versions": {
             module.__name__: module.__version__
@@ -87,8 +94,7 @@ def prepare(settings: Finetune, out: Path) -> Job:
         },
         "device": machine(s.mesh),
     }
-    asked = [chosen.test[i] for i in problems]
-    job = Job(s, out, base, rows, tested, asked, prompts, facts)
+    job = Job(s, out, base, rows, tested, grader, questions, prompts, facts)
     job.check()
     if s.resume:
         return dataclasses.replace(job, facts=unchanged(out, facts))
@@ -105,9 +111,7 @@ def laid_out(rows: Rows, examples: int) -> dict[str, int]:
     }
 
 
-def spread(
-    examples: Sequence[Instruction], count: int | None
-) -> tuple[Instruction, ...]:
+def spread(examples: Sequence[X], count: int | None) -> tuple[X, ...]:
     """So many of the examples, evenly spread; all where there are no more."""
     if count is None or count >= len(examples):
         return tuple(examples)

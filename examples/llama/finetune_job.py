@@ -33,12 +33,12 @@ from examples.common.report import Run
 from examples.common.schedule import warmup_linear
 from examples.common.settings import write_record
 from examples.common.tokens import TOKENIZER, save_tokenizer
-from examples.llama.answers import answer, checked_answers, exact_match
+from examples.llama.answers import answer, checked_answers
 from examples.llama.base import Base
 from examples.llama.config import LlamaConfig
 from examples.llama.finetune_report import Finetuned
 from examples.llama.finetune_settings import METAMATH_RATES, RATES, Finetune
-from examples.llama.instructions import Instruction
+from examples.llama.graders import Grader, Question, Scores
 from examples.llama.layerwise import separate, stacked, step_of
 from examples.llama.model import Llama
 from examples.llama.pretrain import MODEL
@@ -61,8 +61,9 @@ class Job:
       base: the model that is trained.
       train: the examples to train on.
       test: those to test on.
-      problems: of the latter those whose response has a final number.
-      prompts: their token ids.
+      grader: judges the answers; None where nothing does.
+      questions: what is asked of the model.
+      prompts: the token ids of their prompts.
       facts: what a reader of the result must know: settings, model, data, versions.
     """
 
@@ -71,7 +72,8 @@ class Job:
     base: Base
     train: Rows
     test: Rows
-    problems: Sequence[Instruction]
+    grader: Grader | None
+    questions: Sequence[Question]
     prompts: Sequence[Sequence[int]]
     facts: dict[str, Any]
 
@@ -202,12 +204,12 @@ class Job:
         if self.placement is not None:
             self.placement.check_rows(s.batch_size)
         limit = self.base.config.max_position_embeddings
-        for problem, prompt in zip(self.problems, self.prompts, strict=True):
+        for question, prompt in zip(self.questions, self.prompts, strict=True):
             if len(prompt) + s.max_new_tokens > limit:
                 raise ValueError(
-                    f"{problem.where}: a prompt of {len(prompt)} tokens and an answer"
-                    f" of {s.max_new_tokens} exceed the model's {limit} positions."
-                    " Lower --max-new-tokens."
+                    f"{question.instruction.where}: a prompt of {len(prompt)} tokens"
+                    f" and an answer of {s.max_new_tokens} exceed the model's {limit}"
+                    " positions. Lower --max-new-tokens."
                 )
         if s.export_adapter is not None and self.base.params is None:
             raise ValueError(
@@ -229,38 +231,48 @@ class Job:
         # The record last: what it is missing from is no run.
         write_record(self.out, self.facts)
 
-    def before(self, stop: StopRequest) -> float | None:
-        """Exact match of a model with weights before it is fine-tuned."""
+    def before(self, stop: StopRequest) -> Scores:
+        """The scores of a model with weights before it is fine-tuned."""
         if self.base.params is None:
-            return None
+            return {}
         model = self.base.model(self.base.params)
-        return self.answer(model, self.out, self.settings.seeds[0], "before", stop)
+        return self.evaluate(model, self.out, self.settings.seeds[0], "before", stop)
 
-    def answer(
+    def evaluate(
         self, model: Llama, directory: Path, seed: int, label: str, stop: StopRequest
-    ) -> float | None:
-        """Exact match, from the answers that are then in the directory; None without
-        problems."""
-        s = self.settings
-        if not self.problems:
-            return None
-        rows = read_or_make(
-            directory / _ANSWERS,
-            lambda: answer(
+    ) -> Scores:
+        """The scores of the answers that are then in the directory; none where nothing
+        is judged."""
+        if self.grader is None or not self.questions:
+            return {}
+        grader, s, key = self.grader, self.settings, jax.random.key(seed)
+        options = {
+            "stop_request": stop,
+            "max_new_tokens": s.max_new_tokens,
+            "stop": self.base.stop,
+            "temperature": s.temperature,
+        }
+        found = []
+        for number in range(s.evaluations):
+            name, own, which = _ANSWERS, key, label
+            if number > 0:
+                name = f"answers-{number + 1}.json"
+                own = jax.random.fold_in(key, number)
+                which = f"{label}, evaluation {number + 1}"
+            make = partial(
+                answer,
                 model,
                 self.base.tokenizer,
-                self.problems,
+                grader,
+                self.questions,
                 self.prompts,
-                label=f"{label}, answers",
-                stop_request=stop,
-                max_new_tokens=s.max_new_tokens,
-                stop=self.base.stop,
-                temperature=s.temperature,
-                key=jax.random.key(seed),
-            ),
-            partial(checked_answers, self.problems),
-        )
-        return exact_match(rows)
+                label=which,
+                key=own,
+                **options,
+            )
+            check = partial(checked_answers, grader, self.questions)
+            found.append(read_or_make(directory / name, make, check))
+        return grader.scores(found)
 
     def run(self, method: str, stop: StopRequest) -> list[Finetuned]:
         """Trains with one method, or goes on with it, once a seed, and sums it up.
@@ -311,9 +323,9 @@ class Job:
             ).params
             model = self.trained(graph, params)
             by_first(lambda: self.save_model(method, seed, model, directory / MODEL))
-            match = self.answer(model, directory, seed, label, stop)
+            scores = self.evaluate(model, directory, seed, label, stop)
             shapes = jax.eval_shape(lambda x: x, params)
-            return self.sum_up(method, seed, tx, shapes, match)
+            return self.sum_up(method, seed, tx, shapes, scores)
 
         return [one(seed) for seed in s.seeds]
 
@@ -344,7 +356,7 @@ class Job:
         )
 
     def sum_up(
-        self, method: str, seed: int, tx: Any, params: Any, match: float | None
+        self, method: str, seed: int, tx: Any, params: Any, scores: Scores
     ) -> Finetuned:
         """What the report has to say of a run that is done."""
         rate, dense = self.rates(method)
@@ -361,7 +373,7 @@ class Job:
             tokens_per_step=self.settings.batch_size * self.settings.seq_len,
             records=records,
         )
-        return Finetuned(run, seed, match)
+        return Finetuned(run, seed, scores)
 
 
 def module_name(path: str) -> str:

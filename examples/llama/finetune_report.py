@@ -18,6 +18,7 @@ from examples.common.report import (
 )
 from examples.common.seeds import curves, mean_and_spread, scores, written
 from examples.llama.finetune_settings import PUBLISHED
+from examples.llama.graders import Scores
 from examples.llama.pretrain import RESULT
 
 
@@ -28,38 +29,45 @@ class Finetuned:
     Attributes:
       run: its figures.
       seed: its seed.
-      exact_match: the share of problems answered right; None without problems.
+      scores: of its answers, each once an evaluation; none where nothing is judged.
     """
 
     run: Run
     seed: int
-    exact_match: float | None
+    scores: Scores
 
     def summary(self) -> dict[str, Any]:
         """The run for the result file."""
-        return {**self.run.summary(), "exact_match": self.exact_match}
+        return {**self.run.summary(), "scores": self.scores}
 
 
 Finished = Mapping[str, Sequence[Finetuned]]
 """The runs of each method, one a seed."""
 
 
-def comparison(before: float | None, runs: Finished) -> str:
-    """The methods as a Markdown table, a row each."""
+# Which are no shares of a whole.
+_NO_SHARES = ("nist", "cider")
+
+
+def comparison(before: Scores, runs: Finished) -> str:
+    """The methods as a Markdown table, a row each, behind one of the model before."""
+    names = _score_names(runs)
     header = [
         "method",
         "rank",
         *RATES,
         "loss before",
         "loss after",
-        "exact match before",
-        "exact match after",
+        *(name.replace("_", " ") for name in names),
         "trained parameters",
         "optimizer state",
         "step at most",
         "median step",
     ]
     rows = []
+    if before:
+        shown = [_written(name, before[name]) for name in names]
+        rows.append(["before", *[""] * 5, *shown, *[""] * 4])
     for method, done in runs.items():
         all_runs = [x.run for x in done]
         run = all_runs[0]
@@ -71,8 +79,7 @@ def comparison(before: float | None, runs: Finished) -> str:
                 *run.rates,
                 written([x.initial_validation_loss for x in all_runs], 3),
                 written([x.validation_loss for x in all_runs], 3),
-                "" if before is None else f"{before:.1%}",
-                _percent([x.exact_match for x in done]),
+                *(_written(name, _all(done, name)) for name in names),
                 f"{run.trained_parameters:,}",
                 f"{run.state_bytes:,} B",
                 f"{run.peak_bytes / 2**20:,.1f} MiB",
@@ -86,11 +93,12 @@ def write_files(
     out: Path,
     facts: dict[str, Any],
     steps: int,
-    before: float | None,
+    before: Scores,
     runs: Finished,
 ) -> list[Path]:
     """Writes report.md with its plots and, last, result.json; returns the paths."""
     s, data, model = facts["settings"], facts["data"], facts["model"]
+    names = _score_names(runs)
     lines = {
         "model": f"{model['source']}, {facts['start']}",
         "data": f"{data['source']} (SHA-256 {data['sha256'][:16]}): "
@@ -104,15 +112,24 @@ def write_files(
         "training": f"{steps} steps of {s['batch_size']} rows of {s['seq_len']} tokens,"
         f" weights in {s['param_dtype']}, seeds {', '.join(map(str, s['seeds']))}; the"
         " loss is that of the responses",
-        "exact match": f"of the final number in {data['problems']:,} problems,"
-        f" {s['max_new_tokens']} tokens at most, temperature {s['temperature']:g}"
-        if data["problems"]
-        else "not measured: the responses to test on have no final number",
+        "answers": f"to {data['questions']:,} questions, judged by {data['asked']},"
+        f" {s['max_new_tokens']} tokens at most, temperature {s['temperature']:g},"
+        f" {s['evaluations']} times each"
+        if data["questions"]
+        else "not judged: nothing says of a response to test on whether it is right",
         "machine": facts["device"],
         "versions": ", ".join(f"{k} {v}" for k, v in facts["versions"].items()),
     }
-    if len(s["seeds"]) > 1:
-        lines["figures"] = "mean ± standard deviation over the seeds"
+    if len(s["seeds"]) * s["evaluations"] > 1:
+        lines["figures"] = (
+            "mean ± standard deviation over the seeds, of answers over their"
+            " evaluations too"
+        )
+    if "bleu" in names and "meteor" not in names:
+        lines["METEOR"] = (
+            "not computed, as NLTK has no WordNet here: python -m nltk.downloader"
+            " wordnet"
+        )
     groups = {method: [x.run for x in done] for method, done in runs.items()}
     plots = [
         Plot(
@@ -126,20 +143,19 @@ def write_files(
             partial(memory_bars, [same[0] for same in groups.values()]),
         ),
     ]
-    matches = {
-        method: [100 * x.exact_match for x in done if x.exact_match is not None]
-        for method, done in runs.items()
-    }
-    if data["problems"]:
-        published = PUBLISHED.get(s["preset"], {})
-        draw = partial(scores, matches, published, "exact match (%)")
-        plots.insert(1, Plot("exact_match", "Exact match", draw))
+    for name in names[:1]:
+        values = {
+            method: _percents(name, _all(done, name)) for method, done in runs.items()
+        }
+        title = name.replace("_", " ")
+        draw = partial(scores, values, PUBLISHED.get(s["preset"], {}), f"{title} (%)")
+        plots.insert(1, Plot(name, title.capitalize(), draw))
     table = comparison(before, runs)
     paths = write_page(out, "LLaMA fine-tuning", lines, [table, *plots])
     result = {
         **facts,
         "steps": steps,
-        "exact_match_before": before,
+        "before": before,
         "runs": {
             method: {str(x.seed): x.summary() for x in done}
             for method, done in runs.items()
@@ -149,7 +165,7 @@ def write_files(
                 "validation_loss": mean_and_spread(
                     [x.run.validation_loss for x in done]
                 ),
-                "exact_match": _mean_and_spread([x.exact_match for x in done]),
+                **{name: mean_and_spread(_all(done, name)) for name in names},
             }
             for method, done in runs.items()
         },
@@ -158,11 +174,19 @@ def write_files(
     return [write_json(out / RESULT, result), *paths]
 
 
-def _percent(matches: Sequence[float | None]) -> str:
-    known = [100 * x for x in matches if x is not None]
-    return f"{written(known, 1)}%" if known else ""
+def _score_names(runs: Finished) -> list[str]:
+    return [name for done in list(runs.values())[:1] for name in done[0].scores]
 
 
-def _mean_and_spread(values: Sequence[float | None]) -> dict[str, float | None] | None:
-    known = [x for x in values if x is not None]
-    return mean_and_spread(known) if known else None
+def _all(done: Sequence[Finetuned], name: str) -> list[float]:
+    """A score of all seeds and evaluations."""
+    return [value for x in done for value in x.scores[name]]
+
+
+def _percents(name: str, values: Sequence[float]) -> list[float]:
+    return [value if name in _NO_SHARES else 100 * value for value in values]
+
+
+def _written(name: str, values: Sequence[float]) -> str:
+    digits, sign = (2, "") if name in _NO_SHARES else (1, "%")
+    return written(_percents(name, values), digits) + sign
