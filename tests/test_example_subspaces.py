@@ -73,6 +73,27 @@ def test_layers_of_a_type_are_averaged_and_spectra_are_numpys():
     assert subspaces.layer_type(path) == "gate_proj"
 
 
+def test_a_window_leaves_out_what_was_added_before(tmp_path):
+    sizes = {"model": "smoke", "batch_size": 2, "seq_len": 16, "rank": 4}
+    given = subspaces.Subspaces(
+        **sizes, steps=5, update_every=2, window=1, out=tmp_path / "run"
+    )
+    _, values = subspaces.follow(subspaces.prepared(given), "galore_adamw", 1)
+    of_layer = {layer: [] for layer in LAYERS}
+    for row in values:
+        of_layer[row["layer"]].append(row["value"])
+    # One step adds what lies in one subspace.
+    for spectrum in of_layer.values():
+        assert spectrum[3] > 1e-2 and spectrum[4] < 1e-3
+
+
+@pytest.mark.parametrize("window", ["0", "5"])
+def test_a_window_is_part_of_the_run(window, tmp_path, capsys):
+    flags = ["--steps", "4", "--update-every", "2", "--out", str(tmp_path / "run")]
+    assert subspaces.main([*FLAGS, *flags, "--window", window]) == 2
+    assert f"window of {window} steps out of 4" in capsys.readouterr().err
+
+
 def test_too_few_steps_are_refused(tmp_path, capsys):
     flags = ["--steps", "3", "--update-every", "3", "--out", str(tmp_path / "run")]
     assert subspaces.main([*FLAGS, *flags]) == 2

@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from examples.common import report
+from examples.common.gaps import gap_rows
 from examples.common.metrics import MetricsLog, read_metrics
 from examples.common.probe import Probe
 from examples.common.report import Run, table, write_report
@@ -85,6 +86,27 @@ def test_a_run_is_summed_up_by_its_records():
     assert run.series("probe", "gradient")[1] == [0.5, 0.6, 0.6, 0.6, 0.6]
     assert run.series("probe", "overlap")[0] == [25, 50, 75, 100]
     assert run.series("probe", "first_moment") == ([], [])
+
+
+def test_the_gap_to_full_rank_is_that_of_the_papers_table():
+    # I3S, Table 1, 60M; with Fira at 130M full rank is not the best.
+    rows = gap_rows(
+        {"adamw": 27.71, "i3s_adamw": 30.47, "galore_adamw": 31.50, "lion": 1.0}
+        | {"i3s_adam_mini": 31.66, "galore_adam_mini": 32.08, "i3s_adafactor": 30.06}
+    )
+    assert [row[-1] for row in rows] == ["27.2%", "9.6%"]
+    assert rows[0][1:4] == ["30.47", "31.50", "27.71"]
+    fira = {"adamw": 23.27, "fira_i3s_adamw": 22.22, "fira_adamw": 22.37}
+    assert [row[-1] for row in gap_rows(fira)] == [""]
+    assert gap_rows({"i3s_adamw": 2.0, "galore_adamw": 3.0}) == []
+
+
+def test_a_report_has_the_gap_where_both_subspaces_were_run(tmp_path):
+    runs = [make_run(x) for x in ("adamw", "galore_adamw", "i3s_adamw")]
+    write_report(tmp_path, "Comparison", {}, runs)
+    assert "| `i3s_adamw`, `galore_adamw` |" in (tmp_path / "report.md").read_text()
+    write_report(tmp_path, "Comparison", {}, runs[:2])
+    assert "Gap to full rank" not in (tmp_path / "report.md").read_text()
 
 
 def test_the_summary_keeps_times_apart():

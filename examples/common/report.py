@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from examples.common.files import aside, write_text
+from examples.common.gaps import HEADER, gap_rows
 from examples.common.metrics import Record
 
 STYLE = {
@@ -157,7 +158,7 @@ def write_report(
         Plot("subspace_overlap", "Subspace of the gradient", partial(_overlap, runs)),
         Plot("singular_values", "Singular values", partial(_singular_values, runs)),
     ]
-    return write_page(directory, title, facts, [table(runs), *plots])
+    return write_page(directory, title, facts, [table(runs), *_gaps(runs), *plots])
 
 
 def write_page(
@@ -191,6 +192,15 @@ def write_page(
         paths.append(path)
     write_text(paths[0], "\n\n".join(page) + "\n")
     return paths
+
+
+def _gaps(runs: Sequence[Run]) -> list[str]:
+    """Perplexities of sampled and leading subspaces, where both were run."""
+    rows = gap_rows({run.method: run.perplexity for run in runs})
+    if not rows:
+        return []
+    note = "Of the perplexity, between leading subspace and full rank; one seed."
+    return ["## Gap to full rank", markdown_table(HEADER, rows), note]
 
 
 def _list(facts: dict[str, str]) -> str:

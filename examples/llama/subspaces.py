@@ -5,8 +5,8 @@
 
 Each time that the bases are chosen anew it compares them with the ones before and with
 the first ones (the paper's Figures 1, 2 and 4a), and in the end it takes the singular
-values of what training added to each matrix (Figure 4b). Writes overlap.csv,
-singular_values.csv and subspaces.png.
+values of what training added to each matrix, in the whole run or in its last steps
+(Figure 4b). Writes overlap.csv, singular_values.csv and subspaces.png.
 """
 
 import csv
@@ -69,6 +69,9 @@ class Subspaces:
     """Tokens in a sequence."""
     seed: int = 0
     """Seed of the initial weights and of the order of the batches."""
+    window: int | None = None
+    """Steps, the last ones, of which the singular values are taken; the paper's are
+    2000. Default: all."""
 
 
 def layer_type(path: jax.tree_util.KeyPath) -> str:
@@ -106,8 +109,11 @@ def spectra(change: Any, bases: Any) -> Any:
     return jax.tree_util.tree_map_with_path(spectrum, bases)
 
 
-def follow(job: Job, method: str) -> tuple[list[Row], list[Row]]:
-    """Trains with one method; the rows of overlap.csv and of singular_values.csv."""
+def follow(
+    job: Job, method: str, window: int | None = None
+) -> tuple[list[Row], list[Row]]:
+    """Trains with one method; the rows of overlap.csv and of singular_values.csv, these
+    of what the last steps added, so many as the window has; all if None."""
     task, tx, s = job.task, job.optimizer(method), job.settings
     params = start = task.init()
     state = tx.init(params)
@@ -121,6 +127,8 @@ def follow(job: Job, method: str) -> tuple[list[Row], list[Row]]:
     rows, first, last = [], None, None
     with tqdm(range(s.steps), desc=method, dynamic_ncols=True) as bar:
         for done in bar:
+            if window is not None and done == s.steps - window:
+                start = params
             params, state, loss = step(params, state, task.batch(done))
             if done % s.update_every:
                 continue
@@ -152,7 +160,7 @@ def follow(job: Job, method: str) -> tuple[list[Row], list[Row]]:
     return rows, values
 
 
-def draw(rows: list[Row], values: list[Row]) -> Figure:
+def draw(rows: list[Row], values: list[Row], window: int | None = None) -> Figure:
     """Plots the tables: the mean over the layer types in bold, each type thin."""
     figure, panels = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     (before, layers), (begin, spectrum) = panels
@@ -166,12 +174,13 @@ def draw(rows: list[Row], values: list[Row]) -> Figure:
     for axes in (before, layers, begin):
         axes.set(xlabel="step", ylim=(0, 1))
     _compare(spectrum, values, "index", "value")
+    added = "the run" if window is None else f"its last {window} steps"
     spectrum.set(
         xlabel="index",
         ylabel="singular value / largest",
         yscale="log",
         ylim=(1e-4, 1.2),
-        title="what the run added to the weights",
+        title=f"what {added} added to the weights",
     )
     for axes in panels.flat:
         axes.grid(alpha=0.3)
@@ -211,17 +220,19 @@ def write_csv(path: Path, rows: list[Row]) -> None:
         writer.writerows(rows)
 
 
-def compare(job: Job) -> list[Path]:
+def compare(job: Job, window: int | None = None) -> list[Path]:
     """Trains with both methods, prints what was found and writes the files."""
     rows, values = [], []
     for method in METHODS:
-        for table, part in zip((rows, values), follow(job, method), strict=True):
+        for table, part in zip(
+            (rows, values), follow(job, method, window), strict=True
+        ):
             table += part
     names = ("overlap.csv", "singular_values.csv", "subspaces.png")
     paths = [job.out / name for name in names]
     write_csv(paths[0], rows)
     write_csv(paths[1], values)
-    figure = draw(rows, values)
+    figure = draw(rows, values, window)
     with aside(paths[2]) as draft:
         figure.savefig(draft, format="png", dpi=150)
     plt.close(figure)
@@ -249,6 +260,10 @@ def prepared(given: Subspaces) -> Job:
             f"Cannot compare subspaces over {given.steps} steps: only one is chosen"
             f" in {given.update_every}. Raise --steps."
         )
+    if given.window is not None and not 1 <= given.window <= given.steps:
+        raise ValueError(
+            f"Cannot take a window of {given.window} steps out of {given.steps}."
+        )
     if not is_free(out):
         raise ValueError(f"Cannot write to {out}: it is not empty.")
     settings = Pretrain(
@@ -275,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
         except (ValueError, OSError, MemoryError) as error:
             return refused("subspaces", error)
         try:
-            paths = compare(job)
+            paths = compare(job, given.window)
         except OSError as error:
             return refused("subspaces", error)
     for path in paths:
