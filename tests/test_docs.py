@@ -67,3 +67,25 @@ def test_the_contract_is_of_the_methods_and_tests_that_there_are():
     assert not tried - names, f"`make contract` again: {tried - names} are gone."
     for run in runs.values():
         assert all(all(cases.values()) for cases in run.values()), "Some failed."
+
+
+def test_claims_are_judged_by_intervals_of_paired_differences(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    papers = importlib.import_module("tables.papers")
+    seeds = {str(seed): 4.0 + seed for seed in range(5)}
+    known = {
+        "galore_adamw": seeds,
+        # Of seeds that differ far more than the methods do.
+        "i3s_adamw": {k: x - 0.02 + 0.001 * int(k) for k, x in seeds.items()},
+        "lion": {k: x + 0.01 * (-1) ** int(k) for k, x in seeds.items()},
+    }
+    monkeypatch.setattr(papers, "losses", lambda name: known.get(name, {}))
+    shown, verdict = papers.ahead("i3s_adamw", "galore_adamw")()
+    # 2.776 is the quantile of 4 degrees of freedom.
+    half = 2.776 * 0.001 * (2.5 / 5) ** 0.5
+    assert shown.endswith(f": -0.018 ± {half:.3f}") and verdict == "yes"
+    assert papers.ahead("galore_adamw", "i3s_adamw")()[1] == "no"
+    assert papers.ahead("lion", "galore_adamw")()[1] == "not told apart"
+    assert papers.alike("lion", "galore_adamw")()[1] == "yes"
+    assert papers.alike("galore_adamw", "i3s_adamw")()[1] == "no, it is behind"
+    assert papers.ahead("lion", "sgd")()[1] == "not run yet"

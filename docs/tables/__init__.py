@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 
 from benchmarks.faults import table as faults_table
-from tables import choice, contract, losses, memory, methods, speed
+from tables import choice, contract, losses, memory, methods, papers, speed
 from tables.records import ROOT, record
 
 
@@ -41,6 +41,11 @@ def _texts() -> dict[str, str]:
         "speed_h100_stacked": speed.table("h100", "7b-stacked", "float32"),
         "speed_v5e": speed.table("v5e", "7b", "float32"),
         "speed_v5e_bfloat16": speed.table("v5e", "7b", "bfloat16"),
+        "papers_mlorc": papers.table(papers.MLORC),
+        "papers_i3s": papers.table(papers.I3S),
+        "papers_gap": papers.gap(),
+        "papers_galore_plus": papers.table(papers.GALORE_PLUS),
+        "papers_adarankgrad": papers.table(papers.ADARANKGRAD),
         "faults": faults[faults.index("\n| ") + 1 :],
     }
 
