@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import ablations, cross_head
+from benchmarks.subspaces import figures
 from examples.common.methods import METHODS
 
 SMALL = {"model": "smoke", "data": f"path:{argparse.__file__}", "seq_len": 32}
@@ -89,3 +90,21 @@ def test_the_record_of_cross_heads_says_means_by_rank(tmp_path):
         assert 0 < found["whole"] < found["one_head"] < 1
     assert record["4"]["whole"] < record["2"]["whole"]
     assert (tmp_path / "cross_head.png").stat().st_size > 10_000
+
+
+def test_the_record_of_subspaces_has_means_of_the_second_half():
+    rows = [
+        {"method": m, "step": step, "layer": "x", "adjacent": a, "first": a / 2}
+        for m, base in (("galore_adamw", 0.5), ("i3s_adamw", 0.1))
+        for step, a in ((10, 0.9), (20, base), (30, base), (40, base + 0.2))
+    ]
+    values = [
+        {"method": m, "layer": layer, "index": i, "value": value}
+        for m, count in (("galore_adamw", 2), ("i3s_adamw", 4))
+        for layer, more in (("x", 0), ("y", 1))
+        for i, value in enumerate([1.0] * (count + more) + [0.05] * 3)
+    ]
+    found = figures(rows, values)
+    means = {"adjacent": 0.6, "first": 0.3, "large": 2.5}
+    assert found["galore_adamw"] == pytest.approx(means)
+    assert found["i3s_adamw"]["large"] == 4.5

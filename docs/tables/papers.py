@@ -203,6 +203,25 @@ def _cross_head() -> tuple[str, str]:
     )
 
 
+def _overlap() -> tuple[str, str]:
+    found = {k: x["adjacent"] for k, x in record("subspaces")["figures"].items()}
+    text = ", ".join(f"`{name}` {value:.2f}" for name, value in found.items())
+    return f"one seed, second half of the run: {text}", (
+        _yes(found["i3s_adamw"] < found["galore_adamw"])
+    )
+
+
+def _directions() -> tuple[str, str]:
+    found = record("subspaces")
+    large = {name: x["large"] for name, x in found["figures"].items()}
+    text = ", ".join(f"`{name}` {value:.1f}" for name, value in large.items())
+    window = found["settings"]["window"]
+    return (
+        f"one seed, singular values above a tenth of the largest, last {window} steps:"
+        f" {text}"
+    ), _yes(large["i3s_adamw"] > large["galore_adamw"])
+
+
 def _ranks() -> tuple[str, str]:
     found = [x for x in record("ranks")["figures"]["runs"] if x["every"] == 50]
     text = "; ".join(
@@ -340,6 +359,18 @@ I3S = (
         "Figure 5 (plot)",
         ahead("i3s_adamw", "uniform_adamw"),
         _ABLATIONS,
+    ),
+    Claim(
+        "its subspaces overlap less from one choice to the next",
+        "Figures 1, 2 and 4a (plots)",
+        _overlap,
+        "benchmarks.subspaces",
+    ),
+    Claim(
+        "what it adds to the weights has more directions",
+        "Figure 4b (plot)",
+        _directions,
+        "benchmarks.subspaces",
     ),
     Claim(
         "the hybrid, which the theorem is about, is like I3S",
