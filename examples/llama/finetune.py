@@ -45,8 +45,7 @@ def prepare(settings: Finetune, out: Path) -> Job:
       ValueError, OSError: settings, model or data that cannot be used; in a run that
         is resumed, a model or data that are no longer as they were.
     """
-    s = settings
-    s.check()
+    (s := settings).check()
     data = load_instructions(s.data, None if s.test is None else Path(s.test))
     chosen = Instructions(
         data.source,
@@ -64,8 +63,8 @@ def prepare(settings: Finetune, out: Path) -> Job:
         remat=s.remat,
     )
     train, test = (encode(base.tokenizer, part, base.stop[0]) for part in chosen.parts)
-    asked = encode(base.tokenizer, [x.instruction for x in questions], base.stop[0])
-    prompts = [x.prompt for x in asked]
+    asked = [x.instruction for x in questions]
+    prompts = [x.prompt for x in encode(base.tokenizer, asked, base.stop[0])]
     base = base.with_positions(s.seq_len)
     if base.params is None and prompts:
         base = base.with_positions(max(map(len, prompts)) + s.max_new_tokens)

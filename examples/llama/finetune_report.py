@@ -97,8 +97,36 @@ def write_files(
     runs: Finished,
 ) -> list[Path]:
     """Writes report.md with its plots and, last, result.json; returns the paths."""
-    s, data, model = facts["settings"], facts["data"], facts["model"]
     names = _score_names(runs)
+    lines = _setting(facts, steps, names)
+    plots = _plots(runs, names, PUBLISHED.get(facts["settings"]["preset"], {}))
+    table = comparison(before, runs)
+    paths = write_page(out, "LLaMA fine-tuning", lines, [table, *plots])
+    result = {
+        **facts,
+        "steps": steps,
+        "before": before,
+        "runs": {
+            method: {str(x.seed): x.summary() for x in done}
+            for method, done in runs.items()
+        },
+        "means": {
+            method: {
+                "validation_loss": mean_and_spread(
+                    [x.run.validation_loss for x in done]
+                ),
+                **{name: mean_and_spread(_all(done, name)) for name in names},
+            }
+            for method, done in runs.items()
+        },
+    }
+    # Last and whole: that it exists says that the run is complete.
+    return [write_json(out / RESULT, result), *paths]
+
+
+def _setting(facts: dict[str, Any], steps: int, names: Sequence[str]) -> dict[str, str]:
+    """What was trained, how and where, as named facts."""
+    s, data, model = facts["settings"], facts["data"], facts["model"]
     lines = {
         "model": f"{model['source']}, {facts['start']}",
         "data": f"{data['source']} (SHA-256 {data['sha256'][:16]}): "
@@ -130,6 +158,12 @@ def write_files(
             "not computed, as NLTK has no WordNet here: python -m nltk.downloader"
             " wordnet"
         )
+    return lines
+
+
+def _plots(
+    runs: Finished, names: Sequence[str], published: Mapping[str, Mapping[str, float]]
+) -> list[Plot]:
     groups = {method: [x.run for x in done] for method, done in runs.items()}
     plots = [
         Plot(
@@ -148,30 +182,9 @@ def write_files(
             method: _percents(name, _all(done, name)) for method, done in runs.items()
         }
         title = name.replace("_", " ")
-        draw = partial(scores, values, PUBLISHED.get(s["preset"], {}), f"{title} (%)")
+        draw = partial(scores, values, published, f"{title} (%)")
         plots.insert(1, Plot(name, title.capitalize(), draw))
-    table = comparison(before, runs)
-    paths = write_page(out, "LLaMA fine-tuning", lines, [table, *plots])
-    result = {
-        **facts,
-        "steps": steps,
-        "before": before,
-        "runs": {
-            method: {str(x.seed): x.summary() for x in done}
-            for method, done in runs.items()
-        },
-        "means": {
-            method: {
-                "validation_loss": mean_and_spread(
-                    [x.run.validation_loss for x in done]
-                ),
-                **{name: mean_and_spread(_all(done, name)) for name in names},
-            }
-            for method, done in runs.items()
-        },
-    }
-    # Last and whole: that it exists says that the run is complete.
-    return [write_json(out / RESULT, result), *paths]
+    return plots
 
 
 def _score_names(runs: Finished) -> list[str]:
