@@ -1,7 +1,7 @@
 """Programs that a model wrote, run against unit tests: HumanEval's pass@k.
 
-A program runs in a process of its own, with limits on time, memory and the size of
-files, in an empty directory that is deleted, without a shell, input or environment
+A program runs in a process of its own, with Linux's limits on time, memory and the size
+of files, in an empty directory that is deleted, without a shell, input or environment
 variables. That holds off accidents, and is no sandbox: a program can read what its user
 can read, and reach the network. Whoever runs programs of a model that they do not trust
 does so within a container.
