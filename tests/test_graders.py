@@ -105,10 +105,13 @@ def test_mawps_is_read_in_both_of_its_forms(tmp_path):
         ([[1]], "item 1: not a JSON object"),
         ({"a": 1}, "a.json: not a JSON array"),
         ("[1,\n2", "a.json, line 2: not JSON"),
+        ("[" * 100_000, "a.json: nested too deeply"),
+        ("[" + "9" * 5000 + "]", "a.json: not JSON (Exceeds the limit"),
+        ('[{"mr": "\\ud800", "ref": "a"}]', "a.json: half of a surrogate pair"),
         ([{"prompt": "a", "test": "b"}], "item 1: no 'canonical_solution'"),
         ([{"document": "a", "summary": " "}], "item 1: 'summary' is empty"),
     ],
-    ids=str,
+    ids=lambda x: str(x)[:20],
 )
 def test_a_malformed_row_is_named(content, said, tmp_path):
     with pytest.raises(ValueError, match=re.escape(said)):

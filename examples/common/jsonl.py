@@ -42,23 +42,29 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-            if _SURROGATE.search(line):
-                json.dumps(row, ensure_ascii=False).encode()
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error.msg}).") from error
-        except RecursionError as error:
-            raise ValueError(f"{where}: nested too deeply.") from error
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{where}: half of a surrogate pair, which is no character."
-            ) from error
-        except ValueError as error:  # a number of thousands of digits
-            raise ValueError(f"{where}: not JSON ({error}).") from error
+        row = _parsed(line, where)
         if not isinstance(row, dict):
             raise ValueError(f"{where}: not a JSON object.")
         yield where, row
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        value = json.loads(text)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        line = f", line {error.lineno}" if "\n" in text else ""
+        raise ValueError(f"{where}{line}: not JSON ({error.msg}).") from error
+    except RecursionError as error:
+        raise ValueError(f"{where}: nested too deeply.") from error
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: half of a surrogate pair, which is no character."
+        ) from error
+    except ValueError as error:  # a number of thousands of digits
+        raise ValueError(f"{where}: not JSON ({error}).") from error
+    return value
 
 
 def read_array(path: Path) -> Iterator[tuple[str, Row]]:
@@ -68,14 +74,7 @@ def read_array(path: Path) -> Iterator[tuple[str, Row]]:
       ValueError: it is no array of objects, naming file and item.
       OSError: it cannot be read.
     """
-    try:
-        rows = json.loads(read_text(path))
-    except RecursionError as error:
-        raise ValueError(f"{path}: nested too deeply.") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg}).") from (
-            error
-        )
+    rows = _parsed(read_text(path), str(path))
     if not isinstance(rows, list):
         raise ValueError(f"{path}: not a JSON array.")
     for number, row in enumerate(rows, start=1):
