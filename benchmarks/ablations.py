@@ -8,6 +8,7 @@ one thing. Trials that the comparison has are taken from there. What is missing 
 seed by seed, until the time is up; each trial (half a minute of a core) is kept.
 """
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -117,9 +118,8 @@ def table(found: dict[str, Any]) -> str:
         middle, half = difference(x)
         mean, _ = interval(list(x["losses"].values()))
         seeds = len(x["losses"].keys() & x["base"].keys())
-        lines.append(
-            [name, x["of"], str(seeds), f"{mean:.3f}", f"{middle:+.3f} ± {half:.3f}"]
-        )
+        shown = f"{middle:+.3f}" + (f" ± {half:.3f}" if math.isfinite(half) else "")
+        lines.append([name, x["of"], str(seeds), f"{mean:.3f}", shown])
     return markdown_table(header, lines) if lines else "None is there yet."
 
 
@@ -137,13 +137,17 @@ def main(settings: Settings) -> None:
             break
         own.add(trial, trainer.run(trial))
     found = figures(s, losses | own.losses)
-    there = len([x for x in s.trials if x in losses | own.losses])
+    missing = [x for x in s.trials if x not in losses | own.losses]
+    state = (
+        f"**Not complete**: {len(missing)} of {len(list(s.trials))} trials are missing;"
+        " `python -m benchmarks.ablations` goes on.\n\n"
+    )
     text = (
-        f"{trainer.setup}. Rank {s.rank}, rate {s.dense_rate:g} of embedding, head and"
-        f" norms, {s.rate:g} of the matrices, {s.mlorc_rate:g} with MLorc: those of"
+        f"{state if missing else ''}{trainer.setup}. Rank {s.rank}, rate"
+        f" {s.dense_rate:g} of embedding, head and norms, {s.rate:g} of the matrices, {s.mlorc_rate:g} with MLorc: those of"
         " comparison.md for the method, not tuned for the variant. Differences are"
         " paired, seed by seed; ± is half of the 95% confidence interval."
-        f" {there} of {len(list(s.trials))} trials.\n\n{table(found)}"
+        f"\n\n{table(found)}"
     )
     write_record("ablations", s, found, text, s.out)
 
