@@ -138,18 +138,23 @@ def main(settings: Settings) -> None:
         own.add(trial, trainer.run(trial))
     found = figures(s, losses | own.losses)
     missing = [x for x in s.trials if x not in losses | own.losses]
-    state = (
-        f"**Not complete**: {len(missing)} of {len(list(s.trials))} trials are missing;"
-        " `python -m benchmarks.ablations` goes on.\n\n"
-    )
-    text = (
-        f"{state if missing else ''}{trainer.setup}. Rank {s.rank}, rate"
-        f" {s.dense_rate:g} of embedding, head and norms, {s.rate:g} of the matrices, {s.mlorc_rate:g} with MLorc: those of"
+    text = f"{_about(s, trainer.setup, len(missing))}\n\n{table(found)}"
+    write_record("ablations", s, found, text, s.out)
+
+
+def _about(s: Settings, setup: str, missing: int) -> str:
+    about = (
+        f"{setup}. Rank {s.rank}, rate {s.dense_rate:g} of embedding, head and norms,"
+        f" {s.rate:g} of the matrices, {s.mlorc_rate:g} with MLorc: those of"
         " comparison.md for the method, not tuned for the variant. Differences are"
         " paired, seed by seed; ± is half of the 95% confidence interval."
-        f"\n\n{table(found)}"
     )
-    write_record("ablations", s, found, text, s.out)
+    if not missing:
+        return about
+    return (
+        f"**Not complete**: {missing} of {len(list(s.trials))} trials are missing;"
+        f" `python -m benchmarks.ablations` goes on.\n\n{about}"
+    )
 
 
 if __name__ == "__main__":

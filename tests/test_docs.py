@@ -86,6 +86,8 @@ def test_claims_are_judged_by_intervals_of_paired_differences(monkeypatch):
     assert shown.endswith(f": -0.018 ± {half:.3f}") and verdict == "yes"
     assert papers.ahead("galore_adamw", "i3s_adamw")()[1] == "no"
     assert papers.ahead("lion", "galore_adamw")()[1] == "not told apart"
-    assert papers.alike("lion", "galore_adamw")()[1] == "yes"
+    assert papers.alike("lion", "galore_adamw")()[1] == "yes, to within 0.016"
+    known["one"] = {"0": 3.0}
+    assert papers.ahead("one", "galore_adamw")()[1] == "one seed only"
     assert papers.alike("galore_adamw", "i3s_adamw")()[1] == "no, it is behind"
     assert papers.ahead("lion", "sgd")()[1] == "not run yet"
