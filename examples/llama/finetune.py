@@ -3,6 +3,7 @@
     python -m examples.llama.finetune
     python -m examples.llama.finetune --data train.jsonl --test test.jsonl --model DIR
     python -m examples.llama.finetune --preset mlorc-metamath --data MetaMathQA.jsonl
+    python -m examples.llama.finetune --data trainset.csv --test testset_w_refs.csv
     python -m examples.llama.finetune --resume
 
 With no file it makes up word problems in the form of GSM8K; with no weights it trains
