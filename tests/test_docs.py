@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import matplotlib
 import pytest
 from registry import METHODS
 from test_public_api import MODULES, PUBLIC
@@ -44,9 +45,16 @@ def test_the_reference_names_all_that_is_public():
     assert sorted(named) == sorted(expected | {f"lowrank_optax.{x}" for x in MODULES})
 
 
-def test_tables_are_made_of_the_records_and_the_code(monkeypatch, tmp_path):
+@pytest.fixture
+def tables(monkeypatch):
+    """The package that makes the site's tables; it has plots drawn as SVG."""
+    backend = matplotlib.get_backend()
     monkeypatch.syspath_prepend(DOCS)
-    tables = importlib.import_module("tables")
+    yield importlib.import_module("tables")
+    matplotlib.use(backend)
+
+
+def test_tables_are_made_of_the_records_and_the_code(tables, tmp_path):
     tables.write(tmp_path)
     made = {path.name for path in tmp_path.iterdir()}
     pages = [x.read_text() for x in DOCS.rglob("*.md") if "_build" not in x.parts]
@@ -69,9 +77,8 @@ def test_the_contract_is_of_the_methods_and_tests_that_there_are():
         assert all(all(cases.values()) for cases in run.values()), "Some failed."
 
 
-def test_claims_are_judged_by_intervals_of_paired_differences(monkeypatch):
-    monkeypatch.syspath_prepend(DOCS)
-    papers = importlib.import_module("tables.papers")
+def test_claims_are_judged_by_intervals_of_paired_differences(tables, monkeypatch):
+    papers = tables.papers
     seeds = {str(seed): 4.0 + seed for seed in range(5)}
     known = {
         "galore_adamw": seeds,
@@ -86,7 +93,8 @@ def test_claims_are_judged_by_intervals_of_paired_differences(monkeypatch):
     assert shown.endswith(f": -0.018 ± {half:.3f}") and verdict == "yes"
     assert papers.ahead("galore_adamw", "i3s_adamw")()[1] == "no"
     assert papers.ahead("lion", "galore_adamw")()[1] == "not told apart"
-    assert papers.alike("lion", "galore_adamw")()[1] == "yes, to within 0.016"
+    verdict = papers.alike("lion", "galore_adamw")()[1]
+    assert verdict == "not told apart, to within 0.016"
     known["one"] = {"0": 3.0}
     assert papers.ahead("one", "galore_adamw")()[1] == "one seed only"
     assert papers.alike("galore_adamw", "i3s_adamw")()[1] == "no, it is behind"

@@ -94,7 +94,9 @@ def alike(method: str, other: str) -> Callable[[], tuple[str, str]]:
         verdict = _order(found)
         said = {"yes": "no, it is ahead", "no": "no, it is behind"}
         if found is not None:
-            said["not told apart"] = f"yes, to within {abs(found[0]) + found[1]:.3f}"
+            said["not told apart"] = (
+                f"not told apart, to within {abs(found[0]) + found[1]:.3f}"
+            )
         return _difference(method, other), said.get(verdict, verdict)
 
     return ours
