@@ -38,11 +38,17 @@ def _entry(x: jax.Array) -> Any:
     return x.at[(3,) * x.ndim]
 
 
+def _six(x: jax.Array) -> Any:
+    """Entries of different rows and columns."""
+    return x.at[tuple(7 * np.arange(6) % n for n in x.shape)]
+
+
 FAULTS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "NaN": lambda x: _entry(x).set(jnp.nan),
     "Inf": lambda x: _entry(x).set(jnp.inf),
     "1e19": lambda x: _entry(x).set(1e19),
     "an entry by 1e6": lambda x: _entry(x).multiply(1e6),
+    "six entries by 1e3": lambda x: _six(x).multiply(1e3),
     "a row by 1e4": lambda x: x.at[3].multiply(1e4),
     "a row by 1e6": lambda x: x.at[3].multiply(1e6),
     "all by 1e4": lambda x: 1e4 * x,
@@ -79,11 +85,11 @@ REASONS: dict[tuple[str, str], str] = {
         "Optax keeps what is not finite in its moments; "
         "`optax.apply_if_finite` is for that."
     ),
-    ("apollo_adamw, mini", "1e19|an entry"): (
+    ("apollo_adamw, mini", "1e19|an entry|six entries"): (
         "One random direction may by chance see little of a gradient that is nearly "
         "one entry, and the step by it is longer by as much. The ones after it are not."
     ),
-    ("(fira_adamw|i3s_subspace, of Fira)$", "1e19"): (
+    ("(fira_adamw|i3s_subspace, of Fira)$", "1e19|six entries"): (
         "A first gradient that is spoiled chooses the basis. Until the next refresh "
         "nearly all of a gradient is residual, which Fira moves by a whole step of "
         "Adam, and not by one of low rank."
@@ -92,7 +98,7 @@ REASONS: dict[tuple[str, str], str] = {
         "A zero gradient leaves the limiter without a norm, so that the next residual, "
         "here that of a new basis, is not limited."
     ),
-    ("flora", "1e19|an entry|a row"): (
+    ("flora", "1e19|an entry|six entries|a row"): (
         "Updates are cut off at a root mean square of 1, which ordinary ones come to "
         "after some steps. The first are a tenth of that, as the momentum starts at "
         "zero and is not corrected for it."
@@ -102,7 +108,13 @@ REASONS: dict[tuple[str, str], str] = {
         "where the second, which is whole, is small. Entries are cut off at the most "
         "that Adam's own moments allow, 10.5."
     ),
-    ("mlorc_adamw(, of nu)?$", "1e19|an entry|a row"): (
+    ("mlorc_adamw$", "an entry|six entries|a row"): (
+        "Nothing tells of a first gradient what in it is an outlier. At low rank, and "
+        "in the precision of floats, the second moment has lost what stands beside it. "
+        "Until it has left, entries are cut off at the most that Adam's own moments "
+        "allow, 10.5. In later steps the most is 1.5."
+    ),
+    ("mlorc_adamw, of nu", "1e19|an entry|six entries|a row"): (
         "At low rank, and in the precision of floats, the second moment has lost what "
         "stands beside an outlier, until that has left it. Until then entries are cut "
         "off at the most that Adam's own moments allow, 10.5."
