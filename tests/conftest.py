@@ -109,10 +109,15 @@ def pytest_collection_modifyitems(config, items):
 def compile_once():
     """Programs that tests of a worker have in common are compiled for the first one.
 
-    Each worker has files of its own, as JAX does not write them at once.
+    Each worker has files of its own, as JAX does not write them at once. Who runs one
+    process may keep them for its next run, in the directory that
+    JAX_COMPILATION_CACHE_DIR names.
     """
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if jax.config.jax_compilation_cache_dir is not None:
+        yield
+        return
     with tempfile.TemporaryDirectory() as folder:
         jax.config.update("jax_compilation_cache_dir", folder)
         yield

@@ -1,0 +1,1 @@
+"""Whether a test fails where a line of the package is wrong."""

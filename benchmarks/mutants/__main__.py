@@ -1,0 +1,88 @@
+"""Tries what is missing of the mutants, and writes their record."""
+
+import os
+import signal
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from tqdm import tqdm
+
+from benchmarks.mutants import record
+from benchmarks.mutants.mutate import Mutant, mutants, sample
+from benchmarks.mutants.running import Copy
+from benchmarks.mutants.tests import PACKAGE, tests_of
+from benchmarks.record import RECORDS, write_record
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Whether a test fails where an expression of the package is wrong.
+
+    A mutant is a module with one wrong expression. A sample of them is tried, each with
+    the tests that can reach its module, in a copy of the tree. What is in the record
+    counts as tried as long as the expression stands.
+    """
+
+    minutes: float = 60.0
+    """Ends after the mutant that crosses it; 0 writes the record of what is there."""
+    count: int = 330
+    """About how many are in the sample."""
+    seed: int = 0
+    """Of the sample."""
+    only: tuple[str, ...] = ()
+    """Ids of mutants to try, tried or not, and in the sample or not."""
+    below: str = ""
+    """Only of modules whose path from lowrank_optax/_src begins so."""
+    limit: float = 600.0
+    """Seconds for one mutant."""
+    out: Path = RECORDS
+    """Directory of the record."""
+
+
+def all_mutants(root: Path = ROOT) -> list[Mutant]:
+    """Of all modules of the package."""
+    paths = sorted((root / PACKAGE).rglob("*.py"))
+    return [
+        mutant
+        for path in paths
+        for mutant in mutants(path.relative_to(root).as_posix(), path.read_text())
+    ]
+
+
+def main(settings: Settings) -> None:
+    """Tries what is missing until the time is up, then writes the record."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mutants") as folder:
+        copy = Copy(ROOT, Path(folder), settings.limit)
+        found = all_mutants(copy.root)
+        results = record.Results(settings.out / "mutants.jsonl")
+        chosen = [m for m in found if m.id in settings.only] or [
+            m
+            for m in sample(found, settings.count, settings.seed)
+            if m.id not in results.all
+            and m.module.startswith((PACKAGE / settings.below).as_posix())
+        ]
+        for mutant in tqdm(chosen, unit=" mutant", desc="mutants"):
+            if time.monotonic() - began >= 60 * settings.minutes:
+                break
+            results.add(mutant, copy.try_(mutant, tests_of(mutant.module)))
+    wanted = sample(found, settings.count, settings.seed)
+    left = sum(m.id not in results.all for m in wanted)
+    text = record.page(found, results.all, left)
+    figures = record.figures(found, results.all)
+    write_record("mutants", settings, figures, text, settings.out)
+
+
+def _stop(*_) -> None:
+    raise SystemExit(0)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    signal.signal(signal.SIGTERM, _stop)
+    main(tyro.cli(Settings))

@@ -1,0 +1,122 @@
+"""The tests of a mutant, in a copy of the tree."""
+
+import dataclasses
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from benchmarks.mutants.mutate import Mutant
+
+Outcome = Literal["killed", "survived", "too slow"]
+
+# The laws that all methods share, of which a mutant sees one in so many.
+_SAMPLE = "8"
+# Parameters in brackets may hold anything.
+_FAILED = re.compile(
+    r"^(?:FAILED|ERROR) ([^\[\n]+?(?:\[.*?\])?)(?: - .*)?$", re.MULTILINE
+)
+_NO_TESTS = 5  # what pytest ends with where a module has no doctests
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What the tests said of a mutant.
+
+    Attributes:
+      outcome: "too slow" where they had not ended in time.
+      by: the test that failed, or "".
+      seconds: that it took.
+    """
+
+    outcome: Outcome
+    by: str
+    seconds: float
+
+
+class Copy:
+    """A copy of what git knows of a tree, in which modules are replaced in turn.
+
+    Compiled programs are kept from one mutant to the next, beside the copy.
+
+    Args:
+      tree: the root of the tree.
+      directory: of the copy; must not be there yet.
+      limit: seconds for the tests of a mutant.
+    """
+
+    def __init__(self, tree: Path, directory: Path, limit: float):
+        self.root, self._limit = directory / "tree", limit
+        self._cache = directory / "compiled"
+        self._passing: set[str] = set()
+        listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        names = subprocess.run(listed, cwd=tree, check=True, capture_output=True)
+        for name in filter(None, os.fsdecode(names.stdout).split("\0")):
+            if (tree / name).is_file():
+                (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(tree / name, self.root / name)
+        self._flags = self._xla_flags()
+
+    def _xla_flags(self) -> str:
+        """What the tests' conftest.py sets, which it takes a process to find out."""
+        program = "import os, conftest; print(os.environ['XLA_FLAGS'])"
+        asked = [sys.executable, "-B", "-c", program]
+        said = subprocess.run(
+            asked, cwd=self.root / "tests", check=True, capture_output=True, text=True
+        )
+        return said.stdout.strip()
+
+    def try_(self, mutant: Mutant, tests: Sequence[str]) -> Result:
+        """Runs the tests until one fails."""
+        path, began = self.root / mutant.module, time.monotonic()
+        original = path.read_text()
+        path.write_text(mutant.source)
+        try:
+            outcome, by = self._pytest(tests)
+        finally:
+            path.write_text(original)
+        seconds = round(time.monotonic() - began, 1)
+        if outcome == "killed" and by not in self._passing:
+            # It tells nothing unless it passes on what is not mutated.
+            if self._pytest([by])[0] != "survived":
+                raise RuntimeError(f"{by} fails without a mutant, too.")
+            self._passing.add(by)
+        return Result(outcome, by, seconds)
+
+    def _pytest(self, tests: Sequence[str]) -> tuple[Outcome, str]:
+        own = {
+            "PYTHONDONTWRITEBYTECODE": "1",  # by times, which mutants may share
+            "JAX_COMPILATION_CACHE_DIR": str(self._cache),
+            "XLA_FLAGS": self._flags,
+        }
+        options = ["-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pytest", *options, "--sample", _SAMPLE, *tests],
+            cwd=self.root,
+            env=os.environ | own,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            said, _ = process.communicate(timeout=self._limit)
+        except subprocess.TimeoutExpired:
+            return "too slow", ""
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+                # It may have been writing there.
+                shutil.rmtree(self._cache, ignore_errors=True)
+        if process.returncode in (0, _NO_TESTS):
+            return "survived", ""
+        failed = _FAILED.search(said)
+        # Without a test's name, not even the collection of tests ended.
+        return "killed", failed[1] if failed else tests[0]

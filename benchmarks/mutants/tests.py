@@ -1,0 +1,110 @@
+"""Which tests can tell that a module is wrong."""
+
+from pathlib import Path
+
+PACKAGE = Path("lowrank_optax/_src")
+
+# By module, below the package: files of tests, the most telling ones first. Doctests of
+# the module come before them.
+_TESTS = {
+    "engines/accept": "project compress leafwise calls",
+    "engines/accumulation": "accumulate",
+    "engines/around": "around layerwise decay",
+    "engines/coded": "compress quantize q_galore",
+    "engines/compress": "compress quantize golden mlorc",
+    "engines/decay": "decay",
+    "engines/exchange": "average",
+    "engines/in_bytes": "quantize kernels",
+    "engines/moments": "compress roles",
+    "engines/one_matrix": "project galore golden refresh fira transfer",
+    "engines/order": "around project compress",
+    "engines/project": "project galore golden accumulate decay",
+    "engines/project_state": "project galore accumulate",
+    "engines/rules": "leafwise golden ldadam mlorc",
+    "kernels/adam": "quantize kernels",
+    "kernels/dispatch": "kernels",
+    "kernels/gpu": "kernels",
+    "kernels/int8": "kernels quantize",
+    "kernels/mlorc": "kernels",
+    "kernels/plan": "kernels",
+    "kernels/tiles": "kernels",
+    "kernels/tpu": "kernels",
+    "leaves/attention": "default_matrices matrix galore_plus",
+    "leaves/box": "paths matrix boxes",
+    "leaves/choose": "matrix default_matrices",
+    "leaves/context": "matrix warnings accumulate average layerwise boxes",
+    "leaves/default": "default_matrices matrix",
+    "leaves/fields": "around compress project roles layerwise",
+    "leaves/keys": "random paths project",
+    "leaves/matrix": "matrix project galore",
+    "leaves/names": "default_matrices matrix adam_mini",
+    "leaves/paths": "paths matrix project",
+    "leaves/placing": "sharding",
+    "leaves/roles": "roles",
+    "leaves/saving": "saving",
+    "leaves/specs": "matrix default_matrices",
+    "leaves/told": "saving matrix warnings",
+    "leaves/transformation": "calls project threads",
+    "leaves/warn": "warnings",
+    "linalg/factor": "linalg golden",
+    "linalg/lapack": "small linalg",
+    "linalg/meshes": "linalg sharding",
+    "linalg/products": "linalg",
+    "linalg/random": "random linalg",
+    "linalg/randomized": "golden subspace linalg",
+    "linalg/small": "small linalg",
+    "linalg/thin": "thin linalg",
+    "methods/adafactor": "adafactor galore",
+    "methods/adam_mini": "adam_mini",
+    "methods/adarankgrad": "adarankgrad signatures",
+    "methods/apollo": "apollo signatures",
+    "methods/fira": "fira golden signatures",
+    "methods/flora": "flora signatures",
+    "methods/galore": "galore golden signatures",
+    "methods/galore_plus": "galore_plus signatures",
+    "methods/golore": "golore signatures",
+    "methods/i3s": "i3s signatures",
+    "methods/ldadam": "ldadam golden signatures",
+    "methods/mlorc": "golden mlorc signatures",
+    "methods/mlorc_rules": "golden mlorc kernels",
+    "methods/optimizer": "galore mlorc signatures",
+    "methods/q_galore": "q_galore signatures",
+    "methods/quantize": "quantize signatures",
+    "parts/blocks": "quantize codec kernels sharding",
+    "parts/bounds": "bounds mlorc",
+    "parts/checks": "signatures calls compositions",
+    "parts/codec": "codec quantize q_galore",
+    "parts/compatible": "compositions",
+    "parts/factors": "codec golden mlorc",
+    "parts/int8_map": "quantize codec kernels",
+    "parts/laws": "compositions leafwise",
+    "parts/low_rank": "codec golden mlorc",
+    "parts/part": "project threads compositions",
+    "parts/recovery": "fira apollo galore_plus compositions i3s",
+    "parts/refresh": "refresh q_galore adarankgrad project",
+    "parts/subspace": "subspace golore i3s q_galore galore",
+    "parts/transfer": "transfer flora project i3s",
+    "report/adapters": "adapters",
+    "report/compare": "compare",
+    "report/diagnostics": "diagnostics",
+    "report/memory": "matrix sharding galore",
+    "report/sharding": "sharding",
+    "training/accumulate": "accumulate",
+    "training/average": "average",
+    "training/inject": "inject signatures",
+    "training/layerwise": "layerwise",
+    "training/one_layer": "layerwise around",
+    "training/shrink": "rank",
+    "training/two_rates": "two_rates",
+}
+
+
+def tests_of(module: str) -> list[str]:
+    """The files that pytest is given for a module, in their order."""
+    name = Path(module).relative_to(PACKAGE).with_suffix("").as_posix()
+    if name not in _TESTS:
+        raise ValueError(
+            f"No tests are known for {module}: write into {__name__} which can tell "
+            "that it is wrong."
+        )
+    return [module, *(f"tests/test_{test}.py" for test in _TESTS[name].split())]
