@@ -74,14 +74,17 @@ class Momentum(NamedTuple):
     trace: jax.Array
 
 
+@dataclasses.dataclass(frozen=True)
 class SignOfMomentum:
     """A rule that needs no more than `leafwise` promises."""
+
+    decay: float = 0.9
 
     def init(self, view):
         return Momentum(view.zeros("m", "n"))
 
     def update(self, key, step, grad, state):
-        trace = 0.9 * state.trace + grad
+        trace = self.decay * state.trace + grad
         return jnp.sign(trace), Momentum(trace)
 
 

@@ -327,6 +327,14 @@ def test_bfloat16_leaves_what_it_can_hold():
     np.testing.assert_array_equal(through(lro.Cast(jnp.bfloat16), x), x)
 
 
+def test_bfloat16_rounds_nothing_up_to_infinity():
+    # A fifth of the way from its largest number to what would be the next.
+    largest = float(jnp.finfo(jnp.bfloat16).max)
+    x = np.full((20, 30), largest + 0.2 * 2.0**120, np.float32)
+    np.testing.assert_array_equal(through(lro.Cast(jnp.bfloat16), x), largest)
+    np.testing.assert_array_equal(through(lro.Cast(jnp.bfloat16), -x), -largest)
+
+
 def test_other_dtypes_round_to_nearest():
     x = normal(20, 30)
     exact = x.astype(np.float16).astype(np.float32)

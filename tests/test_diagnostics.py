@@ -150,6 +150,17 @@ def test_captured_energy_of_singular_vectors_is_their_share(matrix):
         assert result <= 1
 
 
+def test_a_full_basis_captures_no_more_than_all(rng):
+    bases = np.linalg.qr(rng.standard_normal((200, 8, 8)))[0].astype(np.float32)
+    x = jnp.float32(rng.standard_normal((200, 8, 5)))
+    captured = diagnostics.captured_energy(x, bases)
+    np.testing.assert_allclose(captured, 1.0, rtol=1e-5)
+    assert np.all(captured <= 1)
+    # Without a bound, rounding would carry some beyond it.
+    kept = jnp.sum(jnp.matmul(bases.mT, x) ** 2, (-2, -1)) / jnp.sum(x**2, (-2, -1))
+    assert np.any(kept > 1)
+
+
 @pytest.mark.parametrize("scale", [1e-30, 7e33])
 def test_captured_energy_ignores_scale(scale, matrix, rng):
     basis = jnp.float32(orthonormal(rng, matrix.shape[0], 1))

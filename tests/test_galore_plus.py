@@ -174,7 +174,10 @@ def test_queries_and_keys_are_told_by_words(path):
 # The residual
 
 
-def sparse_residual_adam(grads, bases, kept, scale, b1=0.9, b2=0.999, eps=1e-8):
+B1, B2, EPS = 0.8, 0.95, 0.3  # so large that its place and sign can be told
+
+
+def sparse_residual_adam(grads, bases, kept, scale, b1=B1, b2=B2, eps=EPS):
     """Algorithms 1 and 2 on a query kernel, as GP-1 to GP-8 have them."""
     basis = m = v = None
     delta_m, square = np.zeros(kept), np.zeros(kept)
@@ -202,7 +205,9 @@ def sparse_residual_adam(grads, bases, kept, scale, b1=0.9, b2=0.999, eps=1e-8):
 
 
 def test_galore_plus_adam_follows_the_formulas():
-    tx = galore_plus(warmup=WARMUP, scale=0.5)
+    settings = dict(b1=B1, b2=B2, eps=EPS)
+    adam = optax.scale_by_adam(**settings)
+    tx = galore_plus(adam, warmup=WARMUP, scale=0.5, **settings)
     grads = gradients()
     state, update = tx.init({"q_proj": grads[0]}), jax.jit(tx.update)
     updates, bases = [], {}
@@ -219,11 +224,11 @@ def test_galore_plus_adam_follows_the_formulas():
     assert len(bases) == STEPS // PERIOD
     assert sorted(np.asarray(residual.index)) == sorted(support)
     without, _ = run(
-        galore_plus(density=0, scale=0.5), {"q_proj": grads[0]}, in_query(grads)
+        galore_plus(adam, density=0, scale=0.5), {"q_proj": grads[0]}, in_query(grads)
     )
     for t, (u, want) in enumerate(zip(updates, expected, strict=True), start=1):
         assert relative_error(u, want) < 1e-4
-        assert (relative_error(u, without[t - 1]["q_proj"]) > 0.05) == (t > WARMUP)
+        assert (relative_error(u, without[t - 1]["q_proj"]) > 0.01) == (t > WARMUP)
 
 
 @pytest.mark.parametrize("shape", [(7, 9), (2, 3, 8, 5), (1, 6), (6, 1)], ids=str)
@@ -266,6 +271,18 @@ def test_a_bad_step_at_the_end_of_the_warmup_postpones_the_choice():
         u, state = tx.update(g, state)
     assert len(set(np.asarray(state.recovery["q_proj"].index))) == KEPT
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((u, state)))
+
+
+def test_the_residual_begins_after_the_first_period_unless_told():
+    grads = in_query(gradients(steps=5))
+    settings = dict(update_every=3, subspace=EXACT)
+    usual, _ = run(galore_plus(**settings), grads[0], grads)
+    low, _ = run(galore_plus(density=0, **settings), grads[0], grads)
+    differ = [
+        relative_error(u["q_proj"], v["q_proj"]) > 0.01
+        for u, v in zip(usual, low, strict=True)
+    ]
+    assert differ == [False, False, False, True, True]
 
 
 def test_a_scale_of_its_own_for_the_residual():

@@ -230,6 +230,20 @@ def test_a_bad_gradient_in_between(value):
     assert cosine > 0.8
 
 
+@pytest.mark.parametrize("error_feedback", [True, False])
+def test_the_bases_do_not_depend_on_the_size_of_the_gradients(error_feedback):
+    grads = turning((6, 10), 4)
+    params = {"w": jnp.ones((6, 10))}
+    tx = lro.scale_by_ldadam(RANK, error_feedback=error_feedback)
+    bases = []
+    for scale in (1.0, 2.0**-80, 2.0**50):  # squares of which no float32 holds
+        _, states = trajectory(tx, params, [{"w": scale * g} for g in grads])
+        bases.append([s.own["basis"]["w"] for s in states])
+    assert relative_error(bases[0][-1], bases[0][0]) > 1e-2
+    for scaled in bases[1:]:
+        assert relative_error(scaled, bases[0]) < 1e-4
+
+
 def test_parameters_may_be_narrower_than_the_widest_floats():
     with jax.enable_x64(True):
         for dtype in (jnp.float32, jnp.float64, jnp.bfloat16):

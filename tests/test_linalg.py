@@ -14,6 +14,7 @@ from lowrank_optax._src.linalg import (
     gram,
     inverse_root,
     lifted,
+    power_of_two,
     svd,
     unit_scale,
     whitening,
@@ -278,6 +279,18 @@ def test_float64_stays(function):
         q = function(jnp.asarray(normal(40, 8), jnp.float64))
         assert q.dtype == jnp.float64
         check_orthonormal(q, 1e-12)
+
+
+def test_every_float_has_a_power_of_two_of_its_size():
+    exponents = np.arange(-126, 128)
+    for mantissa in (1.0, 1.999):
+        x = np.ldexp(np.float32(mantissa), exponents).astype(np.float32)
+        inverse, scale = map(np.asarray, power_of_two(jnp.asarray(x)))
+        np.testing.assert_array_equal(inverse * scale, 1.0)
+        np.testing.assert_array_equal(np.frexp(scale)[0], 0.5)  # powers of two
+        # The inverse of the largest two would be no normal float.
+        wanted = np.ldexp(np.float32(mantissa), np.maximum(exponents - 125, 0) - 1)
+        np.testing.assert_array_equal(x * inverse, wanted)
 
 
 def test_more_columns_than_rows_cannot_be_orthonormal():

@@ -735,8 +735,9 @@ def test_memory_report_of_a_device():
     tx = lro.mlorc_scale_by_lion(rank=2)
     rows = {row.what: row for row in lro.memory_report(tx, params, mesh)}
     one = 4 * 8 * 12
-    assert rows["weights"].bytes == 2 * one
-    assert rows["weights"].bytes_per_device == one // 2 + one
+    for what in ("weights", "gradients"):
+        assert rows[what].bytes == 2 * one
+        assert rows[what].bytes_per_device == one // 2 + one
     counters = lro.state_bytes(tx, params) - 2 * 4 * 2 * (8 + 12)
     # Of the sharded matrix, both factors are halved.
     assert (

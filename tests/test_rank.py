@@ -96,6 +96,23 @@ def test_bases_and_moments_are_cut_leaf_by_leaf():
     assert lro.describe(new, grads[0])[1].rank == 2
 
 
+@pytest.mark.parametrize("wider", [0, 1])
+def test_of_two_bases_of_a_leaf_the_wider_one_decides(wider):
+    # What the first leaves out reaches the second.
+    parts = [adaptive(recovery=lro.FiraResidual()), adaptive(max_residual_energy=0.9)]
+    if wider == 1:
+        parts = [adaptive(max_residual_energy=0.9, recovery=lro.FiraResidual())]
+        parts += [adaptive()]
+    tx, grads = optax.chain(*parts), gradients(2)
+    _, state = run(tx, grads[0], grads)
+    used = [int(np.any(np.asarray(s.basis["low"]) != 0, axis=0).sum()) for s in state]
+    assert used[wider] > used[1 - wider] >= 1
+    new, small = lro.rank.shrink(tx, state, grads[0], multiple_of=1)
+    assert [s.basis["low"].shape[-1] for s in small] == 2 * [used[wider]]
+    for made in (new, lro.rank.fit(tx, small)):
+        chex.assert_trees_all_equal_shapes(made.init(grads[0]), small)
+
+
 def test_shrinking_goes_on_from_where_it_was():
     tx, grads = adaptive(), gradients(8)
     _, state = run(tx, grads[0], grads[:5])

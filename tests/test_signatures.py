@@ -1,12 +1,17 @@
 """Arguments of the public factories: one order, one default, one way to pass them."""
 
+import functools
 import inspect
+import re
 import typing
 from collections import Counter
 from itertools import pairwise
 
+import jax
+import jax.numpy as jnp
+import optax
 import pytest
-from registry import METHODS
+from registry import METHODS, SignOfMomentum
 
 import lowrank_optax as lro
 
@@ -199,3 +204,120 @@ def test_no_argument_may_be_anything(name):
         assert parameter.empty not in kinds, argument
         # Matrices are said by a tree of the user's, or a function to it.
         assert typing.Any not in kinds or argument == "matrices", argument
+
+
+# What each argument is tried with beside what it usually is there.
+ANOTHER = {
+    "learning_rate": 0.5,
+    "dense_learning_rate": 0.5,
+    "dense_weight_decay": 0.3,
+    "inner": optax.scale_by_adam(b1=0.5),
+    "tx": lro.galore_project(optax.scale_by_adam(b1=0.5), rank=2, update_every=3),
+    "dense": optax.trace(0.5),
+    "rule": SignOfMomentum(0.5),
+    "codecs": {"mu": lro.Cast("bfloat16")},
+    "every": 3,
+    "axis_name": "devices",
+    "rank": 40,
+    "max_rank": 40,
+    "bits": 8,
+    "b1": 0.7,
+    "b2": 0.8,
+    "eps": 1e-3,
+    "rho": 0.5,
+    "error_feedback": False,
+    "min_rank": 2,
+    "max_residual_energy": 0.5,
+    "num_heads": 4,
+    "density": 0.5,
+    "warmup": 5,
+    "residual_scale": 2.0,
+    "per": "tensor",
+    "reference": (0.7, 0.8),
+    "compress": ("mu",),
+    "fields": ("mu",),
+    "momentum": 0.5,
+    "decay_rate": 0.5,
+    "clipping_threshold": 2.0,
+    "limiter": 1.5,
+    "block": 64,
+    "oversample": 2,
+    "power_iters": 1,
+    "warm_start": False,
+    "update_every": 7,
+    "max_interval": 90,
+    "min_interval": 9,
+    "measure": "norm",
+    "threshold": 0.7,
+    "max_stretch": 4,
+    "switch_step": 5,
+    "leading": 2,
+    "subspace": lro.TopSingular("svd"),
+    "refresh": lro.Every(5),
+    "transfer": lro.Reset(),
+    "recovery": lro.FiraResidual(),
+    "scale": 0.7,
+    "weight_decay": 0.3,
+    "mask": {"q_proj": False, "o_proj": True, "b": True},
+    "side": "long",
+    "matrices": {"q_proj": lro.MatrixAxes(rows=1, cols=0), "o_proj": None},
+    "key": 1,
+}
+
+# Nothing in these is random; they have a key as all methods do.
+NOT_RANDOM = {
+    *("scale_by_adafactor", "scale_by_adam_mini", "adam_mini"),
+    *("quantize_state", "adamw_8bit"),
+}
+# Arguments that may be for some matrices only, and one that has but one value so far.
+BY_LEAF = {"mask", "matrices", "side"}
+ONE_VALUE = {"quantize_state": {"bits"}}
+
+
+def program(factory, arguments, leaves):
+    """What an update computes, as text: nothing is compiled."""
+    # So large that bases and moments are quantized.
+    params = dict.fromkeys(leaves, jnp.zeros((256, 320))) | {"b": jnp.zeros(320)}
+    tx = factory(**arguments)
+    trace = jax.make_jaxpr(
+        lambda p: tx.update(p, tx.init(p), p), axis_env=[("devices", 2)]
+    )
+    return re.sub("0x[0-9a-f]+", "", str(trace(params)))
+
+
+def through_another(name):
+    """Whether a whole optimizer hands all of the arguments on to this method."""
+    own = PARAMETERS[name].keys() - {"inner"}
+    return any(
+        name in inspect.getsource(FACTORIES[alias]) and own <= PARAMETERS[alias].keys()
+        for alias in ALIASES
+        if alias != name
+    )
+
+
+# Those of other methods are tried in the optimizers that are made of them.
+OUTERMOST = [name for name in FACTORIES if not through_another(name)]
+
+
+@pytest.mark.parametrize("name", OUTERMOST)
+def test_every_argument_reaches_the_update(name):
+    factory, parameters = FACTORIES[name], PARAMETERS[name]
+    usual = next(m.kwargs for m in METHODS if m.name == name)
+    larger = {"rank": 32, "max_rank": 32, "weight_decay": 0.1}
+    larger["inner"] = optax.scale_by_adam()
+    usual = usual | {k: v for k, v in larger.items() if k in parameters}
+
+    @functools.cache
+    def of_usual(leaves):
+        text = program(factory, usual, leaves)
+        assert text == program(factory, usual, leaves)  # else nothing is told by it
+        return text
+
+    for argument in parameters.keys() - ONE_VALUE.get(name, set()):
+        other = ANOTHER[argument]
+        if usual.get(argument, parameters[argument].default) == other:
+            other = DEFAULTS[argument]
+        leaves = ("q_proj", "o_proj") if argument in BY_LEAF else ("q_proj",)
+        changed = program(factory, usual | {argument: other}, leaves)
+        unchanged = argument == "key" and name in NOT_RANDOM
+        assert (changed == of_usual(leaves)) == unchanged, argument

@@ -4,6 +4,7 @@ import os
 import signal
 import tempfile
 import time
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,8 +37,8 @@ class Settings:
     """Of the sample."""
     only: tuple[str, ...] = ()
     """Ids of mutants to try, tried or not, and in the sample or not."""
-    below: str = ""
-    """Only of modules whose path from lowrank_optax/_src begins so."""
+    below: tuple[str, ...] = ("",)
+    """Only of modules whose paths from lowrank_optax/_src begin so."""
     limit: float = 600.0
     """Seconds for one mutant."""
     out: Path = RECORDS
@@ -54,6 +55,19 @@ def all_mutants(root: Path = ROOT) -> list[Mutant]:
     ]
 
 
+def chosen(
+    settings: Settings,
+    found: Sequence[Mutant],
+    wanted: Sequence[Mutant],
+    known: Container[str],
+) -> list[Mutant]:
+    """Those that the settings name, or else what is missing of the sample."""
+    if settings.only:
+        return [m for m in found if m.id in settings.only]
+    below = tuple(f"{PACKAGE.as_posix()}/{start}" for start in settings.below)
+    return [m for m in wanted if m.id not in known and m.module.startswith(below)]
+
+
 def main(settings: Settings) -> None:
     """Tries what is missing until the time is up, then writes the record."""
     began = time.monotonic()
@@ -61,17 +75,14 @@ def main(settings: Settings) -> None:
         copy = Copy(ROOT, Path(folder), settings.limit)
         found = all_mutants(copy.root)
         results = record.Results(settings.out / "mutants.jsonl")
-        chosen = [m for m in found if m.id in settings.only] or [
-            m
-            for m in sample(found, settings.count, settings.seed)
-            if m.id not in results.all
-            and m.module.startswith((PACKAGE / settings.below).as_posix())
-        ]
-        for mutant in tqdm(chosen, unit=" mutant", desc="mutants"):
+        wanted, killers = sample(found, settings.count, settings.seed), []
+        for mutant in tqdm(chosen(settings, found, wanted, results.all)):
             if time.monotonic() - began >= 60 * settings.minutes:
                 break
-            results.add(mutant, copy.try_(mutant, tests_of(mutant.module)))
-    wanted = sample(found, settings.count, settings.seed)
+            result = copy.try_(mutant, tests_of(mutant.module))
+            results.add(mutant, result)
+            killers += [result.by] if result.by else []
+        copy.check(killers)
     left = sum(m.id not in results.all for m in wanted)
     text = record.page(found, results.all, left)
     figures = record.figures(found, results.all)
