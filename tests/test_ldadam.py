@@ -188,6 +188,8 @@ def test_state_bytes_are_those_of_the_formula(error_feedback):
         numbers += count * (s * 4 + 2 * longer * 4 + m * n * error_feedback)
     counters = 2 * 4  # our step and Adam's
     assert lro.state_bytes(tx, params) == 4 * numbers + counters
+    ranks = {row.path: row.rank for row in lro.describe(tx, params)}
+    assert ranks == {**dict.fromkeys(matrices, 4), "bias": None}
 
 
 def test_the_error_can_have_a_dtype_of_its_own():

@@ -592,6 +592,13 @@ def test_small_factorizations_call_no_library_on_accelerators(platform):
     assert "custom_call" not in program(eigh, inverse_root, whitening, lifted)
 
 
+@pytest.mark.parametrize("function", [eigh, inverse_root])
+def test_accelerators_factor_a_stack_of_wider_ones_at_once(function):
+    x = jnp.zeros((3, 24, 24))
+    lowered = jax.jit(function).trace(x).lower(lowering_platforms=("tpu",))
+    assert "stablehlo.while" not in lowered.as_text()
+
+
 @pytest.mark.parametrize("batch", [(), (2,), (2, 3)], ids=str)
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_matrix_is_multiplied_as_it_lies(turned, batch):

@@ -43,6 +43,8 @@ class Settings:
     """Seconds for one mutant."""
     out: Path = RECORDS
     """Directory of the record."""
+    kept: Path = Path("runs/mutants")
+    """What makes later runs quicker: compiled programs, and what each test takes."""
 
 
 def all_mutants(root: Path = ROOT) -> list[Mutant]:
@@ -72,7 +74,7 @@ def main(settings: Settings) -> None:
     """Tries what is missing until the time is up, then writes the record."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutants") as folder:
-        copy = Copy(ROOT, Path(folder), settings.limit)
+        copy = Copy(ROOT, Path(folder), settings.kept.resolve(), settings.limit)
         found = all_mutants(copy.root)
         results = record.Results(settings.out / "mutants.jsonl")
         wanted, killers = sample(found, settings.count, settings.seed), []

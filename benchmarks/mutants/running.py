@@ -44,17 +44,17 @@ class Result:
 class Copy:
     """A copy of what git knows of a tree, in which modules are replaced in turn.
 
-    Compiled programs are kept from one mutant to the next, beside the copy.
-
     Args:
       tree: the root of the tree.
-      directory: of the copy; must not be there yet.
+      root: that of the copy.
+      kept: a directory for what makes later runs quicker: compiled programs, and what
+        each test has taken.
       limit: seconds for the tests of a mutant.
     """
 
-    def __init__(self, tree: Path, directory: Path, limit: float):
-        self.root, self._limit = directory / "tree", limit
-        self._cache = directory / "compiled"
+    def __init__(self, tree: Path, root: Path, kept: Path, limit: float):
+        self.root, self._limit = root, limit
+        self._cache, self._seconds = kept / "compiled", kept / "seconds.json"
         listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         names = subprocess.run(listed, cwd=tree, check=True, capture_output=True)
         for name in filter(None, os.fsdecode(names.stdout).split("\0")):
@@ -96,8 +96,10 @@ class Copy:
             "PYTHONDONTWRITEBYTECODE": "1",  # by times, which mutants may share
             "JAX_COMPILATION_CACHE_DIR": str(self._cache),
             "XLA_FLAGS": self._flags,
+            "QUICK_FIRST": str(self._seconds),
         }
         options = ["-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider"]
+        options += ["-p", f"{__package__}.quick_first"]
         if any(test.startswith("tests/") for test in tests):  # whose option it is
             options += ["--sample", _SAMPLE]
         process = subprocess.Popen(
