@@ -146,24 +146,28 @@ ABSENT = {
 }
 
 
-def optimizers(settings: Settings) -> dict[str, optax.GradientTransformation]:
+def optimizers(
+    settings: Settings, rate: optax.ScalarOrSchedule = 1e-3
+) -> dict[str, optax.GradientTransformation]:
     """Every public method, and Optax's to compare with."""
     wanted = {"rank": settings.rank, "max_rank": settings.rank, "num_heads": 4}
     wanted |= {"update_every": settings.period, "switch_step": 25}
     found: dict[str, optax.GradientTransformation] = {
-        "optax.adamw": optax.adamw(1e-3),
-        "optax.lion": optax.lion(1e-3),
+        "optax.adamw": optax.adamw(rate),
+        "optax.lion": optax.lion(rate),
     }
     for name in sorted(lro.__all__):
         factory = getattr(lro, name)
         known = inspect.signature(factory).parameters if callable(factory) else {}
         if next(iter(known), None) == "learning_rate":
             given = {k: v for k, v in wanted.items() if k in known}
-            found[name] = factory(1e-3, **given)
-    return found | _forms(settings.rank, settings.period)
+            found[name] = factory(rate, **given)
+    return found | _forms(settings.rank, settings.period, rate)
 
 
-def _forms(rank: int, period: int) -> dict[str, optax.GradientTransformation]:
+def _forms(
+    rank: int, period: int, rate: optax.ScalarOrSchedule
+) -> dict[str, optax.GradientTransformation]:
     """What is no whole optimizer, or is in another form than by default."""
     adam, every = optax.scale_by_adam(), {"rank": rank, "update_every": period}
     without_rate = {
@@ -185,15 +189,15 @@ def _forms(rank: int, period: int) -> dict[str, optax.GradientTransformation]:
             lro.galore_project(adam, **every), 1
         ),
     }
-    rate = optax.scale_by_learning_rate(1e-3)
-    return {k: optax.chain(tx, rate) for k, tx in without_rate.items()} | {
+    times_rate = optax.scale_by_learning_rate(rate)
+    return {k: optax.chain(tx, times_rate) for k, tx in without_rate.items()} | {
         "apollo_adamw, mini": lro.apollo_adamw(
-            1e-3, 1, update_every=period, per="tensor"
+            rate, 1, update_every=period, per="tensor"
         ),
-        "fira_adamw, reference": lro.fira_adamw(1e-3, reference=(0.9, 0.999), **every),
-        "ldadamw, no error": lro.ldadamw(1e-3, rank, error_feedback=False),
-        "mlorc_adamw, of mu": lro.mlorc_adamw(1e-3, rank, compress=("mu",)),
-        "mlorc_adamw, of nu": lro.mlorc_adamw(1e-3, rank, compress=("nu",)),
+        "fira_adamw, reference": lro.fira_adamw(rate, reference=(0.9, 0.999), **every),
+        "ldadamw, no error": lro.ldadamw(rate, rank, error_feedback=False),
+        "mlorc_adamw, of mu": lro.mlorc_adamw(rate, rank, compress=("mu",)),
+        "mlorc_adamw, of nu": lro.mlorc_adamw(rate, rank, compress=("nu",)),
     }
 
 
@@ -266,17 +270,22 @@ def is_finite(tree: Any) -> bool:
     return all(np.isfinite(np.asarray(x)).all() for x in floats)
 
 
-def is_orthonormal(state: Any) -> bool:
-    """Whether the columns of each basis are orthonormal, or zero."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(state))
-    for path, x in flat:
+def skew(state: Any) -> jax.Array:
+    """How far the columns of the bases are from orthonormal, or zero, at most."""
+    worst = jnp.zeros([])
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
         # What stands below a parameter's place is a code, what has no axes a step.
         names = [jax.tree_util.keystr((key,), simple=True) for key in path]
         if names[-2:-1] == ["basis"] and x.ndim > 1:
-            gram = x.T @ x
-            if np.abs(gram - np.diag(np.diag(gram) > 0.5)).max() > 1e-4:
-                return False
-    return True
+            gram = jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST)
+            used = jnp.diag(jnp.diagonal(gram) > 0.5)
+            worst = jnp.maximum(worst, jnp.max(jnp.abs(gram - used)))
+    return worst
+
+
+def is_orthonormal(state: Any) -> bool:
+    """Whether the columns of each basis are orthonormal, or zero."""
+    return bool(skew(state) <= 1e-4)
 
 
 def figures(settings: Settings, only: str) -> dict[str, dict[str, dict[str, float]]]:
