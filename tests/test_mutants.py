@@ -99,6 +99,7 @@ def toy_tree(root: Path) -> Path:
         "toy.py": "def twice(x):\n    return x + x\n\n"
         "def half(x):\n    return x - x / 2\n",
         "tests/test_toy.py": "import toy\n\n"
+        "def test_nothing():\n    assert toy.twice(0) == 0\n\n"
         "def test_twice():\n    assert toy.twice(3) == 6\n",
         "tests/conftest.py": "import os\n\nos.environ['XLA_FLAGS'] = ''\n\n"
         "def pytest_addoption(parser):\n    parser.addoption('--sample')\n",
@@ -129,7 +130,11 @@ def test_mutants_are_tried_in_a_copy(tmp_path):
     assert (results["x + x"].outcome, results["x + x"].by) == ("killed", name)
     assert (results["x - x / 2"].outcome, results["x - x / 2"].by) == ("survived", "")
     assert (tree / "toy.py").read_text() == (copy.root / "toy.py").read_text() == before
-    assert json.loads((tmp_path / "kept" / "seconds.json").read_text()).keys() == {name}
+    seconds = json.loads((tmp_path / "kept" / "seconds.json").read_text())
+    assert seconds.keys() == {name, name.replace("twice", "nothing")}
+    hurried = Copy(tree, tmp_path / "other", tmp_path / "kept", limit=0.0)
+    left = hurried.try_(made["x - x / 2"], ["tests/test_toy.py"])
+    assert left.outcome == "too slow"
     copy.check([name])
     (copy.root / "toy.py").write_text(made["x + x"].source)
     with pytest.raises(RuntimeError, match="test_twice fails without a mutant"):

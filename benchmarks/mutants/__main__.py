@@ -4,7 +4,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,8 +39,8 @@ class Settings:
     """Ids of mutants to try, tried or not, and in the sample or not."""
     below: tuple[str, ...] = ("",)
     """Only of modules whose paths from lowrank_optax/_src begin so."""
-    limit: float = 600.0
-    """Seconds for one mutant."""
+    limit: float = 120.0
+    """Seconds of the processor for one mutant, its quickest tests first."""
     out: Path = RECORDS
     """Directory of the record."""
     kept: Path = Path("runs/mutants")
@@ -61,13 +61,18 @@ def chosen(
     settings: Settings,
     found: Sequence[Mutant],
     wanted: Sequence[Mutant],
-    known: Container[str],
+    known: Mapping[str, record.Kept],
 ) -> list[Mutant]:
-    """Those that the settings name, or else what is missing of the sample."""
+    """Those that the settings name, or else what is missing of the sample.
+
+    Those for which there was too little time come last.
+    """
     if settings.only:
         return [m for m in found if m.id in settings.only]
     below = tuple(f"{PACKAGE.as_posix()}/{start}" for start in settings.below)
-    return [m for m in wanted if m.id not in known and m.module.startswith(below)]
+    here = [m for m in wanted if m.module.startswith(below)]
+    slow = {i for i, kept in known.items() if kept["outcome"] == "too slow"}
+    return [m for m in here if m.id not in known] + [m for m in here if m.id in slow]
 
 
 def main(settings: Settings) -> None:

@@ -1,10 +1,12 @@
-"""A plugin of pytest: the quickest tests come first, whatever their files.
+"""A plugin of pytest: the quickest tests come first, as many as the time allows.
 
 What each took is kept in the file that QUICK_FIRST names, from one run to the next.
+After so many seconds of the processor as QUICK_FIRST_LIMIT says no other test begins.
 """
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,8 @@ import pytest
 class QuickFirst:
     """Sorts tests by the seconds that they have taken; what is unknown comes first."""
 
-    def __init__(self, path: Path):
-        self._path = path
+    def __init__(self, path: Path, limit: float):
+        self._path, self._limit = path, limit
         self._seconds = json.loads(path.read_text()) if path.exists() else {}
 
     @pytest.hookimpl(trylast=True)
@@ -29,6 +31,12 @@ class QuickFirst:
             least = taken if before is None else min(taken, before)
             self._seconds[report.nodeid] = round(least, 3)
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: Any, nextitem: Any) -> None:
+        # Which pytest looks at after this test.
+        if nextitem is not None and time.process_time() > self._limit:
+            item.session.shouldstop = "the time is up"
+
     def pytest_sessionfinish(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         draft = self._path.with_suffix(".new")
@@ -37,4 +45,5 @@ class QuickFirst:
 
 
 def pytest_configure(config: Any) -> None:
-    config.pluginmanager.register(QuickFirst(Path(os.environ["QUICK_FIRST"])))
+    path, limit = os.environ["QUICK_FIRST"], os.environ["QUICK_FIRST_LIMIT"]
+    config.pluginmanager.register(QuickFirst(Path(path), float(limit)))

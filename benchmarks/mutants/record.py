@@ -96,7 +96,7 @@ def summary(counted: Kept, left: int) -> str:
     total = counted["all"]
     tried = sum(total.values())
     counting = tried - total["equivalent"]
-    dead = total["killed"] + total["too slow"]
+    dead = total["killed"]
     share = f", {100 * dead / counting:.1f}%" if counting else ""
     unfinished = (
         f" **Not complete**: {left} of the sample were not tried yet; "
@@ -110,7 +110,8 @@ def summary(counted: Kept, left: int) -> str:
         f"other {counting}, {dead} were killed{share}. A mutant is one changed "
         "expression; it is killed where a test of the files that "
         "`benchmarks/mutants/tests.py` names for its module fails, and so does not "
-        f"without it.{unfinished}"
+        f"without it. Where there was too little time for all of them it is too slow, "
+        f"and counts as not killed.{unfinished}"
     )
 
 

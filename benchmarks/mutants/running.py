@@ -12,7 +12,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
+import pytest
+
 from benchmarks.mutants.mutate import Mutant
+
+_Ends = pytest.ExitCode
 
 Outcome = Literal["killed", "survived", "too slow"]
 
@@ -22,8 +26,6 @@ _SAMPLE = "8"
 _FAILED = re.compile(
     r"^(?:FAILED|ERROR) ([^\[\n]+?(?:\[.*?\])?)(?: - .*)?$", re.MULTILINE
 )
-# What pytest ends with where it is called wrongly, and where there are no doctests.
-_USAGE, _NO_TESTS = 4, 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Result:
     """What the tests said of a mutant.
 
     Attributes:
-      outcome: "too slow" where they had not ended in time.
+      outcome: "too slow" where none had failed when the time was up.
       by: the test that failed, or "".
       seconds: that it took.
     """
@@ -49,7 +51,7 @@ class Copy:
       root: that of the copy.
       kept: a directory for what makes later runs quicker: compiled programs, and what
         each test has taken.
-      limit: seconds for the tests of a mutant.
+      limit: seconds of the processor for the tests of a mutant.
     """
 
     def __init__(self, tree: Path, root: Path, kept: Path, limit: float):
@@ -97,6 +99,7 @@ class Copy:
             "JAX_COMPILATION_CACHE_DIR": str(self._cache),
             "XLA_FLAGS": self._flags,
             "QUICK_FIRST": str(self._seconds),
+            "QUICK_FIRST_LIMIT": str(self._limit),
         }
         options = ["-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider"]
         options += ["-p", f"{__package__}.quick_first"]
@@ -112,7 +115,8 @@ class Copy:
             start_new_session=True,
         )
         try:
-            said, _ = process.communicate(timeout=self._limit)
+            # A mutant may never end; others may need the processor too.
+            said, _ = process.communicate(timeout=60 + 10 * self._limit)
         except subprocess.TimeoutExpired:
             return "too slow", ""
         finally:
@@ -121,10 +125,13 @@ class Copy:
                 process.communicate()
                 # It may have been writing there.
                 shutil.rmtree(self._cache, ignore_errors=True)
-        if process.returncode == _USAGE:
-            raise RuntimeError(said)
-        if process.returncode in (0, _NO_TESTS):
-            return "survived", ""
         failed = _FAILED.search(said)
+        match process.returncode:
+            case 0 | _Ends.NO_TESTS_COLLECTED:
+                return "survived", ""
+            case _Ends.INTERRUPTED if not failed:
+                return "too slow", ""
+            case _Ends.USAGE_ERROR:
+                raise RuntimeError(said)
         # Without a test's name, not even the collection of tests ended.
         return "killed", failed[1] if failed else tests[0]
