@@ -95,7 +95,7 @@ _TESTS = {
     "training/layerwise": "layerwise",
     "training/one_layer": "layerwise around",
     "training/shrink": "rank",
-    "training/two_rates": "two_rates",
+    "training/two_rates": "two_rates signatures",
 }
 
 
