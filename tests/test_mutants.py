@@ -19,7 +19,7 @@ def scaled(x: Literal[1], b1=0.9, *, b2=0.5, axis=-1):
     if x < 0 and not b1:
         raise ValueError(f"{x + 1} < 0")
     y = jnp.where(x.mT > 3, jnp.minimum(x, -b1), x - 1)
-    return mean(y / (1 - b2**x), axis=axis, keepdims=True), sum(y, axis=0), "a" + str(x)
+    return mean(y / (1 - b2**x), axis=axis, keepdims=True), sum(y, axis=0), f"{x + 1}"
 '''
 CHANGES = {
     ("constant", "0.9", "1.8"),

@@ -167,17 +167,18 @@ def _expressions(
 
 def _changes(expression: ast.expr) -> Iterator[Change]:
     """All changes within an expression."""
-    axes = set()  # numbers that are treated with the keyword or the sign before them
+    # Parts of texts, and numbers that are treated with the keyword or sign before them.
+    left_out: set[ast.AST] = set()
     for node in ast.walk(expression):
-        if isinstance(node, ast.expr) and node not in axes:
+        if isinstance(node, ast.expr) and node not in left_out:
             yield from _of_node(node)
+        if isinstance(node, ast.JoinedStr) or _is_negative(node):
+            left_out.update(ast.walk(node))
         if isinstance(node, ast.Call):
             for keyword in node.keywords:
                 if keyword.arg and keyword.arg.startswith("axis"):
                     yield from _of_axis(keyword.value)
-                    axes.update(ast.walk(keyword.value))
-        if _is_negative(node):
-            axes.update(ast.walk(node))
+                    left_out.update(ast.walk(keyword.value))
 
 
 def _of_node(node: ast.expr) -> Iterator[Change]:
