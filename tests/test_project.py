@@ -11,6 +11,7 @@ import pytest
 from running import assert_close, random_grads, random_like, run
 
 import lowrank_optax as lro
+from lowrank_optax._src.leaves.transformation import transformation
 
 EXACT = lro.TopSingular("svd")
 ADAM = optax.scale_by_adam()
@@ -581,3 +582,15 @@ def test_numbers_of_numpy_are_numbers():
     for whole, real in kinds.items():
         tx = project(rank=whole(2), scale=real(0.5), refresh=lro.Every(whole(3)))
         assert_close(on_one_leaf(tx, grads), expected)
+
+
+@pytest.mark.parametrize("changed", ["updates", "state"])
+def test_an_engine_that_changes_a_structure_is_told(changed):
+    def update(updates, state, params):
+        again = {"again": updates if changed == "updates" else state}
+        return (again, state) if changed == "updates" else (updates, again)
+
+    tx = transformation(lambda params: params, update)
+    params = {"w": jnp.ones(3)}
+    with pytest.raises(ValueError, match="changed the structure .*became .*again"):
+        tx.update(params, tx.init(params))

@@ -183,3 +183,24 @@ def test_what_has_no_rate_is_refused():
     with pytest.raises(ValueError, match="names \\['typo'\\]"):
         matrices = {"typo": lro.MatrixAxes()}
         lro.two_rates(optax.sgd)(0.1, matrices=matrices).init(example_params())
+
+
+def test_the_signature_names_and_annotates_what_is_added():
+    def factory(learning_rate: float, *, weight_decay: float = 0.1, **rest: float):
+        return optax.adamw(learning_rate, weight_decay=weight_decay)
+
+    parameters = inspect.signature(lro.two_rates(factory)).parameters
+    kinds = {name: p.kind.name for name, p in parameters.items()}
+    named = dict.fromkeys(
+        ("matrices", "dense_learning_rate", "dense_weight_decay"), "KEYWORD_ONLY"
+    )
+    assert kinds == {
+        "learning_rate": "POSITIONAL_OR_KEYWORD",
+        "weight_decay": "KEYWORD_ONLY",
+        **named,
+        "rest": "VAR_KEYWORD",
+    }
+    assert all(parameters[name].default is None for name in named)
+    own = inspect.signature(lro.galore_adamw, eval_str=True).parameters["matrices"]
+    assert parameters["matrices"].annotation == own.annotation
+    assert parameters["dense_learning_rate"].annotation == float | None
