@@ -152,7 +152,8 @@ def figures(rows: dict[str, np.ndarray], settings: Settings, seconds: float) -> 
         np.sqrt(np.mean(np.square(rows["sizes"][part], dtype=np.float64), axis=0))
         for part in (slice(4 * tenth, 5 * tenth), slice(-tenth, None))
     )
-    ratio = after / np.where(before > 0, before, 1.0)
+    still = np.where(after > 0, np.inf, 1.0)  # what was zero and stays so
+    ratio = np.divide(after, before, out=still, where=before > 0)
     return {
         "steps": settings.steps,
         "middle": float(np.mean(rows["loss"][4 * tenth : 5 * tenth])),

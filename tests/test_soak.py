@@ -56,12 +56,13 @@ def test_troubles_are_seen():
 
     def init(params):
         basis = jax.tree.map(lambda p: jnp.eye(len(p)), params)
-        return {"count": jnp.zeros([], jnp.int32), "basis": basis, "m": jnp.eye(2)}
+        moments = {"m": jnp.eye(2), "zero": jnp.zeros((2, 2))}
+        return {"count": jnp.zeros([], jnp.int32), "basis": basis, **moments}
 
     def update(updates, state, params=None):
         basis = jax.tree.map(lambda b: 1.001 * b, state["basis"])
         new = {"count": state["count"] + 2, "basis": basis, "m": 1.01 * state["m"]}
-        return jax.tree.map(lambda g: -0.1 * g, updates), new
+        return jax.tree.map(lambda g: -0.1 * g, updates), state | new
 
     tx = optax.GradientTransformation(init, update)
     rows = soak.soak(tx, {"w": (3, 4)}, FEW)
@@ -70,6 +71,7 @@ def test_troubles_are_seen():
     assert rows["counters"] == 600 and rows["loss"].shape == (100,)
     # From the middle of the one window to that of the other.
     assert found["largest"] == pytest.approx(1.01 ** (300 / 2), rel=0.01)
+    assert found["smallest"] == 1  # of what is zero
     # Gradient descent of rate a, from noise s: a s^2 / (2 - a) an entry.
     target, _ = jax.random.split(jax.random.key(0))
     aim = jax.random.normal(jax.random.split(target, 1)[0], (3, 4))
