@@ -99,10 +99,15 @@ def adam_by_formula(grads, block, b1=0.9, b2=0.999, eps=1e-8):
 
 
 @pytest.mark.parametrize("shape", [(16, 256), (50, 100), (5000,)], ids=str)
-def test_adam_follows_the_transcription(shape):
+@pytest.mark.parametrize("known", [False, True])
+def test_adam_follows_the_transcription(shape, known):
+    """Of any optimizer, and in the pass for one that is known to be Adam."""
     params = {"w": jnp.zeros(shape)}
+    tx = lro.quantize_state(optax.scale_by_adam())
+    if known:
+        tx = lro.adamw_8bit(-1.0)
     grads = random_grads(params, 50)
-    updates, state = run(lro.quantize_state(optax.scale_by_adam()), params, grads)
+    updates, state = run(tx, params, grads)
     expected = adam_by_formula([g["w"] for g in grads], 256)
     plain, _ = run(optax.scale_by_adam(), params, grads)
     moved = wanted = exact = np.zeros(shape)
@@ -112,7 +117,7 @@ def test_adam_follows_the_transcription(shape):
         # A number half-way between two of the map may go the other way in float32.
         assert relative_error(moved, wanted) < 1e-3
     assert 1e-3 < relative_error(moved, exact) < 0.1
-    nu = state.inner_state.nu["w"]
+    nu = optax.tree.get(state, "nu")["w"]
     assert nu.index.dtype == jnp.uint8
     assert np.all(np.asarray(lro.BlockInt8(False).decode(nu)) > 0)
 
