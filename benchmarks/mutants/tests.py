@@ -91,6 +91,7 @@ _TESTS = {
     "report/sharding": "sharding",
     "training/accumulate": "accumulate",
     "training/average": "average",
+    "training/convert": "convert",
     "training/inject": "inject signatures",
     "training/layerwise": "layerwise",
     "training/one_layer": "layerwise around",
