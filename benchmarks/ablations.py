@@ -3,9 +3,10 @@
     python -m benchmarks.ablations
 
 The text, model, length and seeds are those of `benchmarks.comparison`, and so are the
-rates: those found there for the method that a variant is of, so that a pair differs in
-one thing. Trials that the comparison has are taken from there. What is missing is run,
-seed by seed, until the time is up; each trial (half a minute of a core) is kept.
+rates: those found there for the method that a variant is of, or for GaLore-AdamW where
+that is not among its methods, so that a pair differs in one thing. Trials that the
+comparison has are taken from there. What is missing is run, seed by seed, until the
+time is up; each trial (half a minute of a core) is kept.
 """
 
 import math

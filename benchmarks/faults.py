@@ -112,7 +112,7 @@ REASONS: dict[tuple[str, str], str] = {
         "Nothing tells of a first gradient what in it is an outlier. At low rank, and "
         "in the precision of floats, the second moment has lost what stands beside it. "
         "Until it has left, entries are cut off at the most that Adam's own moments "
-        "allow, 10.5. In later steps the most is 1.5."
+        "allow, 10.5."
     ),
     ("mlorc_adamw, of nu", "1e19|an entry|six entries|a row"): (
         "At low rank, and in the precision of floats, the second moment has lost what "

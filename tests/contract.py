@@ -48,7 +48,7 @@ class Contract:
         cell = tuple(dict(report.user_properties)["contract"])
         if report.failed:
             self.failed.add(cell)
-        elif report.when == "call":
+        elif report.passed and report.when == "call":
             self.passed[cell] += 1
 
     def pytest_sessionfinish(self, session):

@@ -5,6 +5,7 @@ import math
 import re
 import sys
 import time
+from dataclasses import replace
 from decimal import Decimal
 from itertools import combinations
 from pathlib import Path
@@ -126,7 +127,8 @@ def test_summaries_are_asked_for_and_judged_as_texts(row, tmp_path):
     assert found.response == short and found.is_text and found.number is None
 
 
-def test_a_meaning_is_asked_for_once_and_has_all_its_references(tmp_path):
+def test_a_meaning_is_asked_for_once_and_has_all_its_references(tmp_path, monkeypatch):
+    monkeypatch.setattr(overlap, "has_wordnet", lambda: False)
     test = read_instructions(written(tmp_path / "e2e.csv", E2E))
     grader = grader_of(test, False)
     questions = questions_of(grader, test)
@@ -218,6 +220,7 @@ RESPONSES = {
     "```py\ndef doubled(xs: List[int]):\n    return list(map(double, xs))\n```": True,
     "```\n    return xs\n```": False,
     "    return exit(0)\n": False,
+    "    exit(42)\n": False,
     "    import os\n    os._exit(0)\n": False,
     "I do not know.": False,
     "": False,
@@ -238,24 +241,24 @@ def test_programs_pass_if_their_tests_do(tmp_path):
     assert all(grader.agrees(question, "", grade) for grade in grades)
     assert not grader.agrees(question, "", grades[0] | {"passed": False})
     found = grader.scores([[x] for x in [*grades, *grades[:2]]])
-    assert found["pass@1"] == [1, 1, 1, 0, 0, 0, 0, 0, 1, 1]
+    assert found["pass@1"] == [1, 1, 1, 0, 0, 0, 0, 0, 0, 1, 1]
     assert found["pass@10"] == [1.0]
     assert grader.scores([[grades[0], grades[3]]]) == {"pass@1": [0.5]}
 
 
-LIMITS = Limits(seconds=2, memory=1 << 28, file=1 << 16)
+LIMITS = Limits(seconds=30, memory=1 << 28, file=1 << 16)
 STARTED = "import subprocess, sys\nchild = subprocess.Popen([sys.executable, '-c', {}])"
 
 
 @pytest.mark.parametrize(
     ("program", "said"),
     [
-        ("while True: pass", "not done after 2 seconds"),
-        ("import time\ntime.sleep(60)", "not done after 2 seconds"),
         ("x = bytearray(1 << 30)", "MemoryError"),
         ("open('x', 'wb').write(bytes(1 << 20))", "OSError: .*File too large"),
         ("import os\nassert not os.environ.get('SECRET')", PASSED),
-        ("import os\nassert set(os.listdir()) == {'errors', 'program.py'}", PASSED),
+        ("import os\nassert set(os.listdir()) == {'program.py'}", PASSED),
+        ("import os\nos.remove('program.py')\nos.mkdir('program.py')", PASSED),
+        ("import os, shutil\nshutil.rmtree(os.getcwd())\nassert 0", "AssertionError"),
         ("assert not input()", "EOFError: .*"),
         ("raise ValueError('x' * 10_000)", "ValueError: x{100,190}"),
         ("def f(:", "SyntaxError: invalid syntax"),
@@ -264,6 +267,12 @@ STARTED = "import subprocess, sys\nchild = subprocess.Popen([sys.executable, '-c
 def test_programs_have_limits(program, said, monkeypatch):
     monkeypatch.setenv("SECRET", "1")
     assert re.fullmatch(said, outcome(program, LIMITS))
+
+
+@pytest.mark.parametrize("program", ["while True: pass", "import time; time.sleep(60)"])
+def test_programs_end_in_time(program):
+    limits = replace(LIMITS, seconds=2)
+    assert outcome(program, limits) == "not done after 2 seconds"
 
 
 def test_what_a_program_has_started_ends_with_it():

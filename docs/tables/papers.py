@@ -61,9 +61,19 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 def minus(method: str, other: str) -> tuple[float, float] | None:
     """The loss minus another's, seed by seed; None without a seed of both."""
-    a, b = losses(method), losses(other)
+    a, b = _pair(method, other)
     found = [a[seed] - b[seed] for seed in a if seed in b]
     return interval(found) if found else None
+
+
+def _pair(method: str, other: str) -> tuple[Losses, Losses]:
+    """Of a variant and what it varies, those of the ablation: at one rate."""
+    ablations = record("ablations")["figures"]
+    if ablations.get(method, {}).get("of") == other:
+        return ablations[method]["losses"], ablations[method]["base"]
+    if ablations.get(other, {}).get("of") == method:
+        return ablations[other]["base"], ablations[other]["losses"]
+    return losses(method), losses(other)
 
 
 def _difference(method: str, other: str) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 PASSED = "passed"
 
-_END = 42  # the status of a program that ran to its end, which no `exit()` is
+_END = 42  # the status of a program that ran to its end
 _FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 # Set by the process itself, as a fork of one with threads, such as JAX's, may hang.
 _RUN = f"""
@@ -34,7 +34,10 @@ for kind, limit in (
     (resource.RLIMIT_NPROC, 0),
 ):
     resource.setrlimit(kind, (limit, limit))
-runpy.run_path(sys.argv[1], run_name="__main__")
+try:
+    runpy.run_path(sys.argv[1], run_name="__main__")
+except SystemExit:  # before its tests were at an end
+    os._exit(1)
 os._exit({_END})
 """
 
@@ -81,34 +84,38 @@ class Limits:
 
 def outcome(program: str, limits: Limits = Limits()) -> str:
     """Runs a program: "passed" if it ends without an error, or what hindered it."""
-    with tempfile.TemporaryDirectory() as directory:
-        path, errors = Path(directory, "program.py"), Path(directory, "errors")
+    with (
+        # The program may delete or replace what stands in its directory.
+        tempfile.TemporaryFile() as errors,
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory,
+    ):
+        path = Path(directory, "program.py")
         path.write_text(program, encoding="utf-8", errors="replace")
         given = map(str, (path, limits.seconds, limits.memory, limits.file))
-        with errors.open("wb") as file:
-            process = subprocess.Popen(
-                [sys.executable, "-I", "-c", _RUN, *given],
-                cwd=directory,
-                env={},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=file,
-                start_new_session=True,
-            )
-            try:
-                status = process.wait(limits.seconds)
-            except subprocess.TimeoutExpired:
-                status = -signal.SIGKILL
-            finally:
-                # And what it may have started.
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-c", _RUN, *given],
+            cwd=directory,
+            env={},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(limits.seconds)
+        except subprocess.TimeoutExpired:
+            status = -signal.SIGKILL
+        finally:
+            # And what it may have started.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         if status == _END:
             return PASSED
         if status in (-signal.SIGKILL, -signal.SIGXCPU):
             return f"not done after {limits.seconds} seconds"
-        lines = errors.read_text("utf-8", errors="replace").split("\n")
+        errors.seek(0)
+        lines = errors.read().decode("utf-8", errors="replace").split("\n")
         said = next((x for x in reversed(lines) if x.strip()), f"status {status}")
         return said[:200]
 
