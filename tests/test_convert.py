@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from registry import METHODS, example_params
@@ -83,6 +84,45 @@ def test_numbers_become_bytes_and_bytes_the_numbers_that_they_stand_for(name, pa
     (theirs,), _ = run(wide, params, [grads], back)
     assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert int(optax.tree.get_all_with_path(new, "step")[0][1]) == 4
+
+
+def test_a_converted_state_may_be_donated(params):
+    old, tx = PAIRS["adamw"]
+    state = lro.convert_state(tx, trained(old, params), params)
+    step = jax.jit(
+        lambda grads, state: tx.update(grads, state, params), donate_argnums=1
+    )
+    updates, _ = step(params, state)
+    chex.assert_tree_all_finite(updates)
+
+
+def test_bytes_around_a_method_that_has_codes_of_its_own(params):
+    params = {"up": params["up"]}
+    inner = lro.scale_by_ldadam(4)
+    tx = lro.quantize_state(inner)
+    state = trained(inner, params)
+    found = lro.convert_state(tx, state, params)
+    back = lro.convert_state(inner, found, params)
+    np.testing.assert_array_equal(back.own["basis"]["up"], state.own["basis"]["up"])
+
+
+def test_bytes_become_numbers_of_the_type_that_is_wanted(params):
+    params = {"up": params["up"]}
+    tx = optax.adamw(RATE, mu_dtype=jnp.bfloat16, weight_decay=0.0)
+    narrow = PAIRS["adamw"][1]
+    state = trained(narrow, params)
+    mu, nu = mu_and_nu(lro.convert_state(tx, state, params))
+    code = mu_and_nu(state)[0]["up"]
+    assert mu["up"].dtype == jnp.bfloat16 and nu["up"].dtype == jnp.float32
+    expected = np.asarray(lro.BlockInt8(True).decode(code))
+    np.testing.assert_allclose(np.float32(mu["up"]), expected, rtol=2**-8)
+
+
+def test_boxes_stay_around_what_was_in_them(params):
+    boxed = {"up": nnx.Param(params["up"])}
+    old, tx = galore(8), galore(5)
+    state = lro.convert_state(tx, old.init(boxed), boxed)
+    assert jax.tree.structure(state) == jax.tree.structure(tx.init(boxed))
 
 
 def galore(rank):
@@ -172,6 +212,11 @@ BLOCKS_OF_100 = lro.adamw_8bit(0.1, block=100)
     ("made", "used", "message"),
     [
         (galore(4), galore(8), r"'basis' of 'up' .*\(24, 4\), must be .*\(24, 8\)"),
+        (
+            lro.apollo_scale(optax.scale_by_adam(), rank=8),
+            lro.apollo_scale(optax.scale_by_adam(), rank=4),
+            r"'inner_state/mu' of 'up' .*\(8, 256\), must be .*\(4, 256\)",
+        ),
         (optax.trace(0.9), galore(4), "'trace' of 'up'.*must be absent"),
         (lro.adamw_8bit(0.1), lro.mlorc_adamw(0.1), "mu.left' of 'up'.*absent"),
         (

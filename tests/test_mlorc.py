@@ -611,3 +611,12 @@ def test_what_a_gradient_adds_has_the_bound_that_is_documented(where):
         most_of_all = (1 - b1) / np.sqrt((1 - b2) * (1 - b1**2 / b2))
         expected = np.clip(expected, -most_of_all, most_of_all)
         assert relative_error(updates["w"], expected) < 1e-3
+
+
+def test_the_last_step_that_is_counted_is_one_like_others():
+    params = {"w": jnp.ones((8, 6))}
+    tx = lro.mlorc_scale_by_adam(2)
+    _, state = tx.update(params, tx.init(params))
+    late = state._replace(step=jnp.int32(2**31 - 1))
+    updates, _ = tx.update(params, late)
+    assert_close(updates, tx.update(params, late._replace(step=jnp.int32(10**6)))[0])

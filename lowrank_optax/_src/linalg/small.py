@@ -41,7 +41,7 @@ def inverse_cholesky(
 
 
 def _by_numbers(gram: Array, least: float) -> Array:
-    """Number by number of the factor R and of its inverse, each an array (b, 1, 1)."""
+    """The factor R and its inverse, number by number, each an array (b, 1, 1)."""
     k = gram.shape[-1]
     r, t = {}, {}
     for j in range(k):
@@ -67,7 +67,7 @@ def _column(t: Mapping[tuple[int, int], Array], j: int, k: int) -> Array:
 
 
 def _root(pivot: Array, least: float) -> Array:
-    """Of its inverse; zero where the pivot is dropped."""
+    """The root of the pivot's inverse; zero where it is dropped."""
     used = pivot > least
     return jnp.where(used, jax.lax.rsqrt(jnp.where(used, pivot, 1.0)), 0.0)
 

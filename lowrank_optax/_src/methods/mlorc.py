@@ -115,10 +115,11 @@ def mlorc_scale_by_adam(
     leaves that are not matrices are trained, where it skips them (ML-8); epsilon is
     added to the corrected root, there to the uncorrected one and in the paper inside of
     it (ML-2), for which there is ``mlorc_compress(optax.scale_by_adam(eps_root=...))``;
-    arithmetic is in float32 at least, there in the parameters' dtype. What a gradient
-    adds to an entry of V, and its mean square in M, have a bound that ordinary ones
-    keep, a tenth of ``sqrt(m n)`` times the mean of V: beside an outlier, the factors
-    of V would lose all else. Entries of an update are cut off at the most that Adam's
+    arithmetic is in float32 at least, there in the parameters' dtype. With both moments
+    compressed, what a gradient adds to an entry of V, and its mean square in M, have a
+    bound that ordinary ones keep, also at full rank: a tenth of ``sqrt(m n)`` times the
+    mean of V, of a hundred gradients at least. Beside an outlier, the factors of V
+    would lose all else. Entries of an update are cut off at the most that Adam's
     moments allow, 10.5 by default.
 
     References:

@@ -77,13 +77,14 @@ class MLorcAdam:
 
     def update(self, step, grad, state, given):
         omegas, kept, zeta, most = given
-        g, t, b1, b2 = grad.array, step + 1, self.b1, self.b2
+        g, b1, b2 = grad.array, self.b1, self.b2
+        t = step.astype(g.dtype) + 1  # which does not wrap around
         v_old = low_rank_product(state.nu, grad.turned)
         v = b2 * clamp_negative(v_old, zeta) + jnp.minimum((1 - b2) * g**2, most)
 
         def scale(new):
             """Of G, so that its mean square has the bound of an entry's."""
-            if new is None:
+            if new is None or not self.mu.oversample:  # nothing is drawn
                 square = jnp.mean(g * g, axis=(-2, -1), keepdims=True)
             else:
                 square = self.mu.energy(new, state.mu) / math.prod(g.shape[-2:])

@@ -120,8 +120,9 @@ class LowRank:
     def energy(self, sketch: Array, old: LowRankCode) -> Array:
         """``|A|^2`` of each matrix, about, by ``A Omega``: (*b, 1, 1).
 
-        Of random columns each is an estimate of it; the old right factors have their
-        own parts of it, and what is random beside them has the rest.
+        Of random columns each is an estimate of it. Where there is a warm start, the
+        old right factors have their own parts of it, and the random columns beside them
+        the rest: there must be some.
         """
         k, (r, n) = sketch.shape[-1], old.right.shape[-2:]
         weights = np.where(np.arange(k) < r, 1.0, n / max(k - r, 1))

@@ -9,14 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lowrank_optax._src import linalg
 from lowrank_optax._src.engines.compress import CompressState
-from lowrank_optax._src.leaves.box import unbox
+from lowrank_optax._src.engines.project_state import ProjectState
+from lowrank_optax._src.leaves.box import is_variable, rebox, unbox
 from lowrank_optax._src.leaves.context import limited_ranks, quietly
 from lowrank_optax._src.leaves.paths import Path, flatten, path_parts
 from lowrank_optax._src.leaves.roles import Role, role_of
+from lowrank_optax._src.linalg import matmul
 from lowrank_optax._src.parts.codec import BlockInt8, BlockInt8Code
 from lowrank_optax._src.parts.factors import LowRankCode
 from lowrank_optax._src.report.compare import check_state
+from lowrank_optax._src.training.shrink import leading
 
 
 def convert_state(
@@ -24,8 +28,10 @@ def convert_state(
 ) -> Any:
     """A state of a larger rank, or of moments (not) in 8 bits, as ``tx`` keeps it.
 
-    Training goes on from it. Of a basis, the leading columns stay, and their moments;
-    of MLorc's factors, the best approximation of their product. Numbers become bytes as
+    Training goes on from it. Of a basis that is kept, the leading columns stay, and
+    their moments; of MLorc's factors, the best approximation of their product. Where a
+    basis is drawn again (APOLLO, Flora), the size of its entries goes by the rank, and
+    moments keep theirs. Numbers become bytes as
     `quantize_state` rounds them: they move by half a step of its map at most, 0.7% of
     the largest of their block, or 0.4% without signs. Bytes become the numbers that
     they stand for.
@@ -56,9 +62,10 @@ def convert_state(
     (16, 256)
     >>> updates, state = tx.update(params, state, params)
     """
-    wanted = _shapes(tx, params)
+    boxed = _shapes(tx, params)
+    wanted = unbox(boxed)
     with limited_ranks(dict.fromkeys(flatten(params)[0], 1)):
-        lowest, _ = jax.tree_util.tree_flatten_with_path(_shapes(tx, params))
+        lowest, _ = jax.tree_util.tree_flatten_with_path(unbox(_shapes(tx, params)))
     at_rank_1 = {path_parts(key): x.shape for key, x in lowest}
     state = unbox(opt_state)
     if not isinstance(state, (dict, list)):
@@ -70,13 +77,18 @@ def convert_state(
             "as of a checkpoint that is restored without them. Restore it into "
             "jax.eval_shape(old.init, params), of the transformation that made it."
         )
-    return state
+    return jax.tree.map(
+        lambda box, x: rebox(box, x) if is_variable(box) else x,
+        boxed,
+        state,
+        is_leaf=is_variable,
+    )
 
 
 def _shapes(tx: optax.GradientTransformation, params: Any) -> Any:
     with quietly():
         # A function of its own, see `boxed_state`.
-        return unbox(jax.eval_shape(lambda params: tx.init(params), params))
+        return jax.eval_shape(lambda params: tx.init(params), params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,15 +111,20 @@ class _Conversion:
 
         The role is that of the field around it, if there is one.
         """
-        if isinstance(want, CompressState) and not isinstance(have, CompressState):
+        if _depth(want) > _depth(have):
             have = CompressState(_steps(have), have, {})
-        elif isinstance(have, CompressState) and not isinstance(want, CompressState):
+        elif _depth(want) < _depth(have):
             have = have.inner_state
+        if isinstance(want, ProjectState) and _is_drawn(want.basis):
+            inside = dataclasses.replace(self, at_rank_1={})
+        else:
+            inside = self
         both = isinstance(have, BlockInt8Code) and isinstance(want, BlockInt8Code)
         if both and jax.tree.map(jnp.shape, have) == jax.tree.map(jnp.shape, want):
             return have
         if isinstance(have, BlockInt8Code):
             x = self._codec(have, path, role).decode(have)
+            x = x.astype(getattr(want, "dtype", x.dtype))
             have = x[0] if getattr(want, "ndim", 2) == 1 else x
         if isinstance(want, BlockInt8Code):
             return self._encoded(want, have, path, role)
@@ -127,7 +144,7 @@ class _Conversion:
         for (key, w), h in zip(ours, theirs, strict=True):
             (part,) = path_parts(key)
             new.append(
-                self.convert(w, h, (*path, part), role or role_of(type(want), part))
+                inside.convert(w, h, (*path, part), role or role_of(type(want), part))
             )
         return treedef.unflatten(new)
 
@@ -142,7 +159,7 @@ class _Conversion:
             return x
         sizes = zip(found, shape, lowest, strict=True)
         larger = all(i == j or (i > j and rank == 1) for i, j, rank in sizes)
-        return x[tuple(map(slice, shape))] if larger else x
+        return leading(x, shape) if larger else x
 
     def _encoded(
         self, want: BlockInt8Code, x: Any, path: Path, role: Role | None
@@ -178,9 +195,9 @@ def _truncated(code: LowRankCode, rank: int) -> LowRankCode:
     """The best approximation of a lower rank, by the singular values."""
     if code.left.shape[-1] <= rank:
         return code
-    basis, rest = jnp.linalg.qr(code.left)
-    u, s, right = jnp.linalg.svd(rest @ code.right, full_matrices=False)
-    left = basis @ (u * s[..., None, :])
+    basis, rest = linalg.one_by_one(jnp.linalg.qr)(code.left)
+    u, s, right = linalg.svd(matmul(rest, code.right))
+    left = matmul(basis, u * s[..., None, :])
     return LowRankCode(left[..., :rank], right[..., :rank, :])
 
 
@@ -192,4 +209,15 @@ def _steps(state: Any) -> Any:
         for _, x in optax.tree.get_all_with_path(state, name)
         if getattr(x, "shape", None) == () and jnp.issubdtype(x.dtype, jnp.integer)
     ]
-    return counted[0] if counted else jnp.zeros([], jnp.int32)
+    # A copy: a buffer that stands in two places cannot be donated.
+    return jnp.array(counted[0]) if counted else jnp.zeros([], jnp.int32)
+
+
+def _depth(state: Any) -> int:
+    """How many states of compressed ones stand one within the other."""
+    return 1 + _depth(state.inner_state) if isinstance(state, CompressState) else 0
+
+
+def _is_drawn(basis: Any) -> bool:
+    """Whether only the step is kept at which each basis was drawn."""
+    return any(x.dtype == jnp.int32 for x in jax.tree.leaves(basis))

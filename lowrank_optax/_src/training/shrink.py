@@ -75,7 +75,7 @@ def shrink(
 
     if not fits(ranks):
         ranks = {path: r for path, r in ranks.items() if fits({path: r})}
-    cut = jax.tree.map(_cut, opt_state, shapes(ranks))
+    cut = jax.tree.map(lambda x, y: leading(x, y.shape), opt_state, shapes(ranks))
     return _limited(tx, ranks), cut
 
 
@@ -128,11 +128,9 @@ def _columns_in_use(basis: jax.Array) -> jax.Array:
     return jnp.max(jnp.where(used, jnp.arange(1, basis.shape[-1] + 1), 0))
 
 
-def _cut(x: jax.Array, like: Any) -> jax.Array:
+def leading(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The leading part of ``x`` of this shape; ``x`` itself where that is all."""
-    if x.shape == like.shape:
+    if x.shape == shape:
         return x
-    x = unsplit(
-        jnp.asarray(x), [i != j for i, j in zip(x.shape, like.shape, strict=True)]
-    )
-    return x[tuple(slice(size) for size in like.shape)]
+    x = unsplit(jnp.asarray(x), [i != j for i, j in zip(x.shape, shape, strict=True)])
+    return x[tuple(map(slice, shape))]
