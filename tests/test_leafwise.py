@@ -192,8 +192,8 @@ class RowMomentumInStages:
 
     def sums(self, step, grad, state, given):
         self.calls.append("sums")
-        ones = jnp.ones((*grad.matrix.shape[:-2], grad.matrix.shape[-1], 1))
-        return None, (given, grad.sketch(ones)[..., 0] / ones.shape[-2])
+        ones = jnp.ones((*grad.matrix.shape[:-2], 1, grad.matrix.shape[-1]))
+        return None, (given, grad.sketch(ones)[..., 0] / ones.shape[-1])
 
     def add(self, found, states, count):
         self.calls.append(("add", len(found), len(states)))
