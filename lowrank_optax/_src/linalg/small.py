@@ -21,6 +21,9 @@ WIDEST = 16
 _BY_NUMBERS = 8
 
 
+# Compiled, so that JAX traces its hundreds of operations once for a shape, and not in each
+# program that may run on an accelerator.
+@functools.partial(jax.jit, static_argnames=("least", "unroll"))
 def inverse_cholesky(
     gram: Float[Array, "b k k"], least: float = 0.0, unroll: bool = True
 ) -> Float[Array, "b k k"]:
@@ -97,6 +100,7 @@ def _sum(terms: Iterable[Array]) -> Array:
     return functools.reduce(jnp.add, terms)
 
 
+@functools.partial(jax.jit, static_argnames="unroll")
 def jacobi_eigh(
     a: Float[Array, "b k k"], unroll: bool = True
 ) -> tuple[Float[Array, "b k"], Float[Array, "b k k"]]:
