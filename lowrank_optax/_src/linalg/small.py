@@ -21,8 +21,8 @@ WIDEST = 16
 _BY_NUMBERS = 8
 
 
-# Compiled, so that JAX traces its hundreds of operations once for a shape, and not in each
-# program that may run on an accelerator.
+# Compiled, so that JAX traces its hundreds of operations once for a shape, and not in
+# each program that may run on an accelerator.
 @functools.partial(jax.jit, static_argnames=("least", "unroll"))
 def inverse_cholesky(
     gram: Float[Array, "b k k"], least: float = 0.0, unroll: bool = True
