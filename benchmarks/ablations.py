@@ -14,18 +14,16 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import tyro
 from tqdm import tqdm
 
 from benchmarks.comparison.protocol import Trial
-from benchmarks.comparison.record import interval
-from benchmarks.comparison.trials import Results, Trainer
-from benchmarks.record import RECORDS, write_record
+from benchmarks.comparison.settings import Training
+from benchmarks.comparison.trials import Results
+from benchmarks.record import interval, write_record
 from examples.common.report import markdown_table
-from examples.llama.pretrain import Pretrain, prepare
 
 # Each with the method that it is compared with.
 VARIANTS = {
@@ -47,37 +45,17 @@ VARIANTS = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Training):
     """Loss of variants minus that of the methods that they are variants of."""
 
     variants: tuple[str, ...] = tuple(VARIANTS)
     """By the names in examples/common/methods.py."""
-    model: str = "tiny"
-    """Name of a file in examples/llama/configs."""
-    data: str = "stdlib"
-    """Text, as of examples.llama.pretrain."""
-    steps: int = 500
-    """Steps of a trial."""
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Of the initial weights and the order of the batches."""
-    rank: int = 32
-    """Of every method."""
-    update_every: int = 50
-    """Steps between two choices of the subspace."""
-    batch_size: int = 8
-    """Sequences in a batch."""
-    seq_len: int = 64
-    """Tokens in a sequence."""
     dense_rate: float = 0.06
     """Of embedding, head and norms: as benchmarks/records/comparison.md found it."""
     rate: float = 0.016
     """Of the matrices, for what projects gradients."""
     mlorc_rate: float = 0.002
     """Of the matrices, for MLorc."""
-    minutes: float = 60.0
-    """Ends after the trial that crosses it; what is there is kept and gone on from."""
-    out: Path = RECORDS
-    """Directory of the record, and of the trials below it."""
 
     def trial(self, method: str, seed: int) -> Trial:
         rate = self.mlorc_rate if method.startswith("mlorc") else self.rate
@@ -127,9 +105,7 @@ def table(found: dict[str, Any]) -> str:
 def main(settings: Settings) -> None:
     """Runs what is missing until the time is up, then writes the record."""
     s, began = settings, time.monotonic()
-    shared = "model data steps update_every batch_size seq_len".split()
-    example = Pretrain(methods=("adamw",), **{x: getattr(s, x) for x in shared})
-    trainer = Trainer(prepare(example, s.out))
+    trainer = s.trainer()
     own = Results(s.out / "ablations", trainer.setup)
     losses = Results(s.out / "comparison", trainer.setup).losses | own.losses
     missing = [x for x in s.trials if x not in losses]

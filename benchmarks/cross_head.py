@@ -20,7 +20,6 @@ import tyro
 
 import lowrank_optax as lro
 from benchmarks.record import RECORDS, write_record
-from examples.common.schedule import warmup_cosine
 from examples.llama.pretrain import Pretrain, prepare
 
 matplotlib.use("Agg")
@@ -59,8 +58,7 @@ class Settings:
 
 def left_out(grad: jax.Array, basis: jax.Array) -> jax.Array:
     """The norm of what a basis leaves out of a gradient, over the gradient's."""
-    rest = grad - basis @ (basis.T @ grad)
-    return jnp.linalg.norm(rest) / jnp.linalg.norm(grad)
+    return jnp.sqrt(1 - lro.diagnostics.captured_energy(grad, basis))
 
 
 @partial(jax.jit, static_argnames=("heads", "rank"))
@@ -78,16 +76,12 @@ def errors(
 def looks(settings: Settings) -> list[dict[str, Any]]:
     """A row for each look, matrix and rank."""
     s = settings
-    shared = {x: getattr(s, x) for x in "model data steps batch_size seq_len".split()}
-    job = prepare(Pretrain(methods=("adamw",), seed=s.seed, **shared), Path("runs/x"))
-    rates = [
-        warmup_cosine(x, s.steps) for x in (s.learning_rate, s.dense_learning_rate)
-    ]
-    tx = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        lro.two_rates(optax.adamw)(rates[0], dense_learning_rate=rates[1]),
+    shared = (
+        "model data steps batch_size seq_len seed learning_rate dense_learning_rate"
     )
-    config = job.config
+    example = Pretrain(methods=("adamw",), **{x: getattr(s, x) for x in shared.split()})
+    job = prepare(example, Path("runs/x"))
+    tx, config = job.optimizer("adamw"), job.config
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.kv_heads}
 
     @jax.jit

@@ -26,7 +26,7 @@ import numpy as np
 import optax
 
 import lowrank_optax as lro
-from benchmarks.record import write_record
+from benchmarks.record import about, write_record
 
 Grads = dict[str, jax.Array]
 Norms = dict[str, np.ndarray]  # of a leaf's updates, one a step
@@ -324,11 +324,10 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
         text += f" ({x['spoiled']} states)" if x["spoiled"] else ""
         return text + (f" ({x['skewed']} bases)" if x["skewed"] else "")
 
-    assert __doc__
     lines = [
         "# One bad gradient",
         "",
-        __doc__.partition("\n\n")[2].partition("\n\n")[2].strip(),
+        about(__doc__),
         "",
         "| | " + " | ".join(FAULTS) + " |",
         "|---" * (1 + len(FAULTS)) + "|",

@@ -13,7 +13,6 @@ GPU and of TPU, for the methods that have any. What the record has is not done a
 """
 
 import contextlib
-import json
 import re
 import time
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks import faults
-from benchmarks.record import RECORDS, write_record
+from benchmarks.record import RECORDS, about, known_figures, write_record
 from examples.common.files import aside
 from examples.common.report import STYLE, markdown_table
 from lowrank_optax._src.kernels.dispatch import interpreted
@@ -147,8 +146,6 @@ def cases(settings: Settings) -> list[tuple[str, str]]:
 
 def page(found: dict[str, Errors]) -> str:
     """The record for people."""
-    assert __doc__
-    about = __doc__.partition("\n\n")[2].partition("\n\n")[2].strip()
     some = next(iter(found.values()), {})
     header = ["optimizer, tier"]
     header += [f"{dtype}, {c}" for dtype, column in some.items() for c in column]
@@ -157,7 +154,11 @@ def page(found: dict[str, Errors]) -> str:
         for name, x in found.items()
     ]
     return "\n\n".join(
-        (about, markdown_table(header, rows), f"![Errors by condition]({_PLOT})")
+        (
+            about(__doc__),
+            markdown_table(header, rows),
+            f"![Errors by condition]({_PLOT})",
+        )
     )
 
 
@@ -191,8 +192,7 @@ def plot(found: dict[str, Errors], path: Path) -> None:
 
 def main(settings: Settings) -> None:
     """Measures what is missing until the time is up, and writes the record."""
-    began, path = time.monotonic(), settings.out / "numerics.json"
-    known = json.loads(path.read_text())["figures"] if path.exists() else {}
+    began, known = time.monotonic(), known_figures("numerics", settings.out)
     for name, tier in cases(settings):
         label = f"{name}, {tier}"
         if label in known or not re.search(settings.only, name):

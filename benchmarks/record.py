@@ -3,13 +3,17 @@
 import dataclasses
 import datetime
 import json
+import math
 import os
 import platform
+import statistics
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import jax
+from scipy.stats import t as student
 
 RECORDS = Path(__file__).parent / "records"
 
@@ -41,6 +45,27 @@ def _processor() -> str:
         return platform.processor()
     names = (x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
     return next(names, platform.processor())
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, and half of the width of its 95% confidence interval (Student's t)."""
+    mean, count = statistics.fmean(values), len(values)
+    if count < 2:
+        return mean, math.inf
+    quantile = float(student.ppf(0.975, count - 1))
+    return mean, quantile * statistics.stdev(values) / math.sqrt(count)
+
+
+def about(doc: str | None) -> str:
+    """What a module's docstring says behind its title and its command."""
+    assert doc
+    return doc.split("\n\n", 2)[2].strip()
+
+
+def known_figures(name: str, out: Path) -> dict[str, Any]:
+    """What a record has of an earlier run, to go on from."""
+    path = out / f"{name}.json"
+    return json.loads(path.read_text())["figures"] if path.exists() else {}
 
 
 def write_record(

@@ -10,7 +10,6 @@ optimizers are those of `benchmarks.faults`; matrices of those that keep bytes a
 enough for that. What the record has of as many steps is not done again.
 """
 
-import json
 import re
 import time
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import tyro
 
 import lowrank_optax as lro
 from benchmarks import faults
-from benchmarks.record import RECORDS, write_record
+from benchmarks.record import RECORDS, about, known_figures, write_record
 from examples.common.report import markdown_table
 
 Shapes = dict[str, tuple[int, ...]]
@@ -194,13 +193,11 @@ def page(found: dict[str, Figures]) -> str:
         for name, x in found.items()
     ]
     header = ["optimizer", "steps", "loss, middle", "loss, end", "skew", "state"]
-    assert __doc__
-    about = __doc__.partition("\n\n")[2].partition("\n\n")[2].strip()
     total = sum(x["steps"] for x in found.values())
     bad = sum(bool(troubles(x)) for x in found.values())
     return "\n\n".join(
         (
-            about,
+            about(__doc__),
             f"{len(found)} optimizers, {total:,} steps; {bad} with trouble. The loss "
             "at the middle is the mean over the fifth tenth of the steps. Skew is the "
             f"largest difference of any basis' Gram matrix, at {_LOOKS} looks, from "
@@ -215,8 +212,7 @@ def page(found: dict[str, Figures]) -> str:
 
 def main(settings: Settings) -> None:
     """Runs what is missing until the time is up, and writes the record as it goes."""
-    began, path = time.monotonic(), settings.out / "soak.json"
-    known = json.loads(path.read_text())["figures"] if path.exists() else {}
+    began, known = time.monotonic(), known_figures("soak", settings.out)
     for name, (tx, shapes) in cases(settings).items():
         if known.get(name, {}).get("steps") == settings.steps:
             continue

@@ -9,8 +9,7 @@ tenth of the largest (Figure 4b). (Two minutes of a core.)
 """
 
 import os
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -23,30 +22,9 @@ from examples.llama import subspaces
 _SHARE = 0.1  # of the largest singular value
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Overlaps and singular values of both methods."""
-
-    model: str = "tiny"
-    """Name of a file in examples/llama/configs."""
-    data: str = "stdlib"
-    """Text, as of examples.llama.pretrain."""
-    steps: int = 500
-    """Steps of each run."""
-    update_every: int = 20
-    """Steps between two choices of the subspace."""
-    rank: int = 32
-    """Of both methods."""
-    batch_size: int = 8
-    """Sequences in a batch."""
-    seq_len: int = 64
-    """Tokens in a sequence."""
-    seed: int = 1000
-    """Of the initial weights and the order of the batches."""
-    window: int = 100
-    """Steps, the last ones, of which the singular values are taken."""
-    out: Path | None = None
-    """Directory of the record; default benchmarks/records."""
+SETTINGS = subspaces.Subspaces(
+    steps=500, update_every=20, seq_len=64, seed=1000, window=100
+)
 
 
 def figures(
@@ -67,11 +45,10 @@ def figures(
     return found
 
 
-def main(settings: Settings) -> None:
+def main(settings: subspaces.Subspaces) -> None:
     directory = settings.out or RECORDS
     directory.mkdir(parents=True, exist_ok=True)
-    given = {k: v for k, v in asdict(settings).items() if k != "out"}
-    job = subspaces.prepared(subspaces.Subspaces(**given, out=directory / "none"))
+    job = subspaces.prepared(replace(settings, out=directory / "none"))
     rows: list[Any] = []
     values: list[Any] = []
     for method in subspaces.METHODS:
@@ -103,4 +80,4 @@ def main(settings: Settings) -> None:
 if __name__ == "__main__":
     # Before the first computation: one core, as several sessions share a machine.
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
-    main(tyro.cli(Settings))
+    main(tyro.cli(subspaces.Subspaces, default=SETTINGS))

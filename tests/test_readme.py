@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.comparison.record import interval
+from benchmarks.record import interval
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,41 +12,20 @@ from tqdm import tqdm
 
 from benchmarks.comparison.protocol import METHODS, Study
 from benchmarks.comparison.record import write
-from benchmarks.comparison.trials import Results, Trainer
-from benchmarks.record import RECORDS
-from examples.llama.pretrain import Pretrain, prepare
+from benchmarks.comparison.settings import Training
+from benchmarks.comparison.trials import Results
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Training):
     """Loss and state of the methods on real text, each at its own rate."""
 
     methods: tuple[str, ...] = tuple(METHODS)
     """By the names in examples/common/methods.py."""
-    model: str = "tiny"
-    """Name of a file in examples/llama/configs."""
-    data: str = "stdlib"
-    """Text, as of examples.llama.pretrain."""
-    steps: int = 500
-    """Steps of a trial."""
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Of the initial weights and the order of the batches, in the trials that count."""
     rungs: tuple[int, int] = (4, 9)
     """Rates of a ladder, at least and at most."""
-    rank: int = 32
-    """Of every low-rank method."""
-    update_every: int = 50
-    """Steps between two choices of the subspace."""
-    batch_size: int = 8
-    """Sequences in a batch."""
-    seq_len: int = 64
-    """Tokens in a sequence."""
-    minutes: float = 60.0
-    """Ends after the trial that crosses it; what is there is kept and gone on from."""
     quick: bool = False
     """All of it at toy size, in runs/comparison-quick: to see that it works."""
-    out: Path = RECORDS
-    """Directory of the record, and of the trials below it."""
 
 
 QUICK = Settings(
@@ -66,14 +45,7 @@ QUICK = Settings(
 def main(settings: Settings) -> None:
     """Runs what is missing until the time is up, then writes the record."""
     began = time.monotonic()
-    example = Pretrain(
-        methods=("adamw",),
-        **{
-            name: getattr(settings, name)
-            for name in "model data steps update_every batch_size seq_len".split()
-        },
-    )
-    trainer = Trainer(prepare(example, settings.out))
+    trainer = settings.trainer()
     results = Results(settings.out / "comparison", trainer.setup)
     least, most = settings.rungs
     protocol = trainer.protocol(

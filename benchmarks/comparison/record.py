@@ -4,18 +4,17 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from scipy.stats import t as student
 
 from benchmarks.comparison.protocol import METHODS, Missing, Study, Trial
 from benchmarks.comparison.trials import VALIDATION_BATCHES, Result, Trainer
-from benchmarks.record import write_record
+from benchmarks.record import interval, write_record
 from examples.common.files import aside
 from examples.common.report import STYLE, markdown_table
 
@@ -54,14 +53,6 @@ class Row:
             "losses": self.losses,
             "matrix_state_bytes": self.used_bytes,
         }
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and half of the width of its 95% confidence interval (Student's t)."""
-    if len(values) < 2:
-        return mean(values), math.inf
-    quantile = float(student.ppf(0.975, len(values) - 1))
-    return mean(values), quantile * stdev(values) / math.sqrt(len(values))
 
 
 def differences(row: Row, other: Row) -> list[float]:

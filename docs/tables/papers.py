@@ -5,8 +5,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from scipy.stats import t as student
-
+from benchmarks.record import interval
 from examples.common.gaps import FULL, SAMPLED, reduction
 from tables import speed
 from tables.records import RECORDS, record, rows
@@ -48,15 +47,6 @@ def losses(method: str) -> Losses:
         return ablations[method]["losses"]
     of = [x["base"] for x in ablations.values() if x["of"] == method]
     return of[0] if of else {}
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """The mean, and half of its 95% confidence interval."""
-    if len(values) < 2:
-        return statistics.fmean(values), math.inf
-    quantile = float(student.ppf(0.975, len(values) - 1))
-    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.fmean(values), half
 
 
 def minus(method: str, other: str) -> tuple[float, float] | None:

@@ -13,6 +13,7 @@ from flax import nnx
 
 import lowrank_optax as lro
 from examples.common.adapters import (
+    LoRALinear,
     adapt,
     all_but,
     freeze,
@@ -45,8 +46,6 @@ from examples.llama.pretrain import MODEL
 from examples.llama.rows import Batch, Rows
 from examples.llama.weights import save_llama, tensor_name
 
-# Of which an adapter of their rank is all that was added.
-_LORA = ("lora", "lora_lion")
 _ANSWERS = "answers.json"
 _CLIP = 1.0  # the largest norm of the gradient
 
@@ -342,10 +341,13 @@ class Job:
         def matrices(tree: Any) -> Any:
             return jax.tree.map(lambda x: x if x.ndim > 1 else None, tree)
 
+        own = METHODS[method]
+        # Of LoRA an adapter of its rank is all that was added.
+        is_lora = own.adapters_only and own.linear is LoRALinear
         adapters = lro.adapters.extract_lora(
             matrices(params),
             matrices(self.base.params),
-            rank=self.rank(method) if method in _LORA else None,
+            rank=self.rank(method) if is_lora else None,
         )
         lro.adapters.save_peft(
             adapters,

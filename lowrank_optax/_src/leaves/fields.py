@@ -225,6 +225,13 @@ def field_name(name: str) -> str:
     return name.rpartition("/")[2]
 
 
+def abstract_state(tx: optax.GradientTransformation, params: Any) -> Any:
+    """``tx.init(params)`` by shapes alone, without a warning."""
+    with quietly():
+        # A function of its own, see `boxed_state`.
+        return jax.eval_shape(lambda params: tx.init(params), params)
+
+
 def boxed_state(tx: Any, params: Any, mesh: Any = None) -> Any:
     """``tx.init(params)`` by shapes alone, arrays boxed with their parameter's path.
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
@@ -84,10 +83,7 @@ class MLorcAdam:
 
         def scale(new):
             """Of G, so that its mean square has the bound of an entry's."""
-            if new is None or not self.mu.oversample:  # nothing is drawn
-                square = jnp.mean(g * g, axis=(-2, -1), keepdims=True)
-            else:
-                square = self.mu.energy(new, state.mu) / math.prod(g.shape[-2:])
+            square = self.mu.mean_square(grad, new, state.mu)
             return scale_down(jnp.asarray((1 - b2) * square), most)
 
         def plain():

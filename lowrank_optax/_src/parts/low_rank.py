@@ -117,19 +117,21 @@ class LowRank:
         omegas = self.draw(keys, olds, count)
         return omegas, kept_sketches(olds, omegas, count)
 
-    def energy(self, sketch: Array, old: LowRankCode) -> Array:
-        """``|A|^2`` of each matrix, about, by ``A Omega``: (*b, 1, 1).
+    def mean_square(self, a: Lying, sketch: Array | None, old: LowRankCode) -> Array:
+        """That of the entries of each matrix, (*b, 1, 1), about, by ``A Omega``.
 
-        Of random columns each is an estimate of it. Where there is a warm start, the
-        old right factors have their own parts of it, and the random columns beside them
-        the rest: there must be some.
+        Of random columns each is an estimate of ``|A|^2``. Where there is a warm start,
+        the old right factors have their own parts of it, and the random columns beside
+        them the rest. Where none are drawn, A itself is looked at.
         """
+        if sketch is None or not self.oversample:
+            return jnp.mean(a.array * a.array, axis=(-2, -1), keepdims=True)
         k, (r, n) = sketch.shape[-1], old.right.shape[-2:]
-        weights = np.where(np.arange(k) < r, 1.0, n / max(k - r, 1))
-        if not self.warm_start:
-            weights = np.full(k, 1 / k)
-        terms = sketch * sketch * weights.astype(sketch.dtype)
-        return jnp.sum(terms, axis=(-2, -1), keepdims=True)
+        weights = np.full(k, 1 / k)
+        if self.warm_start:
+            weights = np.where(np.arange(k) < r, 1.0, n / max(k - r, 1))
+        weights = (weights / (old.left.shape[-2] * n)).astype(sketch.dtype)
+        return jnp.sum(sketch * sketch * weights, axis=(-2, -1), keepdims=True)
 
     def _size(self, old: LowRankCode) -> int:
         r, n = old.right.shape[-2:]

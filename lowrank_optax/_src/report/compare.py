@@ -7,7 +7,7 @@ import jax
 import optax
 
 from lowrank_optax._src.leaves.box import unbox, value_of
-from lowrank_optax._src.leaves.context import quietly
+from lowrank_optax._src.leaves.fields import abstract_state
 from lowrank_optax._src.leaves.paths import Path, flatten, path_parts
 
 _SHOWN = 20  # arrays that differ; a model has hundreds
@@ -55,10 +55,18 @@ def check_state(tx: optax.GradientTransformation, opt_state: Any, params: Any) -
     ...     print(str(error).splitlines()[1])
       'inner_state/mu.left' of 'w' (12, 16): float32 (12, 2), must be float32 (12, 4)
     """
-    with quietly():
-        # A function of its own, see `boxed_state`.
-        wanted = _arrays(jax.eval_shape(lambda params: tx.init(params), params))
-    found = _arrays(opt_state)
+    lines, kinds = differences(tx, opt_state, params)
+    if lines:
+        remedies = [text for kind, text in _REMEDIES.items() if kind in kinds]
+        what = "Cannot use a state that is not what the transformation makes:"
+        raise ValueError("\n".join([what, *lines, *remedies]))
+
+
+def differences(
+    tx: optax.GradientTransformation, opt_state: Any, params: Any
+) -> tuple[list[str], set[str]]:
+    """A line for each array that is not what a transformation makes, and the kinds."""
+    wanted, found = _arrays(abstract_state(tx, params)), _arrays(opt_state)
     paths, leaves, _ = flatten(params)
     shapes = {p: tuple(value_of(x).shape) for p, x in zip(paths, leaves, strict=True)}
     lines, kinds = [], set()
@@ -68,12 +76,8 @@ def check_state(tx: optax.GradientTransformation, opt_state: Any, params: Any) -
             kinds.add(_kind(ours, theirs))
             there, here = _said(theirs), _said(ours)
             lines.append(f"  {_place(parts, shapes)}: {there}, must be {here}")
-    if lines:
-        rest = len(lines) - _SHOWN
-        more = [f"  and {rest} more"] if rest > 0 else []
-        remedies = [text for kind, text in _REMEDIES.items() if kind in kinds]
-        what = "Cannot use a state that is not what the transformation makes:"
-        raise ValueError("\n".join([what, *lines[:_SHOWN], *more, *remedies]))
+    rest = len(lines) - _SHOWN
+    return lines[:_SHOWN] + ([f"  and {rest} more"] if rest > 0 else []), kinds
 
 
 def _arrays(state: Any) -> dict[Path, tuple[tuple[int, ...], str]]:

@@ -13,13 +13,14 @@ from lowrank_optax._src import linalg
 from lowrank_optax._src.engines.compress import CompressState
 from lowrank_optax._src.engines.project_state import ProjectState
 from lowrank_optax._src.leaves.box import is_variable, rebox, unbox
-from lowrank_optax._src.leaves.context import limited_ranks, quietly
+from lowrank_optax._src.leaves.context import limited_ranks
+from lowrank_optax._src.leaves.fields import abstract_state
 from lowrank_optax._src.leaves.paths import Path, flatten, path_parts
 from lowrank_optax._src.leaves.roles import Role, role_of
 from lowrank_optax._src.linalg import matmul
 from lowrank_optax._src.parts.codec import BlockInt8, BlockInt8Code
 from lowrank_optax._src.parts.factors import LowRankCode
-from lowrank_optax._src.report.compare import check_state
+from lowrank_optax._src.report.compare import differences
 from lowrank_optax._src.training.shrink import leading
 
 
@@ -31,10 +32,9 @@ def convert_state(
     Training goes on from it. Of a basis that is kept, the leading columns stay, and
     their moments; of MLorc's factors, the best approximation of their product. Where a
     basis is drawn again (APOLLO, Flora), the size of its entries goes by the rank, and
-    moments keep theirs. Numbers become bytes as
-    `quantize_state` rounds them: they move by half a step of its map at most, 0.7% of
-    the largest of their block, or 0.4% without signs. Bytes become the numbers that
-    they stand for.
+    another rank is refused. Numbers become bytes as `quantize_state` rounds them: they
+    move by half a step of its map at most, 0.7% of the largest of their block, or 0.4%
+    without signs. Bytes become the numbers that they stand for.
 
     Args:
       tx: the transformation that is to go on.
@@ -49,8 +49,8 @@ def convert_state(
 
     Raises:
       ValueError: for what differs in more, with parameter, field and both shapes of
-        each such array, as `check_state` says it; for bytes in other blocks; and for
-        moments of which nothing tells whether they have signs.
+        each such array; for bytes in other blocks; and for moments of which nothing
+        tells whether they have signs.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro
     >>> params = {"w": jnp.ones((64, 256))}
@@ -62,15 +62,20 @@ def convert_state(
     (16, 256)
     >>> updates, state = tx.update(params, state, params)
     """
-    boxed = _shapes(tx, params)
+    boxed = abstract_state(tx, params)
     wanted = unbox(boxed)
     with limited_ranks(dict.fromkeys(flatten(params)[0], 1)):
-        lowest, _ = jax.tree_util.tree_flatten_with_path(unbox(_shapes(tx, params)))
+        lowest, _ = jax.tree_util.tree_flatten_with_path(
+            unbox(abstract_state(tx, params))
+        )
     at_rank_1 = {path_parts(key): x.shape for key, x in lowest}
     state = unbox(opt_state)
     if not isinstance(state, (dict, list)):
         state = _Conversion(at_rank_1, block).convert(wanted, state)
-        check_state(tx, state, params)
+        lines, _ = differences(tx, state, params)
+        if lines:
+            what = "Cannot convert a state that differs in more than ranks and bytes:"
+            raise ValueError("\n".join([what, *lines]))
     if jax.tree.structure(state) != jax.tree.structure(wanted):
         raise ValueError(
             "Cannot convert a state in other containers than its transformation makes, "
@@ -83,12 +88,6 @@ def convert_state(
         state,
         is_leaf=is_variable,
     )
-
-
-def _shapes(tx: optax.GradientTransformation, params: Any) -> Any:
-    with quietly():
-        # A function of its own, see `boxed_state`.
-        return jax.eval_shape(lambda params: tx.init(params), params)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax._src.leaves.context import limited_ranks, quietly
+from lowrank_optax._src.leaves.context import limited_ranks
+from lowrank_optax._src.leaves.fields import abstract_state
 from lowrank_optax._src.leaves.paths import Path, flatten
 from lowrank_optax._src.leaves.placing import unsplit
 from lowrank_optax._src.parts.checks import check_rank
@@ -67,8 +68,7 @@ def shrink(
         ranks[path] = max(multiple, ranks.get(path, 0))
 
     def shapes(ranks):
-        with quietly():
-            return jax.eval_shape(_limited(tx, ranks).init, params)
+        return abstract_state(_limited(tx, ranks), params)
 
     def fits(ranks):
         return jax.tree.structure(shapes(ranks)) == jax.tree.structure(opt_state)
