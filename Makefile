@@ -13,8 +13,8 @@ TRAINER := tunix
 # What runs on the newest Python and jax, in ten minutes on two cores: the laws of all
 # methods on a sample, and what newer releases have broken or may break first.
 NEWEST := $(addprefix tests/test_,$(addsuffix .py, \
-	common golden linalg project compress leafwise refresh transfer random quantize \
-	q_galore sharding average adapters llama_model \
+	common golden linalg kernels project compress leafwise refresh transfer random \
+	quantize q_galore sharding average adapters llama_model \
 	example_files example_checkpoints example_data))
 
 .PHONY: demo test coverage test-newest test-accelerators test-trainer contract lint \

@@ -24,11 +24,14 @@ class Access:
 
     Attributes:
       cut: see `Plan`.
+      origin: zero, but no constant: JAX refuses a slice that starts at one and goes
+        beyond the edges.
       shares: how many programs share a walk.
     """
 
     cut: Plan
-    shares: int = 1
+    origin: Array
+    shares: int
 
     @property
     def each(self) -> int:
@@ -58,7 +61,7 @@ class Access:
         covered[cut.over] = self.shares * self.each * cut.block[cut.over]
         slices, inside = [], None
         for position, (axis, size) in enumerate(zip(axes, shape, strict=True)):
-            start = at.get(axis, 0)
+            start = at.get(axis, 0 if size <= cut.sizes[axis] else self.origin)
             slices.append(pl.ds(start, size))
             if covered.get(axis, size) != cut.sizes[axis]:
                 place = jax.lax.broadcasted_iota(jnp.int32, shape, position)
@@ -91,9 +94,9 @@ def walk(
     outer, over, batch = cut.outer, cut.over, len(arrays[0])
     wanted = _PROGRAMS // (batch * cut.steps(outer))
     shares = max(1, min(wanted, cut.steps(over) // 4))
-    access = Access(cut, shares)
 
     def kernel(*refs):
+        access = Access(cut, 0 * pl.program_id(0), shares)
         here = {outer: pl.program_id(1) * cut.block[outer]}
         first = pl.program_id(2) * access.each
         sources = list(zip(refs[: len(ins)], ins, strict=True))

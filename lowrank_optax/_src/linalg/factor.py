@@ -139,15 +139,16 @@ def lifted(y: Float[Array, "*b m k"]) -> Float[Array, "*b m k"]:
     return matmul(y, inverse_root(shifted).mT)
 
 
-# Of the square of a column that `lifted` has made: what is shorter is noise, or so
-# short that the Gram matrix does not tell its direction to 1e-5 in float32.
+# What is new in a column that `lifted` has made, squared: what is less is noise, or so
+# little that the Gram matrix tells its length to no three digits in float32.
 _FAINT = 1e-2
 
 
 def whitening(square: Float[Array, "b k k"]) -> Float[Array, "b k k"]:
-    """``T`` such that the columns of ``y T`` are orthonormal to 1e-5, or zero.
+    """``T`` such that the columns of ``y T`` are orthonormal, or zero.
 
-    From ``square = y^T y`` of columns that `lifted` has made.
+    From ``square = y^T y`` of columns that `lifted` has made: to 5e-6 over the least
+    square of what is new in one. That is 1e-2 at least, and one if none is faint.
     """
     if square.shape[-1] <= small.WIDEST:
         return _by_unrolling(small.inverse_cholesky, square, _FAINT)
