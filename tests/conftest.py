@@ -1,5 +1,6 @@
 """What all tests share: two simulated devices and reproducible hypothesis examples."""
 
+import collections
 import gc
 import itertools
 import os
@@ -59,15 +60,23 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("few")
 
-# What every method is tried with, and of how many such tests one runs where nobody
-# says: the laws of calls and boxes are kept by code that all methods share, so that
-# each is tried with some of them. GitHub's workflow tries them all.
-_OF_ALL_METHODS = {
+# Laws that every method is tried with are kept by code that all methods share: of the
+# tests of a law in these files, one in so many runs where nobody says, each with other
+# methods than the law before. GitHub's workflow tries them all.
+_SAMPLED = {
+    "test_average.py": 2,
     "test_boxes.py": 4,
     "test_calls.py": 4,
-    "test_common.py": 1,
-    "test_sharding.py": 1,
+    "test_common.py": 4,
+    "test_faults.py": 2,
+    "test_layerwise.py": 2,
+    "test_notebooks.py": 2,
+    "test_sharding.py": 2,
+    "test_signatures.py": 2,
+    "test_subspace.py": 2,
+    "test_two_rates.py": 2,
 }
+_FEW = 6  # a law with fewer tests is none of all methods
 
 
 def pytest_addoption(parser):
@@ -75,7 +84,7 @@ def pytest_addoption(parser):
         "--sample",
         type=int,
         help="of the tests that try every law with every method, run one of so many; "
-        "by default all, but one of four in test_boxes and test_calls",
+        "by default one of two or four in a run of the whole suite, else all",
     )
     parser.addoption(
         "--contract",
@@ -93,12 +102,16 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     """Leaves out all but a sample of the common tests, the same at every run."""
-    asked, out = config.getoption("sample"), []
-    for name, usual in _OF_ALL_METHODS.items():
-        common = [item for item in items if item.path.name == name]
-        # Tests that were asked for one by one all run.
-        every = asked or (usual if len(common) > 99 else 1)
-        out += [item for k, item in enumerate(common) if k % every]
+    asked, laws = config.getoption("sample"), collections.defaultdict(list)
+    for item in items:
+        if item.path.name in _SAMPLED:
+            laws[item.path.name, item.originalname].append(item)
+    whole = len(items) > 3000  # else it was asked for a few
+    out = []
+    for number, ((file, _), tests) in enumerate(laws.items()):
+        every = asked or (_SAMPLED[file] if whole else 1)
+        if len(tests) >= _FEW:
+            out += [test for k, test in enumerate(tests, number) if k % every]
     if out:
         config.hook.pytest_deselected(items=out)
         left = {item.nodeid for item in out}

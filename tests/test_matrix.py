@@ -109,6 +109,8 @@ output.weight
 params/model/output/kernel
 output
 unembed/kernel
+lm_head_proj/kernel
+posemb
 decoder/unembedding/kernel
 pos_embs
 vocab_proj/kernel

@@ -75,7 +75,10 @@ _MISSED = """
   moves 9 to 12 words instead of 33; rows that are split over devices would be gathered
   by it, and elsewhere the kernel is taken.
 - **Compile time** beside `optax.adamw` of the same row: what is compiled once for equal
-  shapes by the tracer is compiled by XLA for each leaf.
+  shapes by the tracer is compiled by XLA for each leaf. On a TPU a product at the
+  highest precision takes it one to four seconds, and a refresh has 26 of them a leaf.
+  Loops over its rounds leave 16, but took 42 s for 37, and 147 more launches for seven
+  leaves on an H100.
 """
 
 

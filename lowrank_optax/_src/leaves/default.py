@@ -93,11 +93,11 @@ def default_matrices(params: Any) -> Any:
       beta, offset, ln or bn, or ends in norm; such a word of a norm anywhere in the
       leaf or its module, if the leaf ends in weight or w; or a leaf b, b1 or up_b
       beside a w, w1 or up_w of more axes;
-    - embeddings: a word that starts with embed or is emb, embs, embd, unembed,
+    - embeddings: a word that starts with embed or is emb, embs, embd, posemb, unembed,
       unembedding, wte, wpe, vocab, vocabulary or table;
-    - heads: a word logits, classifier, pooler or readout; a part that ends in head or
-      heads, except in an attention; a part predictions or qa_outputs; a leaf or module
-      score, shared or output.
+    - heads: a word logits, classifier, pooler or readout; a part that starts with
+      lm_head; one that ends in head or heads, except in an attention; a part
+      predictions or qa_outputs; a leaf or module score, shared or output.
 
     A list has no names: give a list of specs. For Keras, with ``variables =
     model.trainable_variables``, ``rule = default_matrices({v.path: v.value for v in

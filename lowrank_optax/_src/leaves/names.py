@@ -20,7 +20,7 @@ WEIGHTS = frozenset("weight w".split())
 
 # A word anywhere in a path: tables that are looked up, and weights tied to them.
 EMBEDDINGS = frozenset(
-    "emb embs embd unembed unembedding wte wpe vocab vocabulary table".split()
+    "emb embs embd posemb unembed unembedding wte wpe vocab vocabulary table".split()
 )
 
 _START_OF_EMBEDDINGS = "embed"
@@ -80,6 +80,8 @@ def _is_norm(word: str) -> bool:
 
 def _is_head(piece: str, own: list[str], last: bool, attends: bool) -> bool:
     if any(word in HEADS for word in own) or piece in HEAD_PARTS:
+        return True
+    if own[:2] == ["lm", "head"]:
         return True
     if attends:  # its heads and its output are those of the attention
         return False
