@@ -35,7 +35,8 @@ from examples.common.files import aside
 from examples.common.report import STYLE, markdown_table
 from lowrank_optax._src.kernels.dispatch import interpreted
 
-SHAPES = {"wide": (32, 128), "tall": (128, 32), "square": (64, 64), "q_proj": (48, 96)}
+# Wide enough for moments of rank 8 to be kept in bytes.
+SHAPES = {"wide": (32, 512), "tall": (512, 32), "square": (64, 64), "q_proj": (48, 96)}
 TIERS = {
     "XLA": contextlib.nullcontext,
     "GPU": lambda: interpreted("cuda"),

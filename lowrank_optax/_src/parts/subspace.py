@@ -115,7 +115,8 @@ class ImportanceSampled:
         known = values > _NULL * values[..., :1]
         logs = self.weight_power * jnp.log(jnp.where(known, values, 1.0))
         weights = jnp.where(known, logs, _NULL_WEIGHT)
-        noise = random.draw(jax.random.gumbel, key, values.shape, values.dtype)
+        # In float32 whatever the values are in: the same draws in every precision.
+        noise = random.draw(jax.random.gumbel, key, values.shape, jnp.float32)
         return _take(vectors, weights + noise, rank)
 
 
@@ -145,7 +146,7 @@ class Hybrid:
 
     def select(self, key, grad, old, step):
         vectors, values = linalg.gram_eigh(grad)
-        score = random.draw(jax.random.uniform, key, values.shape, values.dtype)
+        score = random.draw(jax.random.uniform, key, values.shape, jnp.float32)
         first = jnp.arange(values.shape[-1]) < self.leading
         return _take(vectors, jnp.where(first, 2.0, score), old.shape[-1])
 
