@@ -82,7 +82,7 @@ def gradients(settings: Settings, condition: float, dtype: Any) -> Any:
         made = []
         for _ in range(settings.steps):
             left, right = (
-                x + 0.03 * rng.standard_normal(x.shape) for x in (left, right)
+                x + 0.05 * rng.standard_normal(x.shape) for x in (left, right)
             )
             u, v = np.linalg.qr(left)[0], np.linalg.qr(right)[0]
             made.append((u * values) @ v.T)
