@@ -56,8 +56,8 @@ coverage: $(VENV)/test.stamp
 # Which method passed which law, for the site's page `Contract`: with the Python and the
 # jax that $(VENV) has. METHOD=name runs the tests of one method only.
 CONTRACT := $(addprefix tests/test_,$(addsuffix .py, \
-	common calls boxes inject decay saving faults sharding average many_devices \
-	threads))
+	common any_params calls boxes inject decay saving faults sharding average \
+	many_devices threads))
 
 contract: $(VENV)/test.stamp
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal --sample 1 -k "$(METHOD)" \

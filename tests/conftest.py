@@ -58,12 +58,17 @@ jax.config.update("jax_num_cpu_devices", 2)
 hypothesis.settings.register_profile(
     "few", max_examples=20, deadline=None, derandomize=True
 )
+# For a night: --hypothesis-profile many.
+hypothesis.settings.register_profile(
+    "many", hypothesis.settings.get_profile("few"), max_examples=200
+)
 hypothesis.settings.load_profile("few")
 
 # Laws that every method is tried with are kept by code that all methods share: of the
 # tests of a law in these files, one in so many runs where nobody says, each with other
 # methods than the law before. GitHub's workflow tries them all.
 _SAMPLED = {
+    "test_any_params.py": 4,
     "test_average.py": 2,
     "test_boxes.py": 4,
     "test_calls.py": 4,

@@ -61,8 +61,9 @@ SHAPES = {"w": (64, 64), "lora": (32, 4), "query": (40, 3, 8)}
 
 @pytest.mark.parametrize("rank", [1, 3, 4, 16, 20, 31, 32, 48, 64, 128])
 @pytest.mark.parametrize("name", SHAPES)
-def test_the_default_rule_takes_less_than_adam_or_what_adam_does(name, rank):
-    params = {name: jax.ShapeDtypeStruct(SHAPES[name], jnp.float32)}
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_default_rule_takes_less_than_adam_or_what_adam_does(name, rank, dtype):
+    params = {name: jax.ShapeDtypeStruct(SHAPES[name], dtype)}
     m, n = SHAPES[name] if len(SHAPES[name]) == 2 else (40, 24)
     r, adam = min(rank, m, n), 2 * 4 * m * n
     taken = {

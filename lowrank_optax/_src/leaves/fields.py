@@ -114,7 +114,7 @@ def _masked_fields(state: Any, paths: set[Any]) -> list[str]:
         key_path[:start]
         for key_path, x in entries
         if left_out(x)
-        for start in range(len(key_path))
+        for start in range(len(key_path) + 1)  # to the end if it is a single leaf
         if tuple(key_path[start:]) in paths
     )
     return ["/".join(path_parts(start)) for start in starts]

@@ -92,7 +92,7 @@ class MatrixView:
         return tuple(self.shape[a] for a in self.batch)
 
     @property
-    def compute_dtype(self) -> Any:
+    def compute_dtype(self) -> np.dtype:
         """What arithmetic and state are in: float32, or the leaf's if wider."""
         return wide(self.dtype)
 

@@ -1,10 +1,10 @@
 """Products with thin matrices, and scales that keep squares in range."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -33,11 +33,11 @@ def sketch(a: Array, w: Array) -> Array:
     return matmul(a, jax.lax.optimization_barrier(w))
 
 
-def wide(dtype: Any) -> Any:
+def wide(dtype: DTypeLike) -> np.dtype:
     """float32, or the dtype where it is wider."""
     # JAX promotes floats of eight bits to nothing.
     narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
-    return jnp.float32 if narrow else jnp.promote_types(jnp.float32, dtype)
+    return jnp.promote_types(jnp.float32, jnp.float32 if narrow else dtype)
 
 
 def at_least_float32(x: Array) -> Array:
