@@ -254,7 +254,7 @@ def test_the_largest_entries_are_kept(shape, density):
 
 def _state(recovery, kept, age, empty):
     tx = galore_plus(matrices=lro.MatrixAxes())
-    one = jax.eval_shape(tx.init, {"q": jnp.ones((2, 2))}).recovery["q"]
+    one = jax.eval_shape(tx.init, {"q": jnp.ones((4, 4))}).recovery["q"]
     return type(one)(jnp.zeros(empty.shape, jnp.int32), empty, empty, age)
 
 
@@ -385,6 +385,11 @@ def test_arguments_that_cannot_be(make, error, message):
 def test_what_does_not_fit_is_refused():
     params = {"q_proj": jnp.ones((6, 9))}
     tx = galore_plus(num_heads=2)
+    with pytest.raises(ValueError, match="2.* not divide the 9 columns of 'q_proj'"):
+        tx.init(params)
+    tx = lro.project_gradients(
+        optax.trace(0.9), rank=2, subspace=lro.CrossHead(2), side="left"
+    )
     with pytest.raises(ValueError, match="2 heads.*do not divide the 9 columns"):
         tx.update(params, tx.init(params))
     tx = galore_plus(optax.scale_by_rms(), num_heads=3)
