@@ -12,9 +12,8 @@ bfloat16. Optimizers are those of `benchmarks.faults`; kernels are interpreted, 
 GPU and of TPU, for the methods that have any. AdaRankGrad's moments are too small here
 to be kept in bytes. What the record has is not done again.
 
-Where a float32 run stands out, a choice fell otherwise: MLorc-AdamW takes another value
-where its second moment is below zero, and Lion the sign of a number; of singular values
-below rounding, `Hybrid` draws others.
+Where a float32 run of MLorc-AdamW or of a Lion stands out, it is by a single entry of
+one matrix. `Hybrid` draws others of singular vectors whose values are below rounding.
 """
 
 import contextlib

@@ -41,7 +41,6 @@ ARGUMENTS = {
     "max_rank": st.integers(1, 6),
     "side": st.sampled_from(["short", "long", "left", "right"]),
     "matrices": st.sampled_from([None, lro.MatrixAxes(), lro.MatrixAxes(0, -1)]),
-    "moment_dtype": st.sampled_from([None, jnp.bfloat16]),
 }
 # Sizes of the gradients of a step.
 SIZES = st.lists(

@@ -76,7 +76,8 @@ _MISSED = """
   by it, and elsewhere the kernel is taken.
 - **Compile time** beside `optax.adamw` of the same row: what is compiled once for equal
   shapes by the tracer is compiled by XLA for each leaf. On a TPU a product at the
-  highest precision takes it one to four seconds, and a refresh has 26 of them a leaf.
+  highest precision takes it up to four seconds of a processor, and the program of one
+  leaf has 26 of them.
   Loops over its rounds leave 16, but took 42 s for 37, and 147 more launches for seven
   leaves on an H100.
 """

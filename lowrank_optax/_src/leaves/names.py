@@ -81,7 +81,7 @@ def _is_norm(word: str) -> bool:
 def _is_head(piece: str, own: list[str], last: bool, attends: bool) -> bool:
     if any(word in HEADS for word in own) or piece in HEAD_PARTS:
         return True
-    if own[:2] == ["lm", "head"]:
+    if own[:2] == ["lm", "head"]:  # whatever follows
         return True
     if attends:  # its heads and its output are those of the attention
         return False
