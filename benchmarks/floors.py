@@ -159,8 +159,8 @@ def parts_of_a_refresh(shapes: list[tuple[int, int]]) -> dict[str, Run]:
         "four products of width 136 with the gradient": lambda: [twice(), twice()],
         "two Cholesky passes, one orthonormalization": compiled(
             lambda q, w: (
-                linalg.cholesky_pass(q),
-                linalg.cholesky_pass(w),
+                linalg.cholesky_pass_each([q]),
+                linalg.cholesky_pass_each([w]),
                 linalg.orthonormalize(q),
             ),
             lefts,

@@ -109,7 +109,9 @@ def test_equals_the_update_by_the_mean(name):
     grads = random_grads(params, 4 * EVERY)
     expected, _ = run(tx, params, means(grads))
     updates, _ = run(lro.accumulate_gradients(tx, EVERY), params, grads)
-    assert_close(updates[EVERY - 1 :: EVERY], expected, rtol=1e-4, atol=1e-5)
+    # Of bytes, one that lies between two codes goes to the other by a rounding error.
+    atol = 1e-3 if name == "in bytes" else 1e-5
+    assert_close(updates[EVERY - 1 :: EVERY], expected, rtol=1e-4, atol=atol)
     for i in range(EVERY - 1):
         between = [jax.tree.map(jnp.zeros_like, params)] * 4
         assert_close(updates[i::EVERY], between, 0, 0)

@@ -29,7 +29,7 @@ from registry import (
 from running import assert_close, norm, random_grads, random_like, run, run_eagerly
 
 import lowrank_optax as lro
-from lowrank_optax._src.engines import coded, one_matrix, rules
+from lowrank_optax._src.engines import coded, one_matrix, renew, rules
 from lowrank_optax._src.leaves import keys
 
 BY_NAME = {method.name: method for method in METHODS}
@@ -199,7 +199,7 @@ def one_key(monkeypatch):
     def same(seed, step, batch, field=""):
         return jnp.broadcast_to(matrix_keys(seed, step, (), field), batch)
 
-    for module in (coded, one_matrix, rules):
+    for module in (coded, one_matrix, renew, rules):
         monkeypatch.setattr(module, "matrix_keys", same)
     jax.clear_caches()
     yield

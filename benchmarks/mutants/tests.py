@@ -20,6 +20,7 @@ _TESTS = {
     "engines/order": "around project",
     "engines/project": "project golden accumulate",
     "engines/project_state": "project galore accumulate",
+    "engines/renew": "renew project galore_plus",
     "engines/rules": "leafwise golden ldadam",
     "kernels/adam": "quantize",
     "kernels/dispatch": "kernels",

@@ -5,8 +5,6 @@ is compiled: a conditional would write out a transposed view that it is given.
 """
 
 import dataclasses
-import functools
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,13 +15,10 @@ from lowrank_optax._src.engines.accept import accept_each, all_finite, tree_wher
 from lowrank_optax._src.engines.order import Order
 from lowrank_optax._src.leaves.keys import Seed, matrix_keys
 from lowrank_optax._src.leaves.matrix import MatrixView
-from lowrank_optax._src.leaves.roles import Known
-from lowrank_optax._src.linalg import matmul, orthonormalize, project
+from lowrank_optax._src.linalg import project
 from lowrank_optax._src.linalg.meshes import gathered
 from lowrank_optax._src.linalg.products import Lying, power_of_two
-from lowrank_optax._src.linalg.random import filler
 from lowrank_optax._src.parts.laws import (
-    Observer,
     Recovery,
     Refresh,
     Seen,
@@ -115,7 +110,7 @@ class Matrix(NamedTuple):
         """Whether to renew, if this is the ``first`` gradient of a window."""
         due = first & refresh.due(self.own.refresh, step)
         if not is_stored(self.parts.subspace):
-            return _any(due) | (first & (step == 0))
+            return any_of(due) | (first & (step == 0))
         # A basis that has not seen a usable gradient yet is zero: it is always due.
         return due | jnp.all(self.own.basis[..., 0] == 0)
 
@@ -152,7 +147,7 @@ class Matrix(NamedTuple):
         return _up(parts, self.grad, self.own, self.seed, coeff, direction, new, old)
 
 
-def _any(due: jax.Array) -> jax.Array:
+def any_of(due: jax.Array) -> jax.Array:
     """Whether a leaf is due, if one of its matrices is enough."""
     return jnp.any(due) if due.ndim else due
 
@@ -170,10 +165,10 @@ def _looks(parts, grad, own, seed, size):
     inverse, unit = power_of_two(jnp.where(size == 0, 1.0, size))
     scaled = parts.matrix(grad, own) * inverse[..., None, None]
     whole = jnp.sqrt(jnp.sum(scaled * scaled, axis=(-2, -1))) * unit
-    return whole, _used(parts.basis(own, seed)) / parts.view.m
+    return whole, used_columns(parts.basis(own, seed)) / parts.view.m
 
 
-def _used(basis: jax.Array) -> jax.Array:
+def used_columns(basis: jax.Array) -> jax.Array:
     """How many columns of each basis are not zero."""
     return jnp.sum(jnp.any(basis != 0, axis=-2), axis=-1)
 
@@ -204,132 +199,3 @@ def _up(parts, grad, own, seed, coeff, direction, new, old):
     ok = all_finite((coeff, direction, new, recovery))
     recovery = tree_where(ok, recovery, own.recovery)
     return parts.view.leaf(update), recovery, tree_where(ok, new, old)
-
-
-def renew_due(
-    matrices: Mapping[int, Matrix],
-    due: Mapping[int, jax.Array],
-    step: jax.Array,
-    moments: Mapping[int, Moments],
-    known: tuple[tuple[str, Known], ...],
-    first: Any = True,
-) -> dict[int, Renewal]:
-    """Renew each basis that is due, and carry its moments to the new one.
-
-    Before that, recoveries look at the moments where they are to. For ``known`` see
-    `Layout`.
-    """
-    looks = {
-        i: first & rule.ready(x.own.recovery)
-        for i, x in matrices.items()
-        if isinstance(rule := x.parts.recovery, Observer)
-    }
-
-    def renew_each():
-        order, renewals = Order(), {}
-        for i, x in matrices.items():
-            grad = order.start(x.grad)
-            parts, own, seed = (x.parts, known), x.own, x.seed
-            if i in looks:
-                own = _observe(parts, looks[i], own, seed, moments[i])
-            renewals[i] = _renew(parts, due[i], step, grad, own, seed, moments[i])
-            order.end(renewals[i].share)
-        return renewals
-
-    def keep_all():
-        return {i: _kept(x.parts, x.own, moments[i]) for i, x in matrices.items()}
-
-    if not matrices:
-        return {}
-    # One conditional a step: on GPU, the host waits for the predicate of each.
-    with jax.named_scope("refresh"):
-        each = [*map(_any, due.values()), *looks.values()]
-        any_due = functools.reduce(jnp.logical_or, each)
-        return jax.lax.cond(any_due, renew_each, keep_all)
-
-
-def _kept(parts: Parts, own: Own, moments: Moments) -> Renewal:
-    share = jnp.ones(parts.view.batch_shape, jnp.float32)
-    return Renewal(own.basis, moments, share, own.recovery)
-
-
-@compiled
-def _observe(parts, looks, own, seed, moments):
-    parts, known = parts
-
-    def look():
-        given = parts.basis(own, seed), moments, dict(known)
-        return parts.recovery.observe(*given, own.recovery)
-
-    return own._replace(recovery=jax.lax.cond(looks, look, lambda: own.recovery))
-
-
-@compiled
-def _renew(parts, due, step, grad, own, seed, moments):
-    parts, known = parts
-
-    def new():
-        matrix = parts.matrix(exchange.mean(grad), own)
-        largest = jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
-        usable = jnp.isfinite(largest) & (largest > 0)
-        old = parts.basis(own, seed)
-        if is_stored(parts.subspace):
-            key = matrix_keys(seed, step, parts.view.batch_shape)
-            basis = _select(parts, key, matrix, old, step, usable)
-            kept = basis
-        else:
-            kept = jnp.asarray(step, own.basis.dtype)
-            basis = parts.basis(own._replace(basis=kept), seed)
-        overlap = matmul(basis.mT, old)
-        used = jnp.maximum(_used(old), 1)
-        # Where no gradient was usable nothing was chosen, and there is no overlap.
-        share = jnp.sum(overlap**2, axis=(-2, -1)) / used
-        share = jnp.where(usable[..., 0, 0], share, 0.0).astype(jnp.float32)
-        carried = parts.transfer.carry(moments, overlap, dict(known))
-        # Carried in float32 and stored as they were.
-        carried = {name: x.astype(moments[name].dtype) for name, x in carried.items()}
-        now = Renewal(kept, carried, share, own.recovery)
-        return _of_due(due, now, old_one) if due.ndim else now
-
-    old_one = _kept(parts, own, moments)
-    return jax.lax.cond(_any(due), new, lambda: old_one)
-
-
-def _of_due(due: jax.Array, new: Renewal, old: Renewal) -> Renewal:
-    """Of a stack, what is new of the matrices that are due.
-
-    A moment that has no entry for each matrix is that of the new bases.
-    """
-
-    def pick(x, y):
-        return tree_where(due, x, y) if x.shape[: due.ndim] == due.shape else x
-
-    return jax.tree.map(pick, new, old)
-
-
-def _select(parts: Parts, key, grad, old, step, usable):
-    """A new basis with the signs of the old one, or of a fixed matrix at the start.
-
-    An unusable gradient keeps the old basis, and so does a search that fails.
-    """
-    kept = old.shape[-1]
-    # The subspace is asked for all columns and the first ones are used, so that a
-    # shrunk basis has the same columns as a whole one.
-    pad = [(0, 0)] * (old.ndim - 1) + [(0, parts.rank - kept)]
-    whole = jnp.pad(old, pad)
-    new = parts.subspace.select(key, grad, whole, step)
-    # The signs of singular vectors are arbitrary. Those of the old basis are taken, or
-    # at the start those of a fixed matrix.
-    known = jnp.any(whole != 0, axis=-2, keepdims=True)
-    signs = jnp.where(known, whole, filler(*whole.shape[-2:]).astype(old.dtype))
-    flipped = jnp.sum(new * signs, axis=-2, keepdims=True) < 0
-    new = jnp.where(flipped, -new, new)[..., :kept]
-    usable &= jnp.all(jnp.isfinite(new), axis=(-2, -1), keepdims=True)
-    if parts.view.batch_shape:
-        # In a stack of which others start, a matrix without a usable gradient starts
-        # too, anywhere: with a basis of zero it would stand still until the next
-        # refresh.
-        unset = jnp.all(old == 0, axis=(-2, -1), keepdims=True)
-        anywhere = orthonormalize(jnp.zeros_like(old[(0,) * (old.ndim - 2)]))
-        old = jnp.where(unset & jnp.any(usable), anywhere, old)
-    return jnp.where(usable, new, old)

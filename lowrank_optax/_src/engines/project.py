@@ -18,10 +18,10 @@ from lowrank_optax._src.engines.one_matrix import (
     Own,
     Parts,
     is_stored,
-    renew_due,
 )
 from lowrank_optax._src.engines.order import Order
 from lowrank_optax._src.engines.project_state import Leaves, ProjectState
+from lowrank_optax._src.engines.renew import renew_due
 from lowrank_optax._src.leaves import matrix
 from lowrank_optax._src.leaves.choose import view_leaves
 from lowrank_optax._src.leaves.fields import (
@@ -252,14 +252,11 @@ class _Projection:
 
     def _renew(self, leaves: Leaves, step: jax.Array, first: Any = True) -> None:
         """Renew the bases that are due, and carry their moments along."""
-        due = {
-            i: x.is_due(self.refresh, step, first) for i, x in leaves.matrices.items()
-        }
         known = leaves.layout.known
-        renewed = renew_due(leaves.matrices, due, step, leaves.moments, known, first)
-        for i, now in renewed.items():
-            leaves.matrices[i] = leaves.matrices[i].renewed(now, due[i])
-            leaves.moments[i] = now.moments
+        given = self.refresh, step, leaves.moments, known, first
+        matrices, moments = renew_due(leaves.matrices, *given)
+        leaves.matrices.update(matrices)
+        leaves.moments.update(moments)
 
     def add(
         self, updates: Any, state: ProjectState, first: jax.Array

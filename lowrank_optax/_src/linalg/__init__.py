@@ -1,6 +1,9 @@
 """Linear algebra on arrays: products, factorizations, random matrices."""
 
-from lowrank_optax._src.linalg.factor import cholesky_pass as cholesky_pass
+from lowrank_optax._src.linalg.factor import (
+    cholesky_pass_each as cholesky_pass_each,
+)
+from lowrank_optax._src.linalg.factor import eigenvectors_each as eigenvectors_each
 from lowrank_optax._src.linalg.factor import gram_eigh as gram_eigh
 from lowrank_optax._src.linalg.factor import lifted as lifted
 from lowrank_optax._src.linalg.factor import orthonormalize as orthonormalize

@@ -33,9 +33,21 @@ def _polish(y: Array) -> Array:
     return matmul(y, 1.5 * jnp.eye(y.shape[-1], dtype=y.dtype) - 0.5 * gram(y))
 
 
-def cholesky_pass(y: Array) -> Array:
-    """``y R^-1`` with ``R^T R = y^T y + shift``: same span, far better conditioned."""
-    return matmul(y, _shifted_inverse(gram(y)))
+def cholesky_pass_each(arrays: Sequence[Array]) -> list[Array]:
+    """``y R^-1`` of each y near one, with ``R^T R = y^T y + shift``.
+
+    It spans the same, and is far better conditioned. Small problems are common calls.
+    """
+    stacks = thin.Stacks([(a,) for a in arrays], None)
+    ys = list(map(near_one, stacks.stack(arrays)))
+    inverses = thin.across(_shifted_inverse, map(gram, ys))
+    return stacks.unstack([matmul(y, t) for y, t in zip(ys, inverses, strict=True)])
+
+
+def eigenvectors_each(squares: Sequence[Array]) -> list[Array]:
+    """The eigenvectors of symmetric matrices, of descending values, in common calls."""
+    stacks = thin.Stacks([(a,) for a in squares], None)
+    return stacks.unstack(thin.across(lambda a: eigh(a)[1], stacks.stack(squares)))
 
 
 def _shifted_inverse(square: Array) -> Array:

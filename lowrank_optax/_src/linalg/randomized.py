@@ -3,6 +3,8 @@
 Products with a random or known start, and `linalg`'s factorizations of what is thin.
 """
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
@@ -34,31 +36,61 @@ def range_finder(
       ``(*batch, m, min(size, m, n))`` with orthonormal columns.
     """
     a = linalg.at_least_float32(a)
+    starts = None if start is None else [start]
+    units = [thin_scale(a)]
+    return _range_finder_each([key], [a], units, [size], power_iters, starts)[0]
+
+
+def _range_finder_each(
+    keys: Sequence[Array],
+    arrays: Sequence[Array],
+    units: Sequence[Array],
+    sizes: Sequence[int],
+    power_iters: int,
+    starts: Sequence[Array] | None,
+) -> list[Array]:
+    """`range_finder` of many matrices, whose small problems are common calls."""
+    firsts = [None] * len(arrays) if starts is None else starts
+    zs = [_omega(*of_one) for of_one in zip(keys, arrays, sizes, firsts, strict=True)]
+    ys = _sketches(arrays, zs, units)
+    for _ in range(power_iters):
+        zs = linalg.cholesky_pass_each(
+            _sketches([a.mT for a in arrays], linalg.cholesky_pass_each(ys), units)
+        )
+        ys = _sketches(arrays, zs, units)
+    return linalg.orthonormalize_each(ys, None)
+
+
+def _sketches(
+    arrays: Sequence[Array], thin: Sequence[Array], units: Sequence[Array]
+) -> list[Array]:
+    each = zip(arrays, thin, units, strict=True)
+    return [linalg.sketch(a, w * unit) for a, w, unit in each]
+
+
+def _omega(key: Array, a: Array, size: int, start: Array | None) -> Array:
+    """The Gaussian matrix that ``a`` is multiplied by, its first columns known."""
     m, n = a.shape[-2:]
     size = min(size, m, n)
     known = 0 if start is None else min(start.shape[-1], size)
-    shape = (*a.shape[:-2], n, size - known)
-    omega = random.normal(key, shape, a.dtype)
-    if start is not None:
-        # Unit columns: a warm start on the scale of the Gaussian ones.
-        start = linalg.unit_columns(start[..., :known].astype(a.dtype)) * n**0.5
-        omega = jnp.concatenate([start, omega], axis=-1)
-    unit = thin_scale(a)
-    y = linalg.sketch(a, omega * unit)
-    for _ in range(power_iters):
-        y = linalg.cholesky_pass(linalg.near_one(y))
-        z = linalg.cholesky_pass(linalg.near_one(linalg.sketch(a.mT, y * unit)))
-        y = linalg.sketch(a, z * unit)
-    return linalg.orthonormalize(y)
+    omega = random.normal(key, (*a.shape[:-2], n, size - known), a.dtype)
+    if start is None:
+        return omega
+    # Unit columns: a warm start on the scale of the Gaussian ones.
+    start = linalg.unit_columns(start[..., :known].astype(a.dtype)) * n**0.5
+    return jnp.concatenate([start, omega], axis=-1)
 
 
-def thin_scale(a: Float[Array, "*b m n"]) -> Float[Array, "*b 1 1"]:
+def thin_scale(
+    a: Float[Array, "*b m n"], largest: Float[Array, "*b 1 1"] | None = None
+) -> Float[Array, "*b 1 1"]:
     """A power of two by which a thin factor is multiplied instead of a large ``a``.
 
     So the product is of the size that it has with an ``a`` of largest entry about 1, or
     is far from both ends of the range of floats; and no scaled copy of ``a`` is made.
     """
-    largest = jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True)
+    if largest is None:
+        largest = jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True)
     return jnp.clip(linalg.power_of_two(largest)[0], 2.0**-100, 2.0**100)
 
 
@@ -70,18 +102,44 @@ def leading_singular(
     oversample: int = 8,
     start: Float[Array, "*b m k"] | None = None,
 ) -> tuple[Float[Array, "*b m r"], Float[Array, "*b r n"]]:
-    """The vectors of `subspace_iteration`, and the projection of ``a`` to them.
+    """The vectors of `subspace_iteration`, and the projection of ``a`` to them."""
+    starts = None if start is None else [start]
+    return leading_singular_each([key], [a], [rank], iters, oversample, starts)[0]
 
-    In the span of a basis Q of the range, these are ``Q U`` and ``U^T B``, with U the
-    leading eigenvectors of ``B B^T``, ``B = Q^T a``.
+
+def leading_singular_each(
+    keys: Sequence[Array],
+    arrays: Sequence[Array],
+    ranks: Sequence[int],
+    iters: int = 2,
+    oversample: int = 8,
+    starts: Sequence[Array] | None = None,
+    largest: Sequence[Array] | None = None,
+) -> list[tuple[Array, Array]]:
+    """`leading_singular` of many matrices, whose small problems are common calls.
+
+    In the span of a basis Q of the range, the vectors and the projection are ``Q U``
+    and ``U^T B``, with U the leading eigenvectors of ``B B^T``, ``B = Q^T a``.
+    ``largest`` has the largest magnitude of each matrix, where that is known.
     """
-    a, unit = linalg.at_least_float32(a), thin_scale(a)
-    warm = None if start is None else linalg.sketch(a.mT, start * unit)
-    basis = range_finder(key, a, rank + oversample, iters, warm)
-    b = linalg.project(basis * unit, a)
-    _, vectors = linalg.eigh(matmul(b, b.mT))
-    vectors = vectors[..., : min(rank, *a.shape[-2:])]
-    return matmul(basis, vectors), matmul(vectors.mT, b) / unit
+    arrays = list(map(linalg.at_least_float32, arrays))
+    known = [None] * len(arrays) if largest is None else largest
+    units = list(map(thin_scale, arrays, known))
+    if starts is not None:
+        starts = _sketches([a.mT for a in arrays], starts, units)
+    sizes = [rank + oversample for rank in ranks]
+    bases = _range_finder_each(keys, arrays, units, sizes, iters, starts)
+    each = zip(bases, arrays, units, strict=True)
+    coeffs = [linalg.project(basis * unit, a) for basis, a, unit in each]
+    turns = linalg.eigenvectors_each([matmul(b, b.mT) for b in coeffs])
+    turns = [
+        turn[..., : min(rank, *a.shape[-2:])]
+        for turn, a, rank in zip(turns, arrays, ranks, strict=True)
+    ]
+    return [
+        (matmul(basis, turn), matmul(turn.mT, b) / unit)
+        for basis, turn, b, unit in zip(bases, turns, coeffs, units, strict=True)
+    ]
 
 
 def subspace_iteration(

@@ -31,6 +31,7 @@ class Every:
     """
 
     update_every: Any
+    in_step: ClassVar[bool] = True
 
     def __post_init__(self):
         _check_period(self.update_every)

@@ -1,22 +1,63 @@
 """Which subspace a gradient is projected to."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from lowrank_optax._src import linalg
 from lowrank_optax._src.linalg import random, randomized
 from lowrank_optax._src.parts import compatible
 from lowrank_optax._src.parts.checks import check_rank
-from lowrank_optax._src.parts.laws import Subspace
+from lowrank_optax._src.parts.laws import JointSubspace, Step, Subspace
 
 Method = Literal["svd", "gram_eigh", "rsvd", "subspace_iteration", "warm"]
 
 
+def is_joint(subspace: Subspace) -> bool:
+    return getattr(subspace, "together", False)
+
+
+def select_each(
+    subspace: Subspace,
+    keys: Sequence[Array],
+    grads: Sequence[Array],
+    olds: Sequence[Array],
+    step: Step,
+    largest: Sequence[Array] | None = None,
+) -> list[Array]:
+    """New bases of many matrices: at once where the subspace does that, else each."""
+    if isinstance(subspace, JointSubspace) and is_joint(subspace):
+        return subspace.select_each(keys, grads, olds, step, largest)
+    each = zip(keys, grads, olds, strict=True)
+    return [subspace.select(key, g, old, step) for key, g, old in each]
+
+
+class _Joint:
+    """A `JointSubspace` by its ``select_each``, of which ``select`` is one case."""
+
+    _derived: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        # What is derived and has a ``select`` of its own is asked for that.
+        cls._derived |= "select" in vars(cls)
+
+    @property
+    def together(self) -> bool:
+        return not self._derived
+
+    def select(self, key, grad, old, step):
+        return self.select_each([key], [grad], [old], step)[0]
+
+    def select_each(self, keys, grads, olds, step, largest=None):
+        raise NotImplementedError
+
+
 @dataclasses.dataclass(frozen=True)
-class TopSingular:
+class TopSingular(_Joint):
     """The leading left singular vectors of the gradient: GaLore's subspace.
 
     Args:
@@ -41,21 +82,34 @@ class TopSingular:
                 f"{', '.join(get_args(Method))}."
             )
 
-    def select(self, key, grad, old, step):
-        rank = old.shape[-1]
+    @property
+    def together(self) -> bool:
+        # Exact ones are as large as the gradient: of one matrix at a time.
+        return super().together and self.method not in ("svd", "gram_eigh")
+
+    def select_each(self, keys, grads, olds, step, largest=None):
+        ranks = [old.shape[-1] for old in olds]
+        each = zip(grads, ranks, strict=True)
         if self.method == "svd":
-            return linalg.svd(linalg.unit_scale(grad)[0])[0][..., :rank]
+            return [linalg.svd(linalg.unit_scale(g)[0])[0][..., :r] for g, r in each]
         if self.method == "gram_eigh":
-            return linalg.gram_eigh(grad, rank)[0]
-        start = None
+            return [linalg.gram_eigh(g, r)[0] for g, r in each]
+        starts = None
         if self.method == "warm":
-            # At the start there is no old basis: a zero column would waste its place.
-            started = jnp.any(old != 0, axis=(-2, -1), keepdims=True)
-            fresh_key, key = random.split(key)
-            fresh = random.normal(fresh_key, old.shape, old.dtype)
-            start = jnp.where(started, old, fresh)
+            pairs = [random.split(key) for key in keys]
+            keys = [key for _, key in pairs]
+            starts = [_start(k, x) for (k, _), x in zip(pairs, olds, strict=True)]
         iters = 2 if self.method == "subspace_iteration" else 1
-        return randomized.leading_singular(key, grad, rank, iters, start=start)[0]
+        found = randomized.leading_singular_each(
+            keys, grads, ranks, iters, starts=starts, largest=largest
+        )
+        return [basis for basis, _ in found]
+
+
+def _start(key: Array, old: Array) -> Array:
+    """The old basis, or a Gaussian one: a zero column would waste its place."""
+    started = jnp.any(old != 0, axis=(-2, -1), keepdims=True)
+    return jnp.where(started, old, random.normal(key, old.shape, old.dtype))
 
 
 # Relative to the largest: what is smaller is not precise to a percent, or only noise.
@@ -172,7 +226,7 @@ def _take(vectors, score, rank):
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomOrthonormal:
+class RandomOrthonormal(_Joint):
     """A uniformly random subspace, whatever the gradient: GoLore's.
 
     The orthonormal factor of a Gaussian matrix, with the signs of a triangular factor
@@ -186,12 +240,14 @@ class RandomOrthonormal:
 
     lacks: ClassVar[tuple[str, ...]] = (compatible.CHOSEN,)
 
-    def select(self, key, grad, old, step):
-        return linalg.orthonormalize(random.normal(key, old.shape, old.dtype))
+    def select_each(self, keys, grads, olds, step, largest=None):
+        each = zip(keys, olds, strict=True)
+        normal = [random.normal(key, old.shape, old.dtype) for key, old in each]
+        return linalg.orthonormalize_each(normal, None)
 
 
 @dataclasses.dataclass(frozen=True)
-class Switch:
+class Switch(_Joint):
     """One subspace up to a step, another one from then on.
 
     Args:
@@ -215,11 +271,17 @@ class Switch:
             x for x in {*before, *after} if x != chosen or x in before and x in after
         )
 
-    def select(self, key, grad, old, step):
+    @property
+    def together(self) -> bool:
+        both = is_joint(self.before) and is_joint(self.after)
+        return super().together and both
+
+    def select_each(self, keys, grads, olds, step, largest=None):
+        given = keys, grads, olds, step, largest
         return jax.lax.cond(
             step >= self.step,
-            lambda: self.after.select(key, grad, old, step),
-            lambda: self.before.select(key, grad, old, step),
+            lambda: select_each(self.after, *given),
+            lambda: select_each(self.before, *given),
         )
 
 
@@ -305,7 +367,7 @@ class RandomGaussian:
 
 
 @dataclasses.dataclass(frozen=True)
-class CrossHead:
+class CrossHead(_Joint):
     """A subspace of one attention head, for all of them: GaLore+'s.
 
     For query and key kernels, whose columns are heads side by side and whose rows are
@@ -335,7 +397,18 @@ class CrossHead:
     def lacks(self) -> tuple[str, ...]:
         return getattr(self.base, "lacks", ())
 
-    def select(self, key, grad, old, step):
+    @property
+    def together(self) -> bool:
+        return super().together and is_joint(self.base)
+
+    def select_each(self, keys, grads, olds, step, largest=None):
+        pairs = [random.split(key) for key in keys]
+        each = zip(pairs, grads, olds, strict=True)
+        parts = [self._drawn(k, g, old.shape[-1]) for (k, _), g, old in each]
+        return select_each(self.base, [key for _, key in pairs], parts, olds, step)
+
+    def _drawn(self, key: Array, grad: Array, rank: int) -> Array:
+        """The columns of as many heads as the rank needs."""
         *batch, m, n = grad.shape
         heads = self.num_heads
         if n % heads:
@@ -343,10 +416,8 @@ class CrossHead:
                 f"Cannot share a subspace among {heads} heads: they do not divide the "
                 f"{n} columns of a gradient of shape {grad.shape}."
             )
-        drawn = min(heads, -(-old.shape[-1] * heads // n))
-        head_key, key = random.split(key)
-        score = random.draw(jax.random.uniform, head_key, (*batch, heads), jnp.float32)
+        drawn = min(heads, -(-rank * heads // n))
+        score = random.draw(jax.random.uniform, key, (*batch, heads), jnp.float32)
         chosen = jax.lax.top_k(score, drawn)[1][..., None, :, None]
         blocks = grad.reshape(*batch, m, heads, n // heads)
-        part = jnp.take_along_axis(blocks, chosen, axis=-2).reshape(*batch, m, -1)
-        return self.base.select(key, part, old, step)
+        return jnp.take_along_axis(blocks, chosen, axis=-2).reshape(*batch, m, -1)

@@ -1,0 +1,136 @@
+"""Bases of many matrices that are renewed at once."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from running import assert_close
+
+import lowrank_optax as lro
+
+RANK = 4
+SHAPES = {
+    "a": (24, 40),
+    "b": (40, 24),
+    "c": (24, 40),
+    "few": (3, 64),  # of a rank of its own
+    "stack": (2, 24, 40),
+    "z": (24, 40),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Alone:
+    """Another subspace, asked for one matrix after the other."""
+
+    base: lro.Subspace
+
+    def select(self, key, grad, old, step):
+        return self.base.select(key, grad, old, step)
+
+
+JOINT = {
+    **{name: lro.TopSingular(name) for name in ("rsvd", "subspace_iteration", "warm")},
+    "random": lro.RandomOrthonormal(),
+    "switch": lro.Switch(1, lro.TopSingular(), lro.RandomOrthonormal()),
+    "heads": lro.CrossHead(4),
+}
+
+
+def project(subspace, **kwargs):
+    kwargs = {"rank": RANK, "refresh": lro.Every(2), "side": "left", **kwargs}
+    axes = lro.MatrixAxes()
+    return lro.project_gradients(
+        optax.scale_by_adam(), subspace=subspace, matrices=axes, **kwargs
+    )
+
+
+def gradients(steps, shapes=SHAPES):
+    rng = np.random.default_rng(0)
+
+    def one(shape):
+        *batch, m, n = shape
+        values = 2.0 ** -np.arange(min(m, n))
+        left = np.linalg.qr(rng.normal(size=(*batch, m, min(m, n))))[0]
+        right = np.linalg.qr(rng.normal(size=(*batch, n, min(m, n))))[0]
+        return jnp.asarray((left * values) @ right.mT, jnp.float32)
+
+    return [{k: one(shape) for k, shape in shapes.items()} for _ in range(steps)]
+
+
+def run(tx, grads):
+    state, update = tx.init(grads[0]), jax.jit(tx.update)
+    states = []
+    for grad in grads:
+        updates, state = update(grad, state)
+        states.append((updates, state))
+    return states
+
+
+@pytest.mark.parametrize("name", JOINT)
+def test_at_once_and_one_after_the_other_are_the_same(name):
+    assert JOINT[name].together
+    grads = gradients(3)
+    for given, expected in zip(
+        run(project(JOINT[name]), grads),
+        run(project(Alone(JOINT[name])), grads),
+        strict=True,
+    ):
+        assert_close(given, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_exact_subspaces_are_of_one_matrix_at_a_time():
+    # Their temporaries are as large as a gradient.
+    for method in ("svd", "gram_eigh"):
+        assert not lro.TopSingular(method).together
+        assert not lro.CrossHead(4, lro.TopSingular(method)).together
+    assert not lro.Switch(1, lro.TopSingular(), Alone(lro.TopSingular())).together
+
+
+def calls(leaves, **kwargs):
+    """Of Cholesky factorizations and products with a gradient, in what is compiled."""
+    params = {
+        f"w{i}": jax.ShapeDtypeStruct((64, 96), jnp.float32) for i in range(leaves)
+    }
+    tx = project(lro.TopSingular(), rank=8, **kwargs)
+    state = jax.eval_shape(tx.init, params)
+    text = jax.jit(tx.update).lower(params, state).compile().as_text()
+    return text.count('custom_call_target="lapack_spotrf')
+
+
+def test_small_problems_of_a_refresh_are_common_calls():
+    # A matrix has room for the thin arrays of four such.
+    assert calls(1) == calls(4) > 0
+    assert calls(8) == 2 * calls(1)
+    # Where leaves are due apart, nothing is common.
+    assert calls(4, refresh=lro.Staggered(2)) == 4 * calls(1, refresh=lro.Staggered(2))
+
+
+def test_a_leaf_that_waits_for_a_gradient_does_not_renew_the_others():
+    grads = gradients(4)
+    for grad in grads[:3]:
+        grad["a"] *= 0.0
+    states = run(project(lro.TopSingular(), refresh=lro.Every(100)), grads)
+    first, last = (states[i][1].basis for i in (0, 3))
+    for i in (0, 1, 2):
+        assert not states[i][1].basis["a"].any()
+        assert not states[i][0]["a"].any()
+    for name in SHAPES:
+        if name == "a":
+            basis = last["a"]
+            assert_close(basis.T @ basis, np.eye(RANK), atol=1e-5)
+        else:
+            np.testing.assert_array_equal(last[name], first[name])
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_gradient_that_is_not_finite_spoils_no_other_basis(bad):
+    grads, spoiled = gradients(3), gradients(3)
+    spoiled[2]["c"] = spoiled[2]["c"].at[1, 2].set(bad)
+    fine, kept = (run(project(lro.TopSingular()), x) for x in (grads, spoiled))
+    for name in SHAPES:
+        new, old = fine[2][1].basis[name], fine[1][1].basis[name]
+        assert_close(kept[2][1].basis[name], old if name == "c" else new, atol=1e-6)
