@@ -75,10 +75,10 @@ _MISSED = """
   moves 9 to 12 words instead of 33; rows that are split over devices would be gathered
   by it, and elsewhere the kernel is taken.
 - **Compile time** beside `optax.adamw` of the same row: what is compiled once for equal
-  shapes by the tracer is compiled by XLA for each leaf. On a TPU a product of a gradient
+  shapes by the tracer is compiled by XLA for each leaf. On a TPU, a gradient's product
   at the highest precision takes it three to eight seconds of a processor (0.3 at the
-  default precision), and a leaf has six of them. Those of thin arrays take one to three;
-  a refresh has them once for the leaves that are renewed at once. Loops over its rounds
+  default precision), and a leaf has six. Those of thin arrays take one to three; a
+  refresh has them once for the leaves that are renewed at once. Loops over its rounds
   leave 16 products for 26, but took 42 s for 37, and 147 more launches for seven leaves
   on an H100. Products in blocks of 1024 compile in a second, but their loop needs the
   transposed gradient: two words and a leaf of temporaries more. Leaves that are stacked
