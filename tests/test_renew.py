@@ -1,6 +1,7 @@
 """Bases of many matrices that are renewed at once."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,8 @@ class Alone:
 
 
 JOINT = {
-    **{name: lro.TopSingular(name) for name in ("rsvd", "subspace_iteration", "warm")},
+    "rsvd": lro.TopSingular(),
+    "warm": lro.TopSingular("warm"),
     "random": lro.RandomOrthonormal(),
     "switch": lro.Switch(1, lro.TopSingular(), lro.RandomOrthonormal()),
     "heads": lro.CrossHead(4),
@@ -82,6 +84,69 @@ def test_at_once_and_one_after_the_other_are_the_same(name):
         assert_close(given, expected, rtol=1e-3, atol=1e-4)
 
 
+class Told(NamedTuple):
+    overlap: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Telling(lro.Every):
+    """Keeps what it is told of the last renewal."""
+
+    def init(self, view, phase):
+        return Told(jnp.full(view.batch_shape, -1.0))
+
+    def after(self, state, due, seen):
+        return Told(jnp.where(due, seen.overlap, state.overlap))
+
+
+@pytest.mark.parametrize("bad", [0.0, jnp.nan], ids=str)
+def test_a_gradient_without_a_direction_is_treated_alike_in_a_group_and_alone(bad):
+    grads = gradients(4)
+    for name in ("a", "stack"):
+        grads[2][name] = jnp.full_like(grads[2][name], bad)
+    parts = {"refresh": Telling(2), "transfer": lro.Reset()}
+    (given, expected) = (
+        run(project(subspace, **parts), grads)
+        for subspace in (lro.TopSingular(), Alone(lro.TopSingular()))
+    )
+    for (_, state), (_, want) in zip(given, expected, strict=True):
+        assert_close(state, want, rtol=1e-3, atol=1e-4)
+    assert not expected[2][1].refresh["a"].overlap.any()
+    assert expected[2][1].refresh["b"].overlap.all()
+
+
+class Reversed:
+    def select(self, key, grad, old, step):
+        return lro.TopSingular().select(key, grad, old, step)[..., ::-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixed(Reversed, lro.TopSingular):
+    """Derived, with a `select` from beside."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrapped(Reversed):
+    """Passes on all that it has not itself."""
+
+    base: lro.Subspace
+
+    def __getattr__(self, name):
+        return getattr(object.__getattribute__(self, "base"), name)
+
+
+@pytest.mark.parametrize("subspace", [Mixed(), Wrapped(lro.TopSingular())])
+def test_a_select_of_ones_own_is_asked(subspace):
+    grads = gradients(1)
+    (_, given), (_, expected) = (
+        run(project(x), grads)[0] for x in (subspace, lro.TopSingular())
+    )
+    for name in SHAPES:
+        overlap = jnp.abs(expected.basis[name].mT @ given.basis[name])
+        eye = jnp.broadcast_to(jnp.eye(overlap.shape[-1])[::-1], overlap.shape)
+        assert_close(overlap, eye, atol=1e-3)
+
+
 def test_exact_subspaces_are_of_one_matrix_at_a_time():
     # Their temporaries are as large as a gradient.
     for method in ("svd", "gram_eigh"):
@@ -91,7 +156,7 @@ def test_exact_subspaces_are_of_one_matrix_at_a_time():
 
 
 def calls(leaves, **kwargs):
-    """Of Cholesky factorizations and products with a gradient, in what is compiled."""
+    """Of Cholesky factorizations, in what is compiled."""
     params = {
         f"w{i}": jax.ShapeDtypeStruct((64, 96), jnp.float32) for i in range(leaves)
     }

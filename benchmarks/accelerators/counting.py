@@ -5,6 +5,8 @@ The rules, of which none flatters:
 - A conditional counts as its dearest branch. The one exception is a conditional that
   renews a basis, which the library marks by the scope "refresh": in an ordinary step
   no refresh is due, and it counts as its cheapest. In a refresh all of them are due.
+  That of a leaf that waits for its first gradient, marked by "waits", counts as its
+  cheapest in both: no basis is there to be renewed.
 - A loop counts as often as XLA knows that it runs. Where XLA does not know, the loop
   counts once and is named: `measure` refuses the program unless told otherwise.
 - A Pallas call counts what its grid reads and writes, re-reads included, see `pallas`.
@@ -47,6 +49,7 @@ _LIBRARY = re.compile(
 _PALLAS = ("__gpu$xla.gpu.triton", "tpu_custom_call", "mosaic_gpu")
 _ALIASES = {"ConcatBitcast", "AssumeGatherIndicesInBound"}  # move nothing
 _SCOPE = re.compile(r"(?:\w+\()*refresh\)*")
+_WAITS = re.compile(r"(?:^|/)waits/[^/]*$")
 _INNER = re.compile(r"branch_\d+_fun|while|body|cond|scan")
 
 
@@ -153,7 +156,8 @@ class Counter:
     def conditional(self, x: Instruction) -> Cost:
         costs = [self.computation(name) for name in x.branches]
         refresh = self.rule == "all" or is_refresh(x)
-        choose: Callable[..., Cost] = max if self.refresh or not refresh else min
+        spared = _WAITS.search(x.op_name) or refresh and not self.refresh
+        choose: Callable[..., Cost] = min if spared else max
         look = Cost(launches=1)
         return look + choose(costs, key=lambda c: (c.bytes, c.launches))
 

@@ -41,6 +41,8 @@ def _texts() -> dict[str, str]:
         "speed_h100_stacked": speed.table("h100", "7b-stacked", "float32"),
         "speed_v5e": speed.table("v5e", "7b", "float32"),
         "speed_v5e_bfloat16": speed.table("v5e", "7b", "bfloat16"),
+        "speed_v5e_ordinary": speed.table("v5e", "leaf-ordinary", "float32"),
+        "speed_v6e_ordinary": speed.table("v6e", "leaf-ordinary", "float32"),
         "papers_mlorc": papers.table(papers.MLORC),
         "papers_i3s": papers.table(papers.I3S),
         "papers_gap": papers.gap(),

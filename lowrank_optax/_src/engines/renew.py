@@ -25,9 +25,9 @@ from lowrank_optax._src.leaves.keys import Seed, matrix_keys
 from lowrank_optax._src.leaves.roles import Known
 from lowrank_optax._src.linalg import matmul, orthonormalize
 from lowrank_optax._src.linalg.random import filler
+from lowrank_optax._src.parts.joint import is_joint, select_each
 from lowrank_optax._src.parts.laws import Observer, Refresh
 from lowrank_optax._src.parts.part import compiled
-from lowrank_optax._src.parts.subspace import is_joint, select_each
 
 
 def renew_due(
@@ -90,11 +90,13 @@ def _groups(matrices: Mapping[int, Matrix], in_step: bool) -> list[list[int]]:
     Of those that are due at the same steps, in one subspace that chooses for many:
     alike ones beside one another, and as many as have thin arrays no larger together
     than the largest matrix. So a refresh makes few and large calls, and its temporaries
-    do not grow with the model.
+    do not grow with the model. (Of gradients in bfloat16 they do on a CPU, which stores
+    a cast of each; a GPU has none.)
     """
     kinds: dict[object, list[int]] = {}
     for i in sorted(matrices, key=lambda i: (matrices[i].grad.shape, i)):
         subspace = matrices[i].parts.subspace
+        # The same object, as numbers in it may be traced and cannot be compared.
         kind = id(subspace) if in_step and is_joint(subspace) else (i,)
         kinds.setdefault(kind, []).append(i)
     room = max(x.grad.size for x in matrices.values())
@@ -141,48 +143,59 @@ class _Leaf(NamedTuple):
 def _renew(parts, step, leaves):
     group, known = parts
     old = [_kept(p, x.own, x.moments) for p, x in zip(group, leaves, strict=True)]
-
-    def looked():
-        averaged = [x._replace(grad=exchange.mean(x.grad)) for x in leaves]
-        return averaged, list(map(_largest, group, averaged))
-
-    if len(group) == 1:
-        due = any_of(leaves[0].due)
-        return jax.lax.cond(due, lambda: _new(parts, step, *looked()), lambda: old)
-    # One that waits for its first gradient, perhaps for ever, must not have all others
-    # searched with it.
-    seen, largest = looked()
-    seen = [
-        x._replace(due=x.due & jnp.any(_usable(size)))
-        for x, size in zip(seen, largest, strict=True)
-    ]
-    due = functools.reduce(jnp.logical_or, [any_of(x.due) for x in seen])
+    due = [any_of(x.due) for x in leaves]
 
     def new():
-        found = _new(parts, step, seen, largest)
-        each = zip(seen, found, old, strict=True)
-        return [tree_where(x.due, n, o) if x.due.ndim == 0 else n for x, n, o in each]
+        found = _new(group, known, step, leaves)
+        each = zip(due, found, old, strict=True)
+        return [tree_where(d, x, y) for d, x, y in each]
 
-    return jax.lax.cond(due, new, lambda: old)
+    calls = due if len(group) == 1 else list(map(_calls, group, leaves))
+    return jax.lax.cond(functools.reduce(jnp.logical_or, calls), new, lambda: old)
 
 
-def _largest(parts: Parts, leaf: _Leaf) -> jax.Array:
+def _calls(parts: Parts, leaf: _Leaf) -> jax.Array:
+    """Whether a leaf that is due has a group searched.
+
+    One that waits for its first gradient, perhaps for ever, must not have all others
+    searched with it at every step. It alone is looked at for that.
+    """
+    due = any_of(leaf.due)
+
+    def look():
+        grad = parts.matrix(exchange.mean(leaf.grad), leaf.own)
+        return jnp.any(_usable(_largest(grad)))
+
+    with jax.named_scope("waits"):
+        waits = due & jnp.all(leaf.own.basis == 0)
+        return jax.lax.cond(waits, look, lambda: due)
+
+
+def _largest(matrix: jax.Array) -> jax.Array:
     """The largest magnitude of each matrix, (*batch, 1, 1)."""
-    matrix = parts.matrix(leaf.grad, leaf.own)
     return jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
 
 
 def _usable(largest: jax.Array) -> jax.Array:
+    """Whether there is something to choose by, of each matrix."""
     return jnp.isfinite(largest) & (largest > 0)
 
 
-def _new(parts, step, leaves, largest):
+def _new(
+    group: Sequence[Parts],
+    known: tuple[tuple[str, Known], ...],
+    step: jax.Array,
+    leaves: Sequence[_Leaf],
+) -> list[Renewal]:
     """Each matrix with a new basis; of a stack, those that are due."""
-    group, known = parts
+    grads = [
+        p.matrix(exchange.mean(x.grad), x.own)
+        for p, x in zip(group, leaves, strict=True)
+    ]
+    usable = [_usable(_largest(grad)) for grad in grads]
     olds = [p.basis(x.own, x.seed) for p, x in zip(group, leaves, strict=True)]
     if is_stored(group[0].subspace):
-        bases = _select(group, step, leaves, olds, largest)
-        kept = bases
+        kept = bases = _select(group, step, leaves, grads, olds, usable)
     else:
         kept = [jnp.asarray(step, x.own.basis.dtype) for x in leaves]
         bases = [
@@ -190,13 +203,13 @@ def _new(parts, step, leaves, largest):
             for p, x, at in zip(group, leaves, kept, strict=True)
         ]
     found = []
-    for p, x, at, basis, old, size in zip(
-        group, leaves, kept, bases, olds, largest, strict=True
+    for p, x, at, basis, old, fine in zip(
+        group, leaves, kept, bases, olds, usable, strict=True
     ):
         overlap = matmul(basis.mT, old)
         # Where no gradient was usable nothing was chosen, and there is no overlap.
         share = jnp.sum(overlap**2, axis=(-2, -1)) / jnp.maximum(used_columns(old), 1)
-        share = jnp.where(_usable(size)[..., 0, 0], share, 0.0).astype(jnp.float32)
+        share = jnp.where(fine[..., 0, 0], share, 0.0).astype(jnp.float32)
         carried = p.transfer.carry(x.moments, overlap, dict(known))
         # Carried in float32 and stored as they were.
         carried = {name: y.astype(x.moments[name].dtype) for name, y in carried.items()}
@@ -223,20 +236,20 @@ def _select(
     group: Sequence[Parts],
     step: jax.Array,
     leaves: Sequence[_Leaf],
+    grads: Sequence[jax.Array],
     olds: Sequence[jax.Array],
-    largest: Sequence[jax.Array],
+    usable: Sequence[jax.Array],
 ) -> list[jax.Array]:
     """New bases of a group, see `_fitting`."""
-    keys, grads, wholes = [], [], []
+    keys, wholes = [], []
     for p, x, old in zip(group, leaves, olds, strict=True):
         keys.append(matrix_keys(x.seed, step, p.view.batch_shape))
-        grads.append(p.matrix(x.grad, x.own))
         # The subspace is asked for all columns and the first ones are used, so that a
         # shrunk basis has the same columns as a whole one.
         pad = [(0, 0)] * (old.ndim - 1) + [(0, p.rank - old.shape[-1])]
         wholes.append(jnp.pad(old, pad))
-    found = select_each(group[0].subspace, keys, grads, wholes, step, largest)
-    return list(map(_fitting, found, wholes, olds, map(_usable, largest)))
+    found = select_each(group[0].subspace, keys, grads, wholes, step)
+    return list(map(_fitting, found, wholes, olds, usable))
 
 
 def _fitting(

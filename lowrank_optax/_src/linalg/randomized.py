@@ -64,6 +64,7 @@ def _range_finder_each(
 def _sketches(
     arrays: Sequence[Array], thin: Sequence[Array], units: Sequence[Array]
 ) -> list[Array]:
+    """Each matrix times a thin one, which has its scale."""
     each = zip(arrays, thin, units, strict=True)
     return [linalg.sketch(a, w * unit) for a, w, unit in each]
 
@@ -81,16 +82,13 @@ def _omega(key: Array, a: Array, size: int, start: Array | None) -> Array:
     return jnp.concatenate([start, omega], axis=-1)
 
 
-def thin_scale(
-    a: Float[Array, "*b m n"], largest: Float[Array, "*b 1 1"] | None = None
-) -> Float[Array, "*b 1 1"]:
+def thin_scale(a: Float[Array, "*b m n"]) -> Float[Array, "*b 1 1"]:
     """A power of two by which a thin factor is multiplied instead of a large ``a``.
 
     So the product is of the size that it has with an ``a`` of largest entry about 1, or
     is far from both ends of the range of floats; and no scaled copy of ``a`` is made.
     """
-    if largest is None:
-        largest = jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True)
+    largest = jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True)
     return jnp.clip(linalg.power_of_two(largest)[0], 2.0**-100, 2.0**100)
 
 
@@ -114,17 +112,14 @@ def leading_singular_each(
     iters: int = 2,
     oversample: int = 8,
     starts: Sequence[Array] | None = None,
-    largest: Sequence[Array] | None = None,
 ) -> list[tuple[Array, Array]]:
     """`leading_singular` of many matrices, whose small problems are common calls.
 
     In the span of a basis Q of the range, the vectors and the projection are ``Q U``
     and ``U^T B``, with U the leading eigenvectors of ``B B^T``, ``B = Q^T a``.
-    ``largest`` has the largest magnitude of each matrix, where that is known.
     """
     arrays = list(map(linalg.at_least_float32, arrays))
-    known = [None] * len(arrays) if largest is None else largest
-    units = list(map(thin_scale, arrays, known))
+    units = list(map(thin_scale, arrays))
     if starts is not None:
         starts = _sketches([a.mT for a in arrays], starts, units)
     sizes = [rank + oversample for rank in ranks]

@@ -8,7 +8,7 @@ arrive as ``(*batch, m, n)`` in float32 at least, basis side on the left; write
 the others beyond their laws, or lacks itself, it may say: see `compatible`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -29,9 +29,9 @@ class Subspace(Protocol):
     it is needed. Then only the shape and dtype of ``old`` may be used.
 
     One that has a true ``together`` chooses for many matrices at once, so that their
-    small problems are common calls: by ``select_each(keys, grads, olds, step,
-    largest)``, lists with an entry for each matrix. It is asked so where they are due
-    at the same steps, see `Refresh`.
+    small problems are common calls: by ``select_each(keys, grads, olds, step)``, lists
+    with an entry for each matrix. It is asked so where they are due at the same steps,
+    see `Refresh`, and have the same object for a subspace.
     """
 
     def select(
@@ -47,29 +47,6 @@ class Subspace(Protocol):
         ``grad``; one that is not finite is never accepted. ``old`` is the basis to be
         replaced, zero at the start. ``key`` is one for each matrix; see
         `lowrank_optax.linalg.draw`.
-        """
-        ...
-
-
-@runtime_checkable
-class JointSubspace(Subspace, Protocol):
-    """A subspace that chooses for many matrices at once, where it is ``together``."""
-
-    @property
-    def together(self) -> bool: ...
-
-    def select_each(
-        self,
-        keys: Sequence[Array],
-        grads: Sequence[Array],
-        olds: Sequence[Array],
-        step: Step,
-        largest: Sequence[Array] | None = None,
-    ) -> list[Array]:
-        """As ``select`` of each matrix, with an entry for each in all lists.
-
-        ``largest`` has the largest magnitude of each gradient, (\\*b, 1, 1), where that
-        is known: to find it is a pass over the gradient.
         """
         ...
 
@@ -97,8 +74,10 @@ class Seen(NamedTuple):
 class Refresh(Protocol):
     """When the basis is renewed; step 0 is always due.
 
-    One whose leaves are all due at the same steps may say so by ``in_step = True``:
-    leaves are then renewed together.
+    A rule by which all leaves are due at the same steps may say so by
+    ``in_step = True``: they are then renewed together. A leaf that has had no usable
+    gradient yet is due besides.
+
     A rule that goes by the step alone has one scalar predicate for all matrices of a
     leaf; one that looks at gradients decides for each matrix of a stack by itself, with
     predicates and states of the batch's shape.

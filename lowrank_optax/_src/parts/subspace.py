@@ -1,7 +1,6 @@
 """Which subspace a gradient is projected to."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import jax
@@ -12,52 +11,14 @@ from lowrank_optax._src import linalg
 from lowrank_optax._src.linalg import random, randomized
 from lowrank_optax._src.parts import compatible
 from lowrank_optax._src.parts.checks import check_rank
-from lowrank_optax._src.parts.laws import JointSubspace, Step, Subspace
+from lowrank_optax._src.parts.joint import Joint, is_joint, select_each
+from lowrank_optax._src.parts.laws import Subspace
 
 Method = Literal["svd", "gram_eigh", "rsvd", "subspace_iteration", "warm"]
 
 
-def is_joint(subspace: Subspace) -> bool:
-    return getattr(subspace, "together", False)
-
-
-def select_each(
-    subspace: Subspace,
-    keys: Sequence[Array],
-    grads: Sequence[Array],
-    olds: Sequence[Array],
-    step: Step,
-    largest: Sequence[Array] | None = None,
-) -> list[Array]:
-    """New bases of many matrices: at once where the subspace does that, else each."""
-    if isinstance(subspace, JointSubspace) and is_joint(subspace):
-        return subspace.select_each(keys, grads, olds, step, largest)
-    each = zip(keys, grads, olds, strict=True)
-    return [subspace.select(key, g, old, step) for key, g, old in each]
-
-
-class _Joint:
-    """A `JointSubspace` by its ``select_each``, of which ``select`` is one case."""
-
-    _derived: ClassVar[bool] = False
-
-    def __init_subclass__(cls) -> None:
-        # What is derived and has a ``select`` of its own is asked for that.
-        cls._derived |= "select" in vars(cls)
-
-    @property
-    def together(self) -> bool:
-        return not self._derived
-
-    def select(self, key, grad, old, step):
-        return self.select_each([key], [grad], [old], step)[0]
-
-    def select_each(self, keys, grads, olds, step, largest=None):
-        raise NotImplementedError
-
-
 @dataclasses.dataclass(frozen=True)
-class TopSingular(_Joint):
+class TopSingular(Joint):
     """The leading left singular vectors of the gradient: GaLore's subspace.
 
     Args:
@@ -87,7 +48,7 @@ class TopSingular(_Joint):
         # Exact ones are as large as the gradient: of one matrix at a time.
         return super().together and self.method not in ("svd", "gram_eigh")
 
-    def select_each(self, keys, grads, olds, step, largest=None):
+    def select_each(self, keys, grads, olds, step):
         ranks = [old.shape[-1] for old in olds]
         each = zip(grads, ranks, strict=True)
         if self.method == "svd":
@@ -101,7 +62,7 @@ class TopSingular(_Joint):
             starts = [_start(k, x) for (k, _), x in zip(pairs, olds, strict=True)]
         iters = 2 if self.method == "subspace_iteration" else 1
         found = randomized.leading_singular_each(
-            keys, grads, ranks, iters, starts=starts, largest=largest
+            keys, grads, ranks, iters, starts=starts
         )
         return [basis for basis, _ in found]
 
@@ -226,7 +187,7 @@ def _take(vectors, score, rank):
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomOrthonormal(_Joint):
+class RandomOrthonormal(Joint):
     """A uniformly random subspace, whatever the gradient: GoLore's.
 
     The orthonormal factor of a Gaussian matrix, with the signs of a triangular factor
@@ -240,14 +201,14 @@ class RandomOrthonormal(_Joint):
 
     lacks: ClassVar[tuple[str, ...]] = (compatible.CHOSEN,)
 
-    def select_each(self, keys, grads, olds, step, largest=None):
+    def select_each(self, keys, grads, olds, step):
         each = zip(keys, olds, strict=True)
         normal = [random.normal(key, old.shape, old.dtype) for key, old in each]
         return linalg.orthonormalize_each(normal, None)
 
 
 @dataclasses.dataclass(frozen=True)
-class Switch(_Joint):
+class Switch(Joint):
     """One subspace up to a step, another one from then on.
 
     Args:
@@ -276,8 +237,8 @@ class Switch(_Joint):
         both = is_joint(self.before) and is_joint(self.after)
         return super().together and both
 
-    def select_each(self, keys, grads, olds, step, largest=None):
-        given = keys, grads, olds, step, largest
+    def select_each(self, keys, grads, olds, step):
+        given = keys, grads, olds, step
         return jax.lax.cond(
             step >= self.step,
             lambda: select_each(self.after, *given),
@@ -367,7 +328,7 @@ class RandomGaussian:
 
 
 @dataclasses.dataclass(frozen=True)
-class CrossHead(_Joint):
+class CrossHead(Joint):
     """A subspace of one attention head, for all of them: GaLore+'s.
 
     For query and key kernels, whose columns are heads side by side and whose rows are
@@ -401,7 +362,7 @@ class CrossHead(_Joint):
     def together(self) -> bool:
         return super().together and is_joint(self.base)
 
-    def select_each(self, keys, grads, olds, step, largest=None):
+    def select_each(self, keys, grads, olds, step):
         pairs = [random.split(key) for key in keys]
         each = zip(pairs, grads, olds, strict=True)
         parts = [self._drawn(k, g, old.shape[-1]) for (k, _), g, old in each]

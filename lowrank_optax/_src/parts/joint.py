@@ -1,0 +1,61 @@
+"""Subspaces that choose for many matrices at once, see `Subspace`."""
+
+from collections.abc import Sequence
+from typing import Protocol, TypeGuard
+
+from jaxtyping import Array
+
+from lowrank_optax._src.parts.laws import Step, Subspace
+
+
+class JointSubspace(Subspace, Protocol):
+    """A subspace that chooses for many matrices at once, where it is ``together``."""
+
+    @property
+    def together(self) -> bool: ...
+
+    def select_each(
+        self,
+        keys: Sequence[Array],
+        grads: Sequence[Array],
+        olds: Sequence[Array],
+        step: Step,
+    ) -> list[Array]:
+        """As ``select`` of each matrix, with an entry for each in all lists."""
+        ...
+
+
+class Joint:
+    """What has ``select_each``, of which ``select`` is one case."""
+
+    @property
+    def together(self) -> bool:
+        # What is derived and has a ``select`` of its own is asked for that.
+        return type(self).select is Joint.select
+
+    def select(self, key, grad, old, step):
+        return self.select_each([key], [grad], [old], step)[0]
+
+    def select_each(self, keys, grads, olds, step):
+        raise NotImplementedError
+
+
+def is_joint(subspace: Subspace) -> TypeGuard[JointSubspace]:
+    """Whether many matrices may be asked for at once."""
+    # By the type: what wraps a subspace may pass all other attributes on.
+    has = hasattr(type(subspace), "select_each")
+    return has and getattr(subspace, "together", False)
+
+
+def select_each(
+    subspace: Subspace,
+    keys: Sequence[Array],
+    grads: Sequence[Array],
+    olds: Sequence[Array],
+    step: Step,
+) -> list[Array]:
+    """New bases of many matrices: at once where the subspace does that, else each."""
+    if is_joint(subspace):
+        return subspace.select_each(keys, grads, olds, step)
+    each = zip(keys, grads, olds, strict=True)
+    return [subspace.select(key, g, old, step) for key, g, old in each]
