@@ -37,7 +37,6 @@ JOINT = {
     "rsvd": lro.TopSingular(),
     "warm": lro.TopSingular("warm"),
     "random": lro.RandomOrthonormal(),
-    "switch": lro.Switch(1, lro.TopSingular(), lro.RandomOrthonormal()),
     "heads": lro.CrossHead(4),
 }
 
@@ -152,7 +151,6 @@ def test_exact_subspaces_are_of_one_matrix_at_a_time():
     for method in ("svd", "gram_eigh"):
         assert not lro.TopSingular(method).together
         assert not lro.CrossHead(4, lro.TopSingular(method)).together
-    assert not lro.Switch(1, lro.TopSingular(), Alone(lro.TopSingular())).together
 
 
 def calls(leaves, **kwargs):

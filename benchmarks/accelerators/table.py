@@ -65,7 +65,9 @@ _MISSED = """
   neither is written yet, as both would tie the two transformations together.
 - **Launches of a refresh**: a basis of rank 128 takes fifteen calls of cuSOLVER and
   cuBLAS, as many for all leaves that are renewed at once. Where each leaf has a time of
-  its own (AdaRankGrad, Q-GaLore, `Staggered`), it has calls of its own.
+  its own (AdaRankGrad, Q-GaLore, `Staggered`), it has calls of its own. So it has with
+  GoLore, whose conditional of the subspace would keep copies of the gradients of all
+  leaves that are renewed at once (481 MiB instead of 184, for 425 launches of 886).
 - **Launches of MLorc**: 180 for the small factorizations of the whole model, and 20 a
   leaf.
 - **mlorc_adamw, XLA**: V is written for its two products: one leaf of temporaries, and
@@ -74,6 +76,11 @@ _MISSED = """
   another layout, several times. A loop over some rows, which fit the chip's memory,
   moves 9 to 12 words instead of 33; rows that are split over devices would be gathered
   by it, and elsewhere the kernel is taken.
+- **GaLore and Fira on a v6e**: XLA turns the weights to another layout before it adds
+  the update to them, and back, which it does not for a v5e: 7.2 words for 3.2, 11.1 for
+  5.1. The same product added to weights in a program of its own keeps their layout, and
+  so does one of factors padded by zeros to 256 columns (3.3 words in a program of one
+  leaf), which is not written yet.
 - **Compile time** beside `optax.adamw` of the same row: what is compiled once for equal
   shapes by the tracer is compiled by XLA for each leaf. On a TPU, a gradient's product
   at the highest precision takes it three to eight seconds of a processor (0.3 at the

@@ -208,7 +208,7 @@ class RandomOrthonormal(Joint):
 
 
 @dataclasses.dataclass(frozen=True)
-class Switch(Joint):
+class Switch:
     """One subspace up to a step, another one from then on.
 
     Args:
@@ -232,17 +232,11 @@ class Switch(Joint):
             x for x in {*before, *after} if x != chosen or x in before and x in after
         )
 
-    @property
-    def together(self) -> bool:
-        both = is_joint(self.before) and is_joint(self.after)
-        return super().together and both
-
-    def select_each(self, keys, grads, olds, step):
-        given = keys, grads, olds, step
+    def select(self, key, grad, old, step):
         return jax.lax.cond(
             step >= self.step,
-            lambda: select_each(self.after, *given),
-            lambda: select_each(self.before, *given),
+            lambda: self.after.select(key, grad, old, step),
+            lambda: self.before.select(key, grad, old, step),
         )
 
 
