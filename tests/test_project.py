@@ -594,3 +594,25 @@ def test_an_engine_that_changes_a_structure_is_told(changed):
     params = {"w": jnp.ones(3)}
     with pytest.raises(ValueError, match="changed the structure .*became .*again"):
         tx.update(params, tx.init(params))
+
+
+@pytest.mark.parametrize("over", [None, 0], ids=["one", "vmap"])
+def test_on_tpu_an_update_lies_as_its_weights(over):
+    # Else a v6e turns the weights for it, and turns them back.
+    shapes = {"a": (16, 24), "b": (24, 16), "bias": (24,)}
+    batch = () if over is None else (3,)
+    params = {
+        k: jax.ShapeDtypeStruct((*batch, *s), "float32") for k, s in shapes.items()
+    }
+    tx = project(subspace=lro.TopSingular())
+    init, update = tx.init, tx.update
+    if over is not None:
+        init, update = jax.vmap(init), jax.vmap(update)
+    state = jax.eval_shape(init, params)
+    checks = [jax.export.DisabledSafetyCheck.custom_call("LayoutConstraint")]
+    for platform, count in (("tpu", 2), ("cuda", 0)):
+        export = jax.export.export(
+            jax.jit(update), platforms=[platform], disabled_checks=checks
+        )
+        text = export(params, state).mlir_module()
+        assert text.count("@LayoutConstraint") == count

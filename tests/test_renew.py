@@ -176,10 +176,11 @@ def test_a_leaf_that_waits_for_a_gradient_does_not_renew_the_others():
     grads = gradients(4)
     for grad in grads[:3]:
         grad["a"] *= 0.0
-    states = run(project(lro.TopSingular(), refresh=lro.Every(100)), grads)
+    states = run(project(lro.TopSingular(), refresh=Telling(100)), grads)
     first, last = (states[i][1].basis for i in (0, 3))
     for i in (0, 1, 2):
         assert not states[i][1].basis["a"].any()
+        assert states[i][1].refresh["a"].overlap == 0
         assert not states[i][0]["a"].any()
     for name in SHAPES:
         if name == "a":

@@ -76,11 +76,6 @@ _MISSED = """
   another layout, several times. A loop over some rows, which fit the chip's memory,
   moves 9 to 12 words instead of 33; rows that are split over devices would be gathered
   by it, and elsewhere the kernel is taken.
-- **GaLore and Fira on a v6e**: XLA turns the weights to another layout before it adds
-  the update to them, and back, which it does not for a v5e: 7.2 words for 3.2, 11.1 for
-  5.1. The same product added to weights in a program of its own keeps their layout, and
-  so does one of factors padded by zeros to 256 columns (3.3 words in a program of one
-  leaf), which is not written yet.
 - **Compile time** beside `optax.adamw` of the same row: what is compiled once for equal
   shapes by the tracer is compiled by XLA for each leaf. On a TPU, a gradient's product
   at the highest precision takes it three to eight seconds of a processor (0.3 at the

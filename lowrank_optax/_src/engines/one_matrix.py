@@ -15,7 +15,7 @@ from lowrank_optax._src.engines.accept import accept_each, all_finite, tree_wher
 from lowrank_optax._src.engines.order import Order
 from lowrank_optax._src.leaves.keys import Seed, matrix_keys
 from lowrank_optax._src.leaves.matrix import MatrixView
-from lowrank_optax._src.linalg import project
+from lowrank_optax._src.linalg import as_stored, project
 from lowrank_optax._src.linalg.meshes import gathered
 from lowrank_optax._src.linalg.products import Lying, power_of_two
 from lowrank_optax._src.parts.laws import (
@@ -198,4 +198,5 @@ def _up(parts, grad, own, seed, coeff, direction, new, old):
     # added to the weights where it is made.
     ok = all_finite((coeff, direction, new, recovery))
     recovery = tree_where(ok, recovery, own.recovery)
-    return parts.view.leaf(update), recovery, tree_where(ok, new, old)
+    update = as_stored(parts.view.leaf(update))
+    return update, recovery, tree_where(ok, new, old)

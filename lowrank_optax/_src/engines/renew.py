@@ -142,8 +142,13 @@ class _Leaf(NamedTuple):
 @compiled
 def _renew(parts, step, leaves):
     group, known = parts
-    old = [_kept(p, x.own, x.moments) for p, x in zip(group, leaves, strict=True)]
     due = [any_of(x.due) for x in leaves]
+    old = [_kept(p, x.own, x.moments) for p, x in zip(group, leaves, strict=True)]
+    # One that is due and is not searched has no usable gradient, and no overlap.
+    old = [
+        x._replace(share=jnp.where(d, 0.0, x.share))
+        for d, x in zip(due, old, strict=True)
+    ]
 
     def new():
         found = _new(group, known, step, leaves)

@@ -17,6 +17,7 @@ from lowrank_optax._src.linalg.lapack import inverse_root as inverse_root
 from lowrank_optax._src.linalg.lapack import one_by_one as one_by_one
 from lowrank_optax._src.linalg.lapack import svd as svd
 from lowrank_optax._src.linalg.products import Lying as Lying
+from lowrank_optax._src.linalg.products import as_stored as as_stored
 from lowrank_optax._src.linalg.products import at_least_float32 as at_least_float32
 from lowrank_optax._src.linalg.products import gram as gram
 from lowrank_optax._src.linalg.products import matmul as matmul
