@@ -78,6 +78,7 @@ _TESTS = {
     "parts/compatible": "compositions",
     "parts/factors": "codec golden mlorc",
     "parts/int8_map": "quantize codec kernels",
+    "parts/joint": "renew subspace",
     "parts/laws": "leafwise compositions",
     "parts/low_rank": "codec golden mlorc",
     "parts/part": "project compositions",
