@@ -74,6 +74,22 @@ def test_only_a_marked_conditional_counts_as_its_cheapest_branch(
     assert counting.conditionals(hlo.parse(text)) == (marked, not marked)
 
 
+@pytest.mark.parametrize(
+    "path, waits",
+    [
+        ("jit(step)/refresh/cond/branch_1_fun/jit(body)/waits/cond", True),
+        ("jit(step)/vmap(refresh)/cond/branch_1_fun/vmap(waits)/cond", True),
+        ("jit(step)/refresh/cond/branch_1_fun/waits/cond/branch_0_fun/cond", False),
+        ("jit(step)/waits/cond", False),
+    ],
+)
+def test_a_look_at_a_leaf_without_a_basis_is_not_part_of_a_refresh(path, waits):
+    text = CONDITIONAL.format(branches=NAMED, name=f'op_name="{path}"')
+    for refresh in (False, True):
+        found = cost(text, refresh=refresh)
+        assert found == Cost(launches=3 - waits, bytes=8000 * (2 - waits))
+
+
 def loop(trips=""):
     return f"""
 %body (p: f32[10]) -> f32[10] {{

@@ -158,7 +158,8 @@ def calls(leaves, **kwargs):
     params = {
         f"w{i}": jax.ShapeDtypeStruct((64, 96), jnp.float32) for i in range(leaves)
     }
-    tx = project(lro.TopSingular(), rank=8, **kwargs)
+    subspace = kwargs.pop("subspace", lro.TopSingular())
+    tx = project(subspace, rank=8, **kwargs)
     state = jax.eval_shape(tx.init, params)
     text = jax.jit(tx.update).lower(params, state).compile().as_text()
     return text.count('custom_call_target="lapack_spotrf')
@@ -168,6 +169,8 @@ def test_small_problems_of_a_refresh_are_common_calls():
     # A matrix has room for the thin arrays of four such.
     assert calls(1) == calls(4) > 0
     assert calls(8) == 2 * calls(1)
+    # Of equal subspaces, be they made for each leaf.
+    assert calls(4, subspace=lambda view: lro.TopSingular()) == calls(1)
     # Where leaves are due apart, nothing is common.
     assert calls(4, refresh=lro.Staggered(2)) == 4 * calls(1, refresh=lro.Staggered(2))
 
@@ -188,6 +191,23 @@ def test_a_leaf_that_waits_for_a_gradient_does_not_renew_the_others():
             assert_close(basis.T @ basis, np.eye(RANK), atol=1e-5)
         else:
             np.testing.assert_array_equal(last[name], first[name])
+
+
+def test_a_leaf_that_waits_has_the_others_not_searched():
+    searches = []
+
+    class Counting(lro.TopSingular):
+        def select_each(self, keys, grads, olds, step):
+            jax.debug.callback(lambda: searches.append(len(keys)))
+            return super().select_each(keys, grads, olds, step)
+
+    grads = gradients(6)
+    for grad in grads[:4]:
+        grad["a"] *= 0.0
+    run(project(Counting(), refresh=lro.Every(100)), grads)
+    jax.effects_barrier()
+    # At the start, and once there is a gradient.
+    assert searches == [len(SHAPES)] * 2
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])

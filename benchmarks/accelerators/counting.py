@@ -5,8 +5,9 @@ The rules, of which none flatters:
 - A conditional counts as its dearest branch. The one exception is a conditional that
   renews a basis, which the library marks by the scope "refresh": in an ordinary step
   no refresh is due, and it counts as its cheapest. In a refresh all of them are due.
-  That of a leaf that waits for its first gradient, marked by "waits", counts as its
-  cheapest in both: no basis is there to be renewed.
+  One that looks at the gradient of a leaf without a basis, marked by "waits", counts as
+  its cheapest in both, as bases are there: the first step, which is not counted, reads
+  the gradients of leaves that are renewed at once one time more than a refresh.
 - A loop counts as often as XLA knows that it runs. Where XLA does not know, the loop
   counts once and is named: `measure` refuses the program unless told otherwise.
 - A Pallas call counts what its grid reads and writes, re-reads included, see `pallas`.
@@ -49,7 +50,7 @@ _LIBRARY = re.compile(
 _PALLAS = ("__gpu$xla.gpu.triton", "tpu_custom_call", "mosaic_gpu")
 _ALIASES = {"ConcatBitcast", "AssumeGatherIndicesInBound"}  # move nothing
 _SCOPE = re.compile(r"(?:\w+\()*refresh\)*")
-_WAITS = re.compile(r"(?:^|/)waits/[^/]*$")
+_WAITS = re.compile(r"refresh\)*/.*/(?:\w+\()*waits\)*/[^/]+$")
 _INNER = re.compile(r"branch_\d+_fun|while|body|cond|scan")
 
 

@@ -31,7 +31,8 @@ LLaMA-7B. Those of rows with a mark `p` are faster, and less precise.
 A step is the update and its application to the parameters, with parameters and state
 donated. Where there are two figures, the first is of an ordinary step, in which no
 basis is renewed, and the second of a refresh, in which all are. A conditional counts as
-its dearest branch, but for one that is marked as a refresh.
+its dearest branch, but for one that is marked as a refresh. The first step of all,
+in which no basis is there yet, reads gradients once more and is not counted.
 
 - *words*: of four bytes, read and written, for each weight; what a Pallas kernel reads
   again counts again. In bfloat16 a parameter is half a word.

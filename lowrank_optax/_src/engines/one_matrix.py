@@ -111,8 +111,7 @@ class Matrix(NamedTuple):
         due = first & refresh.due(self.own.refresh, step)
         if not is_stored(self.parts.subspace):
             return any_of(due) | (first & (step == 0))
-        # A basis that has not seen a usable gradient yet is zero: it is always due.
-        return due | jnp.all(self.own.basis[..., 0] == 0)
+        return due | is_unset(self.own.basis)
 
     def renewed(self, now: Renewal, due: jax.Array) -> "Matrix":
         own = self.own._replace(basis=now.basis, recovery=now.recovery)
@@ -150,6 +149,11 @@ class Matrix(NamedTuple):
 def any_of(due: jax.Array) -> jax.Array:
     """Whether a leaf is due, if one of its matrices is enough."""
     return jnp.any(due) if due.ndim else due
+
+
+def is_unset(basis: jax.Array) -> jax.Array:
+    """Whether it has not seen a usable gradient yet, and is zero: it is always due."""
+    return jnp.all(basis[..., 0] == 0)
 
 
 def is_stored(subspace: Subspace) -> bool:

@@ -18,6 +18,7 @@ from lowrank_optax._src.engines.one_matrix import (
     Renewal,
     any_of,
     is_stored,
+    is_unset,
     used_columns,
 )
 from lowrank_optax._src.engines.order import Order
@@ -27,7 +28,7 @@ from lowrank_optax._src.linalg import matmul, orthonormalize
 from lowrank_optax._src.linalg.random import filler
 from lowrank_optax._src.parts.joint import is_joint, select_each
 from lowrank_optax._src.parts.laws import Observer, Refresh
-from lowrank_optax._src.parts.part import compiled
+from lowrank_optax._src.parts.part import compiled, kind
 
 
 def renew_due(
@@ -50,21 +51,19 @@ def renew_due(
         if isinstance(rule := x.parts.recovery, Observer)
     }
 
-    def observed(i, x):
-        given = x.own, x.seed, moments[i]
-        return _observe((x.parts, known), looks[i], *given) if i in looks else x.own
+    def leaf(i, grad):
+        x, own = matrices[i], matrices[i].own
+        if i in looks:
+            given = own, x.seed, moments[i]
+            own = _observe((x.parts, known), looks[i], *given)
+        return _Leaf(due[i], grad, own, x.seed, moments[i])
 
     def renew_each():
         order, renewals = Order(), {}
         for group in _groups(matrices, getattr(refresh, "in_step", False)):
-            at = {i: matrices[i] for i in group}
-            leaves = [
-                _Leaf(due[i], grad, observed(i, x), x.seed, moments[i])
-                for (i, x), grad in zip(
-                    at.items(), order.start([x.grad for x in at.values()]), strict=True
-                )
-            ]
-            parts = tuple(x.parts for x in at.values())
+            grads = order.start([matrices[i].grad for i in group])
+            leaves = list(map(leaf, group, grads))
+            parts = tuple(matrices[i].parts for i in group)
             found = _renew((parts, known), step, leaves)
             renewals |= zip(group, found, strict=True)
             order.end([x.share for x in found])
@@ -96,9 +95,9 @@ def _groups(matrices: Mapping[int, Matrix], in_step: bool) -> list[list[int]]:
     kinds: dict[object, list[int]] = {}
     for i in sorted(matrices, key=lambda i: (matrices[i].grad.shape, i)):
         subspace = matrices[i].parts.subspace
-        # The same object, as numbers in it may be traced and cannot be compared.
-        kind = id(subspace) if in_step and is_joint(subspace) else (i,)
-        kinds.setdefault(kind, []).append(i)
+        # One that is drawn again for each use has nothing to be found in common.
+        joint = in_step and is_stored(subspace) and is_joint(subspace)
+        kinds.setdefault(kind(subspace) if joint else i, []).append(i)
     room = max(x.grad.size for x in matrices.values())
     found: list[list[int]] = []
     for members in kinds.values():
@@ -172,7 +171,7 @@ def _calls(parts: Parts, leaf: _Leaf) -> jax.Array:
         return jnp.any(_usable(_largest(grad)))
 
     with jax.named_scope("waits"):
-        waits = due & jnp.all(leaf.own.basis == 0)
+        waits = due & is_unset(leaf.own.basis)
         return jax.lax.cond(waits, look, lambda: due)
 
 

@@ -46,8 +46,9 @@ def cholesky_pass_each(arrays: Sequence[Array]) -> list[Array]:
 
 def eigenvectors_each(squares: Sequence[Array]) -> list[Array]:
     """The eigenvectors of symmetric matrices, of descending values, in common calls."""
-    stacks = thin.Stacks([(a,) for a in squares], None)
-    return stacks.unstack(thin.across(lambda a: eigh(a)[1], stacks.stack(squares)))
+    flat = [a.reshape(-1, *a.shape[-2:]) for a in squares]
+    found = thin.across(lambda a: eigh(a)[1], flat)
+    return [x.reshape(a.shape) for x, a in zip(found, squares, strict=True)]
 
 
 def _shifted_inverse(square: Array) -> Array:

@@ -1,6 +1,5 @@
 """GaLore+ (Liao et al. 2024): one head's subspace for all, and a sparse residual."""
 
-import functools
 from typing import Any
 
 import jax
@@ -113,10 +112,6 @@ def galore_plus_project(
     if _positive("density", density) and _positive("warmup", warmup):
         residual = SparseResidual(density, warmup, b1, b2, eps, residual_scale)
 
-    @functools.cache  # one object, so that those of as many heads are renewed at once
-    def shared(count: int) -> Subspace:
-        return CrossHead(count, subspace)
-
     def subspace_of(view: MatrixView) -> Subspace:
         which = _attends(view.path)
         if which is None:
@@ -130,7 +125,7 @@ def galore_plus_project(
                 f"'{view.path}' {view.shape}. Give the heads of queries and keys as a "
                 "pair, or None to take each kernel as one head."
             )
-        return shared(own)
+        return CrossHead(own, subspace)
 
     return project_gradients(
         inner,

@@ -8,11 +8,16 @@ from jaxtyping import Array
 from lowrank_optax._src.parts.laws import Step, Subspace
 
 
-class JointSubspace(Subspace, Protocol):
+class Joint(Subspace, Protocol):
     """A subspace that chooses for many matrices at once, where it is ``together``."""
 
     @property
-    def together(self) -> bool: ...
+    def together(self) -> bool:
+        # What is derived and has a ``select`` of its own is asked for that.
+        return type(self).select is Joint.select
+
+    def select(self, key, grad, old, step):
+        return self.select_each([key], [grad], [old], step)[0]
 
     def select_each(
         self,
@@ -25,22 +30,7 @@ class JointSubspace(Subspace, Protocol):
         ...
 
 
-class Joint:
-    """What has ``select_each``, of which ``select`` is one case."""
-
-    @property
-    def together(self) -> bool:
-        # What is derived and has a ``select`` of its own is asked for that.
-        return type(self).select is Joint.select
-
-    def select(self, key, grad, old, step):
-        return self.select_each([key], [grad], [old], step)[0]
-
-    def select_each(self, keys, grads, olds, step):
-        raise NotImplementedError
-
-
-def is_joint(subspace: Subspace) -> TypeGuard[JointSubspace]:
+def is_joint(subspace: Subspace) -> TypeGuard[Joint]:
     """Whether many matrices may be asked for at once."""
     # By the type: what wraps a subspace may pass all other attributes on.
     has = hasattr(type(subspace), "select_each")

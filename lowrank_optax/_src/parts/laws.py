@@ -31,7 +31,7 @@ class Subspace(Protocol):
     One that has a true ``together`` chooses for many matrices at once, so that their
     small problems are common calls: by ``select_each(keys, grads, olds, step)``, lists
     with an entry for each matrix. It is asked so where they are due at the same steps,
-    see `Refresh`, and have the same object for a subspace.
+    see `Refresh`.
     """
 
     def select(
