@@ -253,6 +253,11 @@ def test_a_smaller_model_is_not_cut_out_of_a_larger_one():
     for tx in (optax.scale_by_adam(), galore(4)):
         with pytest.raises(ValueError, match=r"'(inner_state/)?mu' of 'w' \(12, 14\)"):
             lro.convert_state(tx, tx.init(large), small)
+    stack, alone = ({"w": jnp.ones((layers, 12, 16))} for layers in (2, 1))
+    stacked = lro.galore_adamw(RATE, rank=4, matrices=lro.MatrixAxes())
+    for tx in (optax.scale_by_adam(), stacked):
+        with pytest.raises(ValueError, match=r"mu' of 'w' \(1, 12, 16\)"):
+            lro.convert_state(tx, tx.init(stack), alone)
 
 
 def test_other_containers_are_refused(params):

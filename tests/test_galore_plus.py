@@ -384,14 +384,16 @@ def test_arguments_that_cannot_be(make, error, message):
 
 def test_what_does_not_fit_is_refused():
     params = {"q_proj": jnp.ones((6, 9))}
-    tx = galore_plus(num_heads=2)
-    with pytest.raises(ValueError, match="2.* not divide the 9 columns of 'q_proj'"):
-        tx.init(params)
-    tx = lro.project_gradients(
-        optax.trace(0.9), rank=2, subspace=lro.CrossHead(2), side="left"
-    )
-    with pytest.raises(ValueError, match="2 heads.*do not divide the 9 columns"):
-        tx.update(params, tx.init(params))
+    switch = lro.Switch(5, lro.CrossHead(2), lro.RandomOrthonormal())
+    for tx in (
+        galore_plus(num_heads=2),
+        *(
+            lro.project_gradients(optax.trace(0.9), rank=2, subspace=x, side="left")
+            for x in (lro.CrossHead(2), switch, lambda view: switch)
+        ),
+    ):
+        with pytest.raises(ValueError, match="2 heads.*divide the 9 columns.*'q_proj'"):
+            tx.init(params)
     tx = galore_plus(optax.scale_by_rms(), num_heads=3)
     with pytest.raises(ValueError, match="without momentum.*nu"):
         tx.update(params, tx.init(params))

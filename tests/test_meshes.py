@@ -35,6 +35,12 @@ def test_no_matrix_is_gathered(found):
         assert 0 < ordinary["largest"] <= refresh["largest"] <= ROOM * 12 * 768
 
 
+def test_of_bytes_scales_are_exchanged_alone(found):
+    # Of both moments, in parts of blocks of which each device has whole ones.
+    ordinary, _ = found["moved"]["bytes"]
+    assert ordinary["largest"] <= 2 * 32 * 768 // 16
+
+
 def test_leaves_share_their_collectives(found):
     for ordinary, _ in found["moved"].values():
         assert ordinary["count"] <= 4 * A_GROUP + A_MODEL

@@ -268,7 +268,8 @@ def _read(module: Module, inner: Computation, x: Instruction) -> float:
         elif user.opcode == "fusion" and user.operands.count(x.name) == 1:
             nested = module.computations[user.called("calls")[0]]
             parameter = nested.parameters[user.operands.index(x.name)]
-            view = _source(nested, nested.root) is parameter
+            same = "output_to_operand_aliasing" in user.rest
+            view = same or _source(nested, nested.root) is parameter
             # A view that a fusion within gives is read by whoever takes it.
             total += _read(module, *((inner, user) if view else (nested, parameter)))
         else:

@@ -5,6 +5,7 @@ stores both. Of Adam, known by its numbers, every pass forms them again: scales,
 and update are each made of the gradient and the old codes.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -12,9 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax._src.engines.order import Order, wait
-from lowrank_optax._src.kernels.adam import Adam, all_finite, renewed, step_in_blocks
+from lowrank_optax._src.kernels.adam import Adam, renewed, step_in_blocks
 from lowrank_optax._src.kernels.dispatch import active
 from lowrank_optax._src.leaves.matrix import MatrixView
+from lowrank_optax._src.linalg.slabs import in_slabs
 from lowrank_optax._src.parts import int8_map
 from lowrank_optax._src.parts.blocks import Blocks
 from lowrank_optax._src.parts.codec import BlockInt8, BlockInt8Code
@@ -95,7 +97,7 @@ def adam_in_bytes(
     numbers = adam.numbers(count)
 
     def plain():
-        return _in_passes(blocks, given, numbers)
+        return _without_kernels(blocks, given, numbers)
 
     if active(grad):
         from lowrank_optax._src.kernels.int8 import adam_in_blocks
@@ -109,21 +111,63 @@ def adam_in_bytes(
     return direction, new_mu, new_nu
 
 
-def _in_passes(
+def _without_kernels(
     blocks: Blocks, given: tuple[Array, ...], numbers: Sequence[Any]
 ) -> list[Array]:
     """Direction, bytes and scales, of what is cut to `Blocks`."""
 
+    def passes(*given):
+        return _in_passes(blocks, given, numbers)
+
+    def slabs(*given):
+        return _in_slabs(blocks, given, numbers)
+
+    if blocks.shape[-1] % blocks.block:
+        return passes(*given)
+    return jax.lax.platform_dependent(*given, tpu=slabs, default=passes)
+
+
+def _in_slabs(
+    blocks: Blocks, given: tuple[Array, ...], numbers: Sequence[Any]
+) -> list[Array]:
+    """Some rows at a time, for TPU.
+
+    A scale reaches its block there only by a copy of the matrix in another layout. In
+    slabs, a matrix of LLaMA-7B moves 7 words a weight on a v5e instead of 33, with 172
+    MiB of temporaries, its update, instead of 1,248.
+    """
+
+    def step(fixed, old):
+        (grad,), (_, *codes) = fixed, old
+        cut = dataclasses.replace(blocks, shape=grad.shape)
+        old = [*map(cut.cut, codes[:2]), *map(cut.load, codes[2:])]
+        each = *old[:2], *cut.spread(old[2:])
+        direction, *moments = step_in_blocks(cut.cut(grad), *each, *numbers)
+        new = renewed(moments, cut.largest(moments), old, cut.spread)
+        direction = cut.join(direction).astype(grad.dtype)
+        return [direction, *map(cut.join, new[:2]), *map(cut.store, new[2:])]
+
+    grad, *bytes_ = map(blocks.join, given[:3])
+    scales = map(blocks.store, given[3:])
+    found = in_slabs(step, [grad], [jnp.zeros_like(grad), *bytes_, *scales])
+    return [*map(blocks.cut, found[:3]), *map(blocks.load, found[3:])]
+
+
+def _in_passes(
+    blocks: Blocks, given: tuple[Array, ...], numbers: Sequence[Any]
+) -> list[Array]:
+    """A pass over the whole matrix for each result, and one for the scales."""
+
     def step(given):
         *cut, mu, nu = given
-        return step_in_blocks(*cut, *map(blocks.spread, (mu, nu)), *numbers)
+        return step_in_blocks(*cut, *blocks.spread([mu, nu]), *numbers)
 
     direction = step(given)[0].astype(given[0].dtype)
     moments = step(_again(given))[1:]
-    given, largest = _again((given, [blocks.largest(x) for x in moments]))
+    given, largest = _again((given, blocks.largest(moments)))
     # On CPU the direction comes first, or codes could not take the place of the old.
-    ok = wait(all_finite(largest), [direction])
-    new = renewed(step(given)[1:], largest, ok, given[1:], blocks.spread)
+    largest = [wait(x, [direction]) for x in largest]
+    new = renewed(step(given)[1:], largest, given[1:], blocks.spread)
     return [direction, *new]
 
 

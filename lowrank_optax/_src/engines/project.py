@@ -209,6 +209,7 @@ class _Projection:
                 self.check(
                     *parts, self.side(v.path) if callable(self.side) else self.side
                 )
+                compatible.check_matrix(parts[0], v)
                 own = tuple((f, x) for (f, j), x in layout.abstract.items() if i == j)
                 if own:
                     compatible.check(self.transfer, *parts)

@@ -59,19 +59,19 @@ def all_finite(largest: Sequence[Array]) -> Array:
 def renewed(
     moments: Sequence[Array],
     largest: Sequence[Array],
-    ok: Array,
     old: Sequence[Array],
-    spread: Callable[[Array], Array] = lambda scales: scales,
+    spread: Callable[[Sequence[Array]], Sequence[Array]] = lambda scales: scales,
 ) -> list[Array]:
-    """New bytes and scales of both moments where ``ok``, else the old ones.
+    """New bytes and scales of both moments; of blocks that are not finite the old ones.
 
     Args:
-      moments, largest, ok: of blocks.
+      moments, largest: of blocks.
       old: bytes and scales.
       spread: brings what blocks have to their numbers.
     """
-    signs = zip(moments, map(spread, largest), (True, False), strict=True)
+    each = spread(largest)
+    signs = zip(moments, each, (True, False), strict=True)
     index = [int8_map.nearest(*x) for x in signs]
-    masks = (spread(ok),) * 2 + (ok,) * 2
+    masks = (all_finite(each),) * 2 + (all_finite(largest),) * 2
     new = zip(masks, (*index, *largest), old, strict=True)
     return [jnp.where(*x) for x in new]

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton
 
-from lowrank_optax._src.kernels.adam import all_finite, renewed, step_in_blocks
+from lowrank_optax._src.kernels.adam import renewed, step_in_blocks
 from lowrank_optax._src.kernels.dispatch import by_platform, warn_of_xla
 from lowrank_optax._src.kernels.plan import BUDGET, next_power_of_two
 from lowrank_optax._src.kernels.tiles import flat
@@ -94,7 +94,7 @@ def _on_blocks(*given):
     """The results of some blocks, see `adam_in_blocks`, from them and the numbers."""
     direction, *moments = step_in_blocks(*given)
     largest = [int8_map.largest_of(x) for x in moments]
-    codes = renewed(moments, largest, all_finite(largest), given[1:5])
+    codes = renewed(moments, largest, given[1:5])
     return direction.astype(given[0].dtype), *codes
 
 

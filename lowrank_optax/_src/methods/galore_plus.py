@@ -119,12 +119,6 @@ def galore_plus_project(
         own = view.shape[view.right[0]] if len(view.right) > 1 else heads[which]
         if own is None or own == 1:
             return subspace
-        if view.n % own:
-            raise ValueError(
-                f"`num_heads` is {own}, which does not divide the {view.n} columns of "
-                f"'{view.path}' {view.shape}. Give the heads of queries and keys as a "
-                "pair, or None to take each kernel as one head."
-            )
         return CrossHead(own, subspace)
 
     return project_gradients(

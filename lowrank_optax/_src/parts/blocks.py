@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -62,22 +63,28 @@ class Blocks:
             return blocks.reshape(self.shape)
         return blocks.reshape(*batch, -1)[..., : m * n].reshape(self.shape)
 
-    def largest(self, x: Array) -> Array:
-        """The largest magnitude of each block of what `cut` gives.
+    def largest(self, arrays: Sequence[Array]) -> list[Array]:
+        """The largest magnitude of each block of some arrays that `cut` gives.
 
-        ``(..., blocks, 1)``, or without the last axis if the matrix is not cut.
+        ``(..., blocks, 1)`` of each, or without the last axis if they are not cut. On a
+        mesh they are exchanged at once.
         """
-        return self._largest_by_parts(x) if self.part else int8_map.largest_of(x)
+        if self.part:
+            return self._largest_by_parts(arrays)
+        return list(map(int8_map.largest_of, arrays))
 
-    def spread(self, scales: Array) -> Array:
+    def spread(self, scales: Sequence[Array]) -> list[Array]:
         """What `largest` gives, for each number of what `cut` gives."""
         if not self.part:
-            return scales
+            return list(scales)
         *batch, m, n = self.shape
-        each = jnp.repeat(scales, self.block, axis=-1)
+        each = jnp.stack(list(scales))
         if n % self.block == 0:
-            return each
-        return each[..., : m * n].reshape(self.shape)
+            # Of parts, of which each device has whole ones, and then of numbers.
+            parts = jnp.repeat(each, self.block // self.part, axis=-1)
+            return [jnp.repeat(x, self.part, axis=-1) for x in parts]
+        each = jnp.repeat(each, self.block, axis=-1)
+        return [x[..., : m * n].reshape(self.shape) for x in each]
 
     def load(self, largest: Array) -> Array:
         """Scales as `largest` gives them, of those that are kept."""
@@ -87,14 +94,15 @@ class Blocks:
         """The inverse of `load`."""
         return scales if self.part else scales[..., 0]
 
-    def _largest_by_parts(self, x: Array) -> Array:
+    def _largest_by_parts(self, arrays: Sequence[Array]) -> list[Array]:
         """Each part is compared with the blocks that begin in its row, or before it.
 
         So what is known of rows that are split is one maximum over the devices.
         """
         *batch, m, n = self.shape
         parts, blocks = n // self.part, self.block // self.part
-        found = int8_map.largest_of(x.reshape(*batch, m, parts, self.part))[..., 0]
+        cut = [x.reshape(*batch, m, parts, self.part) for x in arrays]
+        found = jnp.stack([int8_map.largest_of(x)[..., 0] for x in cut])
         row = jnp.arange(m, dtype=jnp.int32)[:, None]
         number = row * parts + jnp.arange(parts, dtype=jnp.int32)
         place = number // blocks - row * parts // blocks
@@ -102,11 +110,11 @@ class Blocks:
         columns = parts // blocks if fit else (parts - 1) // blocks + 2
         here = place[..., None] == jnp.arange(columns, dtype=jnp.int32)
         found = _largest(jnp.where(here, found[..., None], 0.0), -2)
-        return found if fit else self._over_ends(found)
+        return list(found if fit else self._over_ends(found))
 
     def _over_ends(self, found: Array) -> Array:
         """The largest of each block, of which a few rows have a part each."""
-        *batch, m, n = self.shape
+        m, n = self.shape[-2:]
         parts, blocks = n // self.part, self.block // self.part
         first = np.arange(-(-m * n // self.block)) * blocks
         last = np.minimum(first + blocks, m * parts) - 1
@@ -114,7 +122,7 @@ class Blocks:
         place = first // blocks - rows * parts // blocks
         held = rows <= last // parts
         flat = np.where(held, rows * found.shape[-1] + place, 0)
-        each = found.reshape(*batch, -1)[..., flat]
+        each = found.reshape(*found.shape[:-2], -1)[..., flat]
         return _largest(jnp.where(held, each, 0.0), -2)
 
 

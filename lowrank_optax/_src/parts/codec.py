@@ -119,19 +119,21 @@ class BlockInt8:
     def measure(self, x: Array) -> Array:
         """The scales of a matrix, without which it cannot be encoded."""
         blocks = Blocks.of(x, self.block)
-        return blocks.store(blocks.largest(blocks.cut(x)))
+        (largest,) = blocks.largest([blocks.cut(x)])
+        return blocks.store(largest)
 
     def encode_by(self, largest: Array, x: Array) -> BlockInt8Code:
         """`encode` with the scales known."""
         blocks = Blocks.of(x, self.block)
-        cut, scales = blocks.cut(x), blocks.spread(blocks.load(largest))
-        index = int8_map.nearest(cut, scales, self.signed)
+        (scales,) = blocks.spread([blocks.load(largest)])
+        index = int8_map.nearest(blocks.cut(x), scales, self.signed)
         return BlockInt8Code(blocks.join(index), largest)
 
     def decode(self, code):
         blocks = Blocks.of(code.index, self.block)
         unit = int8_map.decode(blocks.cut(code.index), self.signed)
-        return blocks.join(unit * blocks.spread(blocks.load(code.largest)))
+        (scales,) = blocks.spread([blocks.load(code.largest)])
+        return blocks.join(unit * scales)
 
 
 class PackedInt4Code(NamedTuple):

@@ -2,8 +2,10 @@
 
 A part may have three attributes, tuples of the names below: ``requires``, what it needs
 of the parts beside it; ``lacks``, what it does not have although others of its kind do;
-``provides``, what none beside it need have. A subspace may have a ``least_rank`` and a
-``largest_rank``. A part without these keeps its protocol's laws and requires no more.
+``provides``, what none beside it need have. A subspace may have a ``least_rank``, a
+``largest_rank`` and a ``check_matrix(view)``, which raises ValueError for a matrix that
+it is not meant for. A part without these keeps its protocol's laws and requires no
+more.
 """
 
 import dataclasses
@@ -45,6 +47,13 @@ def check_rank(subspace: Any, rank: int) -> None:
             bound = f"most {most}" if most and rank > most else f"least {least}"
             need = f"a rank of at {bound}"
             raise cannot_use(name(part), f"rank {rank}", name(part), need, "that")
+
+
+def check_matrix(subspace: Any, view: MatrixView) -> None:
+    """Let a subspace, or one inside of it, refuse a matrix."""
+    for part in _nested(subspace):
+        if hasattr(type(part), "check_matrix"):
+            part.check_matrix(view)
 
 
 def check_moments(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lowrank_optax._src import linalg
+from lowrank_optax._src.leaves.matrix import MatrixView
 from lowrank_optax._src.linalg import random, randomized
 from lowrank_optax._src.parts import compatible
 from lowrank_optax._src.parts.checks import check_rank
@@ -348,6 +349,15 @@ class CrossHead(Joint):
         check_rank(self.num_heads, "num_heads")
         compatible.check(self, self.base)
 
+    def check_matrix(self, view: MatrixView) -> None:
+        if view.n % self.num_heads:
+            raise ValueError(
+                f"Cannot share a subspace among {self.num_heads} heads: they do not "
+                f"divide the {view.n} columns of '{view.path}' {view.shape}. Give each "
+                "kernel its own number (of GaLore+, queries and keys a pair), or none "
+                "to take it as one head."
+            )
+
     @property
     def lacks(self) -> tuple[str, ...]:
         return getattr(self.base, "lacks", ())
@@ -366,11 +376,6 @@ class CrossHead(Joint):
         """The columns of as many heads as the rank needs."""
         *batch, m, n = grad.shape
         heads = self.num_heads
-        if n % heads:
-            raise ValueError(
-                f"Cannot share a subspace among {heads} heads: they do not divide the "
-                f"{n} columns of a gradient of shape {grad.shape}."
-            )
         drawn = min(heads, -(-rank * heads // n))
         score = random.draw(jax.random.uniform, key, (*batch, heads), jnp.float32)
         chosen = jax.lax.top_k(score, drawn)[1][..., None, :, None]

@@ -156,8 +156,12 @@ class _Conversion:
         found = getattr(x, "shape", shape)
         if found == shape or not len(found) == len(shape) == len(lowest):
             return x
-        sizes = zip(found, shape, lowest, strict=True)
-        larger = all(i == j or (i > j and rank == 1) for i, j, rank in sizes)
+        # Ranks are among the rows and columns, never an axis of stacked matrices.
+        rows, sizes = len(shape) - 2, zip(found, shape, lowest, strict=True)
+        larger = all(
+            i == j or (i > j and rank == 1 and axis >= rows)
+            for axis, (i, j, rank) in enumerate(sizes)
+        )
         return leading(x, shape) if larger else x
 
     def _encoded(
