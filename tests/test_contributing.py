@@ -43,14 +43,26 @@ def test_imports_point_down(layer):
         assert not upwards, f"{path.relative_to(ROOT)} imports from {upwards}"
 
 
-def factories():
-    """The transformations and optimizers that the modules of methods define."""
+def functions():
+    """All that the modules of methods define, but for what is private there."""
     for module in pkgutil.iter_modules(methods.__path__):
         path = f"{methods.__name__}.{module.name}"
         for name, x in vars(importlib.import_module(path)).items():
             own = inspect.isfunction(x) and x.__module__ == path
-            if own and is_factory(x) and not name.startswith("_"):
+            if own and not name.startswith("_"):
                 yield name, x
+
+
+def factories():
+    """The transformations and optimizers among them."""
+    return ((name, x) for name, x in functions() if is_factory(x))
+
+
+def test_every_function_says_what_it_returns():
+    # By which a transformation is known, here and to whoever reads its signature.
+    for name, x in functions():
+        said = inspect.signature(x).return_annotation is not inspect.Signature.empty
+        assert said, f"Annotate what {x.__module__}.{name} returns."
 
 
 # Parts of several methods, which are no methods themselves.

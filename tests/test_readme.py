@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,18 @@ def test_links_lead_somewhere(name):
         target = ROOT / (path or name)
         assert target.exists(), path
         assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
+def test_links_to_the_site_lead_to_its_pages():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    site = re.escape(project["urls"]["Documentation"])
+    text = (ROOT / "README.md").read_text()
+    links = re.findall(rf"\]\({site}(?:/([^)#]*)\.html)?#?([^)]*)\)", text)
+    assert len(links) == text.count(project["urls"]["Documentation"]) > 10
+    for page, anchor in links:
+        target = ROOT / "docs" / f"{page or 'index'}.md"
+        assert target.exists(), page
+        assert not anchor or anchor in anchors(target), f"{page}#{anchor}"
 
 
 def test_the_losses_compared_are_those_of_the_record():

@@ -8,7 +8,17 @@ import tomllib
 from pathlib import Path
 
 from benchmarks.faults import table as faults_table
-from tables import choice, contract, losses, memory, methods, papers, speed
+from tables import (
+    choice,
+    contract,
+    counts,
+    losses,
+    memory,
+    methods,
+    numerics,
+    papers,
+    speed,
+)
 from tables.records import ROOT, record
 
 
@@ -28,6 +38,8 @@ def _texts() -> dict[str, str]:
         "contract_summary": contract.summary(),
         "contract_by_method": contract.by_method(),
         "contract_by_test": contract.by_test(),
+        "counts": counts.table(),
+        "numerics": numerics.table(),
         "comparison": losses.comparison(),
         "mrpc": losses.task(),
         "memory": memory.everything(),

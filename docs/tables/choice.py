@@ -23,10 +23,11 @@ _SHOWN = (
     "Adam-mini",
 )
 _COUNTED = {"AdamW of Optax": "optax.adamw", "APOLLO-Mini": "apollo_mini_adamw"}
+_BROKEN = {"AdamW of Optax": "optax.adamw", "APOLLO-Mini": "apollo_adamw, mini"}
 
 
 def figures() -> str:
-    """Bytes, words on both accelerators, and the worst of one bad gradient."""
+    """Bytes, words and launches, and the worst of one bad gradient."""
     faults = record("faults")["figures"]
     lines = []
     for method in METHODS:
@@ -35,15 +36,16 @@ def figures() -> str:
         rank = method.ranks[0] if method.ranks else None
         name = _COUNTED.get(method.title, method.optimizer)
         link = f"[{method.title}](/methods/{method.page}.md)"
-        own = faults.get(name, {}).values()
+        own = faults.get(_BROKEN.get(method.title, method.optimizer), {}).values()
         worst = max((x["worst"] for x in own), default=None)
         lines.append(
             (
                 link if method.page else method.title,
                 str(rank or ""),
                 gigabytes(llama_bytes(method, rank)),
-                speed.words(name, "h100", "7b"),
-                speed.words(name, "v5e", "leaf", "leaf-ordinary"),
+                speed.count("words", name, "h100", "7b"),
+                speed.count("launches", name, "h100", "7b"),
+                speed.count("words", name, "v5e", "leaf", "leaf-ordinary"),
                 "" if worst is None else f"{worst:.1f}" if worst < 1e6 else "lost",
             )
         )
@@ -52,6 +54,7 @@ def figures() -> str:
         "rank",
         "state of LLaMA-7B, GB",
         "words, H100",
+        "launches",
         "words, TPU v5e",
         "worst after a bad gradient",
     )

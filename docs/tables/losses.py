@@ -1,11 +1,11 @@
 """Losses of the methods on real text and on a task, from the records."""
 
-import statistics
 from itertools import cycle
 from typing import Any
 
 import matplotlib.pyplot as plt
 
+from benchmarks.record import interval
 from tables.plots import Plot
 from tables.records import made_on, record, rows
 
@@ -20,10 +20,13 @@ def _groups() -> dict[str, Methods]:
     return {title: found[key] for title, key in groups.items() if found[key]}
 
 
-def _spread(losses: dict[Any, float]) -> tuple[float, float]:
-    values = list(losses.values())
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return statistics.fmean(values), deviation
+def _from_adamw(methods: Methods, name: str) -> tuple[float, float] | None:
+    """A method's loss minus AdamW's, by seed: the mean and half of its interval."""
+    reference = _groups()["Equal rank"]["adamw"]["losses"]
+    losses = methods[name]["losses"]
+    if name == "adamw" or len(losses) < 2:
+        return None
+    return interval([losses[seed] - reference[seed] for seed in losses])
 
 
 def comparison() -> str:
@@ -34,24 +37,31 @@ def comparison() -> str:
     for title, methods in _groups().items():
         lines = []
         for name, x in methods.items():
-            mean, deviation = _spread(x["losses"])
+            mean, half = interval(list(x["losses"].values()))
+            difference = _from_adamw(methods, name)
             lines.append(
                 (
                     f"`{name}`",
                     str(x["rank"] or ""),
-                    str(len(x["losses"])),
-                    f"{mean:.3f} ± {deviation:.3f}",
+                    f"{mean:.3f} ± {half:.3f}",
+                    f"{difference[0]:+.3f} ± {difference[1]:.3f}" if difference else "",
                     f"{x['matrix_state_bytes'] / 1024:,.0f}",
                 )
             )
-        head = ("", "rank", "seeds", "validation loss", "state of matrices, KiB")
+        head = (
+            *("", "rank", "validation loss", "minus that of `adamw`"),
+            "state of matrices, KiB",
+        )
         parts += [f"**{title}.**\n", rows(head, lines, figures=True) + "\n"]
     parts.append(
         f"{made_on(found['machine'])} Model {settings['model']}, {settings['steps']} "
         f"steps of {settings['batch_size']} x {settings['seq_len']} tokens of the "
         f"Python standard library, subspaces every {settings['update_every']} steps; "
-        "mean and standard deviation over the seeds. How the rates were chosen is in "
-        "`benchmarks/records/comparison.md`.\n"
+        "five seeds; ± is half of the 95% confidence interval, of differences that are "
+        "paired by seed. How the rates were chosen is in "
+        "`benchmarks/records/comparison.md`. At equal bytes, the rank is that with "
+        "which the whole state is nearest to GaLore's; of some, the largest rank is "
+        "still smaller, and LDAdam's error alone is more.\n"
     )
     return "\n".join(parts)
 
@@ -82,19 +92,17 @@ def task() -> str:
 
 
 def plot() -> Plot:
-    """Loss against bytes of state, at equal rank."""
+    """Loss minus AdamW's against bytes of state, at equal rank."""
     methods = _groups().get("Equal rank", {})
 
     def draw(axes: plt.Axes) -> None:
         marks = cycle("os^vD<>pXh*")
         for (name, x), mark in zip(methods.items(), marks, strict=False):
-            mean, deviation = _spread(x["losses"])
+            mean, half = _from_adamw(methods, name) or (0.0, 0.0)
             size = x["matrix_state_bytes"] / 2**20
-            axes.errorbar(
-                size, mean, 2 * deviation, fmt=mark, ms=6, capsize=3, label=name
-            )
+            axes.errorbar(size, mean, half, fmt=mark, ms=6, capsize=3, label=name)
         axes.set_xlabel("optimizer state of the matrices, MiB")
-        axes.set_ylabel("validation loss")
+        axes.set_ylabel("validation loss minus AdamW's")
         if methods:
             axes.legend(fontsize=8, frameon=False, bbox_to_anchor=(1, 1))
 

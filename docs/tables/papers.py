@@ -182,14 +182,16 @@ def _per_layer() -> tuple[str, str]:
 
 def _words() -> tuple[str, str]:
     names = ("mlorc_adamw", "galore_adamw", "optax.adamw")
-    found = {name: speed.words(name, "h100", "7b") for name in names}
+    found = {name: speed.count("words", name, "h100", "7b") for name in names}
     text = ", ".join(f"`{name}` {x}" for name, x in found.items())
     return f"words moved a weight on an H100, not timed: {text}", "not timed"
 
 
 def _refresh() -> tuple[str, str]:
     names = ("galore_adamw", "galore_plus_adamw")
-    found = {x: float(speed.words(x, "h100", "7b").split(" / ")[-1]) for x in names}
+    found = {
+        x: float(speed.count("words", x, "h100", "7b").split(" / ")[-1]) for x in names
+    }
     text = ", ".join(f"`{name}` {x:.1f}" for name, x in found.items())
     return (
         f"words a weight of a step that renews all bases, on an H100: {text}; GaLore's"

@@ -40,13 +40,14 @@ def _line(key: Key, row: dict) -> list[str]:
     ]
 
 
-def words(method: str, target: str, *shapes: str) -> str:
-    """Words a weight, by the kernels where there are some; "" where nobody counted."""
+def count(field: str, method: str, target: str, *shapes: str) -> str:
+    """A count of a step, with kernels where there are some; "" where nobody counted."""
     record = Table.read()
     for shape in shapes:
         for tier in ("pallas", "xla"):
             row = record.get(Key(method, target, shape, "float32", tier))
             if row and "words" in row:
-                first, then = row["words"], row["words_refresh"]
-                return f"{first:.1f}" if first == then else f"{first:.1f} / {then:.1f}"
+                form = ".1f" if field == "words" else ",d"
+                both = (format(row[field + x], form) for x in ("", "_refresh"))
+                return " / ".join(dict.fromkeys(both))
     return ""
