@@ -194,8 +194,10 @@ def write(settings: Any, study: Study, results: Results, trainer: Trainer) -> No
         "## Equal rank",
         table(equal_rank, references),
         "## Equal bytes",
-        "The rank of each method is that with which its whole state is nearest to "
-        f"GaLore's at rank {settings.rank}, the rates those of the table above.",
+        "The rank of each method is that with which the state of its matrices is "
+        f"nearest to GaLore's at rank {settings.rank}, the rates those of the table "
+        "above. No rank is larger than the model's width; LDAdam's error has no rank, "
+        "and of AdaRankGrad, the largest rank is what is chosen.",
         table(equal_bytes, references),
         f"![Loss against bytes of the state]({_PLOT})",
         "Points of equal bytes stand beside each other, the leftmost at its place.",
@@ -219,7 +221,8 @@ def about(settings: Any, study: Study, results: Results, trainer: Trainer) -> st
         "head and norms, tuned once with the method at full rank (AdamW, and Lion for "
         "the two with its signs) and the same for all others; m that of the matrices, "
         "as the method's "
-        "`learning_rate`: GaLore and its kind multiply it by their scale, 0.25. Each m "
+        "`learning_rate`: GaLore and its kind multiply it by their scale, 0.25 "
+        "(APOLLO and Flora 1, APOLLO-Mini the root of 128). Each m "
         f"is the best of a ladder on seed {protocol.tuning_seed}; the losses are those "
         f"of seeds {', '.join(map(str, protocol.seeds))} on "
         f"{VALIDATION_BATCHES * settings.batch_size} sequences. ± is half of the 95% "

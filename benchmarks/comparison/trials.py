@@ -139,8 +139,9 @@ class Trainer:
         }
 
     def state_bytes(self, method: str, rank: int | None) -> int:
+        """Of the matrices: embedding, head and norms have no rank."""
         tx = self.optimizer(method, rank, 0.0, 0.0)
-        return lro.state_bytes(tx, self.job.params)
+        return matrix_state_bytes(tx, self.job.params)
 
     def equal_bytes(self, rank: int) -> Any:
         """`Protocol.equal_bytes`: the ranks nearest to GaLore's state at this one."""

@@ -60,8 +60,9 @@ def comparison() -> str:
         "five seeds; ± is half of the 95% confidence interval, of differences that are "
         "paired by seed. How the rates were chosen is in "
         "`benchmarks/records/comparison.md`. At equal bytes, the rank is that with "
-        "which the whole state is nearest to GaLore's; of some, the largest rank is "
-        "still smaller, and LDAdam's error alone is more.\n"
+        "which the state of the matrices is nearest to GaLore's, and the model's width "
+        "at most; LDAdam's error alone is more, and of AdaRankGrad the largest rank "
+        "is chosen.\n"
     )
     return "\n".join(parts)
 
