@@ -38,7 +38,7 @@ VARIANTS = {
     "galore_plus_8bit_0.6": "galore_plus_8bit_0.0",
     "galore_plus_adamw_8bit": "galore_plus_8bit_0.0",
     "galore_plus_8bit_1.8": "galore_plus_8bit_0.0",
-    "adarankgrad_adamw": "galore_adamw",
+    "adarankgrad_0.1": "galore_adamw",
     "adarankgrad_fixed_interval": "adarankgrad_adamw",
     "adarankgrad_fixed_rank": "adarankgrad_adamw",
 }
@@ -122,9 +122,9 @@ def main(settings: Settings) -> None:
 def _about(s: Settings, setup: str, missing: int) -> str:
     about = (
         f"{setup}. Rank {s.rank}, rate {s.dense_rate:g} of embedding, head and norms,"
-        f" {s.rate:g} of the matrices, {s.mlorc_rate:g} with MLorc: those of"
-        " comparison.md for the method, not tuned for the variant. Differences are"
-        " paired, seed by seed; ± is half of the 95% confidence interval."
+        f" {s.rate:g} of the matrices, {s.mlorc_rate:g} with MLorc: those that"
+        " comparison.md has for GaLore and MLorc, not tuned for a variant. Differences"
+        " are paired, seed by seed; ± is half of the 95% confidence interval."
     )
     if not missing:
         return about

@@ -278,7 +278,7 @@ for name, layers in curves.items():
 # |---|---|
 # | full fine-tuning in little memory | `mlorc_adamw`, rank 4, AdamW's learning rate |
 # | the least state | `mlorc_lion` or `apollo_adamw` at rank 1, `per="tensor"` |
-# | pre-training from scratch | `galore_adamw` or `i3s_adamw`, rank width / 4 |
-# | more from the same rank | `fira_adamw`, which uses what a projection drops |
+# | pre-training from scratch | `apollo_adamw` or `fira_adamw`, rank width / 4 |
+# | the cheapest step | `galore_adamw`, which leaves out what the projection drops |
 # | no rank to choose | `adarankgrad_adamw`: [notebook 04](04_pretrain_llama.ipynb) |
 # | bytes instead of floats, at any of it | `quantize_state` around it |

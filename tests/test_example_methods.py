@@ -1,5 +1,7 @@
 """The methods of the examples: two rates for each, and which leaf has which."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -180,3 +182,18 @@ def test_every_method_has_a_rate_for_glue_and_lion_a_small_one():
     for lion, like in (("lora_lion", "lora"), ("mlorc_lion", "mlorc_adamw")):
         ratio = preset.learning_rate(lion) / preset.learning_rate(like)
         assert ratio == pytest.approx(1 / 7)
+
+
+def test_rates_are_those_of_the_comparison():
+    page = (Path(__file__).parents[1] / "benchmarks/records/comparison.md").read_text()
+    table = page.split("## Equal rank")[1].split("## ")[0]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:5]]
+        for line in table.splitlines()
+        if line.startswith("| ") and "---" not in line
+    ][1:]
+    assert len(rows) == 19
+    for name, _, dense, rate in rows:
+        method = METHODS[name]
+        found = method.dense_learning_rate, method.learning_rate
+        assert found == (float(dense), float(rate)), name

@@ -57,7 +57,10 @@ def minus(method: str, other: str) -> tuple[float, float] | None:
 
 
 def _pair(method: str, other: str) -> tuple[Losses, Losses]:
-    """Of a variant and what it varies, those of the ablation: at one rate."""
+    """Each at its own rates; of a variant and what it varies, at those of one."""
+    compared = record("comparison")["figures"]["equal_rank"]
+    if method in compared and other in compared:
+        return losses(method), losses(other)
     ablations = record("ablations")["figures"]
     if ablations.get(method, {}).get("of") == other:
         return ablations[method]["losses"], ablations[method]["base"]

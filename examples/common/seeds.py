@@ -104,7 +104,7 @@ def scores(
     axes.margins(y=0.5 / max(1, len(rows)))
     axes.invert_yaxis()
     figure.legend(loc="outside upper center", ncols=2)
-    text = "Score of each seed at its best validation, and the mean."
+    text = "Score of each seed, and the mean."
     if published:
         text += (
             " Hollow marks are the papers' own figures, of their models and data: they"

@@ -328,7 +328,7 @@ def finish(job: Job, runs: list[Run]) -> list[Path]:
         "training": f"{s.steps} steps of {s.batch_size} x {s.seq_len} tokens, seed"
         f" {s.seed}, equal batches for every method; one seed does not rank methods",
         "learning rates": "each method's own two by default, of matrices and of"
-        " embedding, head and norms, from coarse searches at this size: see"
+        " embedding, head and norms, as tuned at rank 32 in"
         " benchmarks/records/comparison.md. GaLore and its kind multiply the former by"
         " their scale, 0.25",
         "machine": job.facts["device"],

@@ -54,9 +54,9 @@ def adaptive_rank(
       min_rank: the least rank.
       max_residual_energy: eta, the share of the squared gradient that may be left out.
         0.23 is the square of the paper's 0.48, which Algorithm 2 compares with a ratio
-        of norms: its ranks come out in the paper's ranges (6.9 of 8, there 5.3 to 7.8),
-        with GaLore's loss (4.156) at a third of its state, where 0.48 has 4.0 of 8 and
-        a loss of 4.201 (benchmarks/records/ranks.md).
+        of norms: its ranks come out in the paper's ranges (6.9 of 8, there 5.3 to 7.8;
+        0.48 has 4.0), in benchmarks/records/ranks.md. With a third of GaLore's state,
+        it is behind GaLore by 0.027 there (comparison.md), which the paper's is not.
       max_interval: the most steps between two refreshes.
       min_interval: the fewest; over so many the first gradients are averaged.
       measure: "norm" for the paper's criterion, which gradients of small batches meet
