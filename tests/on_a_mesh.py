@@ -27,13 +27,16 @@ METHODS = {
     "mlorc": lro.mlorc_adamw(rank=8, **_RATE),
     "bytes": lro.adamw_8bit(0.1),
 }
+# Of these, a device's part has more numbers than the sketches of eight columns.
+WIDE = {"columns": (256, 768), "both": (256, 768)}
+SIGNS = lro.mlorc_lion(rank=8, **_RATE)
 
 
-def moved(tx, mesh):
+def moved(tx, mesh, shapes=SHAPES):
     """What a step moves, on matrices that are split in all ways."""
     params = {
         k: jax.ShapeDtypeStruct(s, jnp.float32, sharding=NamedSharding(mesh, SPECS[k]))
-        for k, s in SHAPES.items()
+        for k, s in shapes.items()
     }
     module, _, _ = meshes.compiled(tx, params, mesh, "cpu")
     return [vars(meshes.moves(module, due)) for due in (False, True)]
@@ -93,6 +96,10 @@ def main():
         "moved": own,
         "moved by all": {
             name: moved(METHODS[name], mesh) for name in ("mlorc", "bytes")
+        },
+        "wide by all": {
+            name: moved(tx, mesh, WIDE)
+            for name, tx in {"mlorc": METHODS["mlorc"], "lion": SIGNS}.items()
         },
         "codes": codes(mesh),
         "exact": exact(mesh),

@@ -214,8 +214,11 @@ def share(
     if place.mesh is None:
         return tuple(spec)
     spec = list(fitting(spec, shape, place.mesh))
-    if along and _split.value == "all":
-        runs = [False] * len(batch) + [bool(x) for x in along]
+    # Not of scales, which run along both sides or along none: a code would be moved to
+    # where its scales are, or these to it.
+    runs_along = [bool(x) for x in along]
+    if _split.value == "all" and any(runs_along) and runs_along != [True, True]:
+        runs = [False] * len(batch) + runs_along
         axes = range(len(batch), len(shape))
         longest = max(axes, key=lambda a: (runs[a], shape[a]))
         used = {name for entry in spec for name in names(entry)}

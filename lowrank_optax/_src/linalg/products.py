@@ -9,7 +9,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from lowrank_optax._src.linalg.meshes import split_axes
+from lowrank_optax._src.linalg.meshes import gathered, split_axes
 
 
 def matmul(a: Array, b: Array) -> Array:
@@ -168,11 +168,17 @@ class Lying:
         return -1 if self.turned else -2
 
     def sketch(self, w: Array) -> Array:
-        """``A w^T``: the rows of ``w`` lie as those of A do, long on every device."""
+        """``A w^T``: the rows of ``w`` lie as those of A do, long on every device.
+
+        On a mesh thin arrays are whole on each device, or XLA would move A to where
+        these are, and every small problem made of them would be a sum over devices.
+        """
+        w = gathered(w)
         if self.turned:
             return project(w.mT, self.array).mT
         return matmul(self.array, jax.lax.optimization_barrier(w).mT)
 
     def project(self, q: Array) -> Array:
-        """``q^T A``."""
+        """``q^T A``; see `sketch` for what is done on a mesh."""
+        q = gathered(q)
         return sketch(self.array, q).mT if self.turned else project(q, self.array)
