@@ -68,6 +68,17 @@ def test_every_configuration_has_a_plan(path, capsys):
     assert "Per-layer updates would save" in shown
 
 
+def test_a_plan_asks_for_shapes_alone(tmp_path):
+    assert Plan(model="7b").config == Plan(model="llama_7b").config
+    # Llama 3 turns its frequencies, which takes no memory.
+    raw = json.loads((CONFIGS / "smoke.json").read_text())
+    rope = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(raw | {"rope_scaling": rope}))
+    plan = Plan(model=str(path), seq_len=16)
+    assert needs(plan) == needs(Plan(**SMALL))
+
+
 def test_per_layer_updates_have_no_gradient_of_the_whole_model():
     ordinary, small = (
         needs(Plan("llama_7b", "mlorc_adamw", 4, batch_size=4, layerwise=x))

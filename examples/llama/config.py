@@ -137,7 +137,9 @@ class LlamaConfig:
         return self.head_dim
 
     @classmethod
-    def from_json(cls, path: str | Path, **overrides: Any) -> "LlamaConfig":
+    def from_json(
+        cls, path: str | Path, shapes_only: bool = False, **overrides: Any
+    ) -> "LlamaConfig":
         """Reads a Hugging Face `config.json`.
 
         Fields without a counterpart here (`use_cache`, ...) are ignored; so is the
@@ -145,6 +147,8 @@ class LlamaConfig:
 
         Args:
           path: the JSON file.
+          shapes_only: the model is not run, so that its rotary frequencies are not
+            looked at.
           **overrides: `LlamaConfig` fields that replace the file's.
 
         Raises:
@@ -154,7 +158,10 @@ class LlamaConfig:
         """
         path = Path(path)
         try:
-            return cls(**(_config_fields(read_object(path)) | overrides))
+            raw = read_object(path)
+            if shapes_only:
+                raw = {k: x for k, x in raw.items() if k not in _ROPE}
+            return cls(**(_config_fields(raw) | overrides))
         except ValueError as error:
             raise ValueError(f"Cannot use the model config {path}: {error}") from error
 
@@ -171,10 +178,12 @@ class LlamaConfig:
 
 
 def config_path(model: str) -> Path | None:
-    """The file of a name in `CONFIGS`, or of a path; None for anything else."""
-    named = CONFIGS / f"{model}.json"
-    path = named if named.is_file() else Path(model)
-    return path if path.is_file() else None
+    """The file of a name in `CONFIGS`, or of a path; None for anything else.
+
+    Of a name, "llama_" may be left out.
+    """
+    named = (CONFIGS / f"{name}.json" for name in (model, f"llama_{model}"))
+    return next((path for path in (*named, Path(model)) if path.is_file()), None)
 
 
 def config_names() -> str:
@@ -184,6 +193,11 @@ def config_names() -> str:
 
 def named_config(model: str, seq_len: int, **overrides: Any) -> LlamaConfig:
     """The config of a name in `CONFIGS`, or of a path, for sequences of a length.
+
+    Args:
+      model: see `config_path`.
+      seq_len: tokens of a sequence.
+      **overrides: as of `LlamaConfig.from_json`.
 
     Raises:
       ValueError: there is no such model, or it does not take such sequences.
@@ -203,6 +217,8 @@ def named_config(model: str, seq_len: int, **overrides: Any) -> LlamaConfig:
     return config
 
 
+_ROPE = ("rope_scaling", "rope_parameters")
+
 # How this model is laid out and computed is no property of the checkpoint.
 _HF_FIELDS = stored_fields(
     LlamaConfig, but=("scan_layers", "remat", "dtype", "param_dtype")
@@ -215,7 +231,7 @@ def _config_fields(raw: Fields) -> Fields:
     check_file(raw, _REQUIRED_FIELDS, _FIXED_FIELDS | _FIXED_IF_THERE)
     fields = {name: raw[name] for name in _HF_FIELDS if name in raw}
     # transformers 4 has one name, transformers 5 the other; a file may have both.
-    for name in ("rope_scaling", "rope_parameters"):
+    for name in _ROPE:
         rope = {} if raw.get(name) is None else raw[name]
         if not isinstance(rope, dict):
             raise ValueError(f"{name} must be an object, got {rope!r}.")

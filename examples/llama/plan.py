@@ -79,6 +79,7 @@ class Plan:
         return named_config(
             self.model,
             self.seq_len,
+            shapes_only=True,
             scan_layers=self.layerwise,
             remat=self.remat,
             dtype=self.dtype,
