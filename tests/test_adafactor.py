@@ -1,5 +1,7 @@
 """Adafactor against Optax's on matrices, against its formulas on other axes."""
 
+import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -149,3 +151,17 @@ def test_the_clip_keeps_what_stands_beside_an_outlier(outlier, threshold):
     size = np.sqrt(np.mean(exact**2, axis=(-2, -1), keepdims=True))
     want = exact / np.maximum(1.0, size / threshold)
     np.testing.assert_allclose(updates[0]["w"], want, rtol=1e-5, atol=1e-37)
+
+
+@pytest.mark.parametrize("outlier", [1e20, 3e38])
+@pytest.mark.parametrize("whole", ["an entry", "a row"])
+def test_finite_gradients_of_any_size_have_finite_updates(outlier, whole):
+    tx, params = lro.scale_by_adafactor(), random_like({"w": (48, 32)}, 0)
+    update, state = jax.jit(tx.update), tx.init(params)
+    for step, grads in enumerate(random_grads(params, 6)):
+        if step == 3:
+            row = slice(None) if whole == "a row" else 1
+            grads["w"] = grads["w"].at[1, row].set(outlier)
+        updates, state = update(grads, state, params)
+        chex.assert_tree_all_finite((updates, state))
+        assert jnp.max(jnp.abs(updates["w"])) < 100

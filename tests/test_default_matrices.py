@@ -352,8 +352,17 @@ def test_a_callable_tree_of_specs_is_a_tree():
 # Stacks of vectors, and what is said of others ----------------------------------------
 
 
+@pytest.mark.parametrize("rule", [lro.default_matrices, lro.matrix_rules({})])
+def test_a_leaf_that_is_no_array_is_refused_by_its_path(rule):
+    for other in (2.0, jax.nn.relu):  # as of an Equinox model that was not filtered
+        with pytest.raises(TypeError, match="'layers/1/f': it must be an array"):
+            rule({"layers": [jnp.ones((4, 4)), {"f": other}]})
+
+
 def test_vectors_of_layers_are_told_by_their_names_and_the_weights_beside_them():
     shapes = {
+        **{"rms/weight": (12, 64), "rms/gain": (12, 64), "gru/bias_ih": (12, 64)},
+        **{"pos_encoding": (128, 64), "positional_encoding/table_": (128, 64)},
         **{"w1": (12, 64, 96), "b1": (12, 96), "up_w": (12, 64, 96), "up_b": (12, 96)},
         **{"wq": (12, 64, 4, 16), "bq": (12, 4, 16), "attn_norm_weight": (12, 64)},
         **{"norm_ffn/weight": (12, 64), "ln_attn/w": (12, 64)},

@@ -137,8 +137,8 @@ def _in_slabs(
     MiB of temporaries, its update, instead of 1,248.
     """
 
-    def step(fixed, old):
-        (grad,), (_, *codes) = fixed, old
+    def step(fixed, kept):
+        (grad,), (_, *codes) = fixed, kept
         cut = dataclasses.replace(blocks, shape=grad.shape)
         old = [*map(cut.cut, codes[:2]), *map(cut.load, codes[2:])]
         each = *old[:2], *cut.spread(old[2:])

@@ -11,7 +11,12 @@ from lowrank_optax._src.leaves.box import value_of
 from lowrank_optax._src.leaves.context import beside
 from lowrank_optax._src.leaves.matrix import MatrixAxes
 from lowrank_optax._src.leaves.names import named_dense, pieces, weights_of
-from lowrank_optax._src.leaves.paths import Path, flatten, placeholders
+from lowrank_optax._src.leaves.paths import (
+    Path,
+    check_arrays,
+    flatten,
+    placeholders,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +44,7 @@ def by_default(tree: Any, stacks: MatrixAxes | None = None) -> dict[Path, Choice
       stacks: rows and columns of leaves whose names tell nothing, and of attention
         kernels too unless it is ``MatrixAxes()``; None for those of two axes.
     """
+    check_arrays(tree)
     paths, leaves, _ = flatten(tree)
     own = dict(zip(paths, map(value_of, leaves), strict=True))
     left_out = placeholders(tree)
@@ -89,12 +95,13 @@ def default_matrices(params: Any) -> Any:
     attention kernels; of others with three axes and more, names do not tell the rows
     and columns. What stays at full rank by its name, whatever its axes:
 
-    - biases and norms: the last word of the leaf or its module is bias, scale, gamma,
-      beta, offset, ln or bn, or ends in norm; such a word of a norm anywhere in the
+    - biases and norms: the last word of the leaf or its module is bias, scale, gain,
+      gamma, beta, offset, rms, ln or bn, or ends in norm; the first one of the leaf is
+      bias; such a word of a norm anywhere in the
       leaf or its module, if the leaf ends in weight or w; or a leaf b, b1 or up_b
       beside a w, w1 or up_w of more axes;
     - embeddings: a word that starts with embed or is emb, embs, embd, posemb, unembed,
-      unembedding, wte, wpe, vocab, vocabulary or table;
+      unembedding, wte, wpe, vocab, vocabulary or table; and positional encodings;
     - heads: a word logits, classifier, pooler or readout; a part that starts with
       lm_head; one that ends in head or heads, except in an attention; a part
       predictions or qa_outputs; a leaf or module score, shared or output.
@@ -108,6 +115,9 @@ def default_matrices(params: Any) -> Any:
 
     Returns:
       A tree like ``params``.
+
+    Raises:
+      TypeError: for a leaf that is no array.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro
     >>> params = {"embed": jnp.ones((9, 4)), "w": jnp.ones((4, 4)), "b": jnp.ones(4)}

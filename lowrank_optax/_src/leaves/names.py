@@ -9,10 +9,12 @@ from lowrank_optax._src.leaves.paths import Path, words
 
 # The last word of a leaf's name, or of its module's: there is one such vector a layer,
 # so that two axes are a stack, or split heads.
-VECTORS = frozenset("bias biases scale gamma beta offset".split())
+VECTORS = frozenset("bias biases scale gain gamma beta offset".split())
+
+_BIASES = frozenset("bias biases".split())
 
 # As the others; and anywhere in both names, of a leaf that ends in one of `WEIGHTS`.
-NORMS = frozenset("norm norms ln bn".split())
+NORMS = frozenset("norm norms rms ln bn".split())
 
 _ENDS_OF_NORMS = ("norm", "normalization")
 
@@ -24,6 +26,9 @@ EMBEDDINGS = frozenset(
 )
 
 _START_OF_EMBEDDINGS = "embed"
+
+_POSITIONS = frozenset("pos position positional positions".split())
+_ENCODINGS = frozenset("encoding encodings enc".split())
 
 # A word anywhere in a path: what is read out.
 HEADS = frozenset("logits classifier pooler readout".split())
@@ -46,6 +51,8 @@ def named_dense(path: Path) -> str | None:
     for piece in path[-2:]:
         if _is_vector(piece):
             return f"'{piece}' names a bias or a norm"
+    if path and not _BIASES.isdisjoint(words(path[-1])[:1]):  # of a gate: `bias_ih`
+        return f"'{path[-1]}' names a bias"
     if path and not WEIGHTS.isdisjoint(words(path[-1])[-1:]):
         for piece in path[-2:]:
             if any(map(_is_norm, words(piece))):
@@ -53,7 +60,9 @@ def named_dense(path: Path) -> str | None:
     attends = False
     for i, piece in enumerate(path):
         own = words(piece)
-        if any(w in EMBEDDINGS or w.startswith(_START_OF_EMBEDDINGS) for w in own):
+        if any(map(_is_embedding, own)) or not (
+            _POSITIONS.isdisjoint(own) or _ENCODINGS.isdisjoint(own)
+        ):
             return f"'{piece}' names an embedding or a head"
         attends = attends or not _ATTENTION.isdisjoint(own)
         if _is_head(piece.lower(), own, last=i >= len(path) - 2, attends=attends):
@@ -72,6 +81,10 @@ def _is_vector(piece: str) -> bool:
     # A letter alone tells parts apart, as in `ln_f` and `bias_k`.
     own = [word for word in words(piece) if len(word) > 1]
     return bool(own) and (own[-1] in VECTORS or _is_norm(own[-1]))
+
+
+def _is_embedding(word: str) -> bool:
+    return word in EMBEDDINGS or word.startswith(_START_OF_EMBEDDINGS)
 
 
 def _is_norm(word: str) -> bool:

@@ -151,14 +151,16 @@ def _scaled(
     view: MatrixView, g: jax.Array, old: list[Any], b2: jax.Array
 ) -> tuple[jax.Array, list[Any]]:
     """A gradient over the root of its second moments, and these: rows, columns, all."""
+    if not jnp.iscomplexobj(g):  # of what is larger, the square is no float
+        g = jnp.clip(g, -1e19, 1e19)
     square = _squares(g) + _EPS
     if not _factored(view):
         v = b2 * view.matrix(old[2]) + (1 - b2) * square
         return g * v**-0.5, [*old[:2], view.leaf(v, old[2].dtype)]
-    row = b2 * old[0] + (1 - b2) * jnp.mean(square, axis=-1)
-    col = b2 * old[1] + (1 - b2) * jnp.mean(square, axis=-2)
+    row = b2 * old[0] + (1 - b2) * _mean(square, -1)
+    col = b2 * old[1] + (1 - b2) * _mean(square, -2)
     # In pairs that keep in range: a quotient of squares would not.
-    root = jnp.mean(row, axis=-1, keepdims=True) ** 0.5
+    root = _mean(row, -1)[..., None] ** 0.5
     u = g * row[..., None] ** -0.5
     return u * (root * col**-0.5)[..., None, :], [row, col, old[2]]
 
@@ -169,6 +171,11 @@ def _clip(u: jax.Array, threshold: ArrayLike) -> jax.Array:
     unit = threshold * 2.0**50
     square = jnp.mean(_squares(u / unit), axis=(-2, -1), keepdims=True)
     return u / jnp.maximum(1.0, jnp.sqrt(square) * 2.0**50)
+
+
+def _mean(x: jax.Array, axis: int) -> jax.Array:
+    """Of what is in range, though its sum may not be."""
+    return jnp.sum(x / x.shape[axis], axis=axis)
 
 
 def _squares(x: jax.Array) -> jax.Array:

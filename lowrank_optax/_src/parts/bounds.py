@@ -42,7 +42,8 @@ def most_of_square(
     Returns:
       The most, of the shape of ``mean``; infinity where that is not positive.
     """
-    seen = 1 - b2 ** jnp.maximum(step, 1)
+    # In the moments' type: of whole numbers, powers may be wider.
+    seen = 1 - b2 ** jnp.maximum(step, 1).astype(mean.dtype)
     longer = jnp.maximum(100 * (1 - b2) / seen, 1.0)
     return jnp.where(mean > 0, 0.1 * size**0.5 * mean * longer, jnp.inf)
 

@@ -126,8 +126,10 @@ def _limit_growth(limiter, size, before):
     It may be ``limiter`` times that of before, or anything where that was zero.
     """
     allowed = jnp.where(before < 1e-8, jnp.inf, limiter * before)
-    factor = jnp.where(size > allowed, allowed / size, 1.0)
-    return factor, jnp.minimum(size, allowed)
+    above = size > allowed
+    # The quotient only of what is limited: that of infinity has no derivative.
+    factor = jnp.where(above, allowed, 1.0) / jnp.where(above, size, 1.0)
+    return factor, jnp.where(above, allowed, size)
 
 
 def _unlimited(limiter) -> bool:
