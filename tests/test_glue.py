@@ -552,6 +552,20 @@ def test_a_damaged_tokenizer_of_a_run_is_refused(made, tmp_path, capsys):
     assert f"{out / 'tokenizer.json'} is no tokenizer" in lines[0]
 
 
+def test_a_damaged_base_of_a_run_is_refused(made, tmp_path, capsys):
+    out = shutil.copytree(made, tmp_path / "run")
+    for name in ("result.json", "report.md"):  # as if it had been stopped before
+        (out / name).unlink()
+    shutil.rmtree(out / "scratch")
+    tensors = out / "pretrained" / "model.safetensors"
+    content = bytearray(tensors.read_bytes())
+    content[len(content) // 2] ^= 1
+    tensors.write_bytes(content)
+    assert main(["--resume", "--out", str(out)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and f"{tensors} is not as it was written" in lines[0]
+
+
 def test_making_it_goes_on_too_after_a_stop_and_crashes(
     made, tmp_path, monkeypatch, capsys
 ):

@@ -13,6 +13,8 @@ import optax
 from flax import nnx
 from tokenizers import Tokenizer
 
+from examples.common.errors import BadFile
+from examples.common.files import file_sha256, read_object, write_json
 from examples.common.interrupt import StopRequest
 from examples.common.loop import CHECKPOINTS, Task, Timetable, train
 from examples.common.mesh import Placement
@@ -20,9 +22,9 @@ from examples.common.processes import by_first, of_first
 from examples.common.schedule import warmup_linear
 from examples.common.tokens import Packed
 from examples.roberta.config import EncoderConfig
-from examples.roberta.model import MaskedLM
+from examples.roberta.model import Encoder, MaskedLM
 from examples.roberta.tokenizer import END, MASK, PAD, SPECIAL, START, token_id
-from examples.roberta.weights import CONFIG, save_model
+from examples.roberta.weights import save_model
 
 _PAD_ID = SPECIAL.index(PAD)
 _MASKED = 0.15  # of the tokens; of these
@@ -30,6 +32,7 @@ _HIDDEN, _REPLACED = 0.8, 0.1  # are a mask, or any other token; the rest stay
 _LEARNING_RATE, _WEIGHT_DECAY, _WARMUP = 2e-3, 0.01, 0.06
 _VALIDATIONS, _VALIDATION_BATCHES = 5, 4
 _HELD_OUT = 20  # one row of so many
+_SUMS, _SUFFIXES = "checksums.json", (".safetensors", ".json")
 
 
 def _config(vocab_size: int, width: int, layers: int, length: int) -> EncoderConfig:
@@ -116,10 +119,13 @@ def pretrain(
     """Makes a base checkpoint in the directory, or goes on with it; once only.
 
     Raises:
+      BadFile: what was made is not as it was written.
       ValueError: too little text.
       Interrupted: on request of `stop`.
     """
-    if not of_first((directory / CONFIG).exists):
+    if of_first((directory / _SUMS).exists):
+        _check(directory)
+    else:
         task = _task(config, tokenizer, texts, batch_size, seed)
         rate = warmup_linear(_LEARNING_RATE, steps, _WARMUP)
         tx = optax.chain(
@@ -134,8 +140,25 @@ def pretrain(
         )
         model = MaskedLM(config, rngs=nnx.Rngs(seed))
         nnx.update(model, state.params)
-        by_first(partial(save_model, model.encoder, directory, tokenizer))
+        by_first(partial(_save, model.encoder, directory, tokenizer))
     by_first(partial(shutil.rmtree, directory / CHECKPOINTS, ignore_errors=True))
+
+
+def _save(encoder: Encoder, directory: Path, tokenizer: Tokenizer) -> None:
+    """The checkpoint, and last the hashes of its files, by which it is whole."""
+    save_model(encoder, directory, tokenizer)
+    files = sorted(x for x in directory.iterdir() if x.suffix in _SUFFIXES)
+    write_json(directory / _SUMS, {x.name: file_sha256(x) for x in files})
+
+
+def _check(directory: Path) -> None:
+    for name, written in read_object(directory / _SUMS).items():
+        path = directory / name
+        if not path.is_file() or file_sha256(path) != written:
+            raise BadFile(
+                f"{path} is not as it was written. Delete {directory}, and what was "
+                "trained from it, to make it anew."
+            )
 
 
 def _task(
