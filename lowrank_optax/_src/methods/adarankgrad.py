@@ -56,7 +56,8 @@ def adaptive_rank(
         0.23 is the square of the paper's 0.48, which Algorithm 2 compares with a ratio
         of norms: its ranks come out in the paper's ranges (6.9 of 8, there 5.3 to 7.8;
         0.48 has 4.0), in benchmarks/records/ranks.md. With a third of GaLore's state,
-        it is behind GaLore by 0.027 there (comparison.md), which the paper's is not.
+        it is behind GaLore by 0.027 there (comparison.md), which the paper's is not;
+        0.1 is not either, with two thirds (ablations.md).
       max_interval: the most steps between two refreshes.
       min_interval: the fewest; over so many the first gradients are averaged.
       measure: "norm" for the paper's criterion, which gradients of small batches meet
