@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec as P
 from running import random_like
 
 import lowrank_optax as lro
-from benchmarks.accelerators import meshes
+from benchmarks.accelerators import hlo, meshes
+from lowrank_optax._src.linalg import slabs
 from lowrank_optax._src.parts.codec import BlockInt8
 
 AXES = ("a", "b")
@@ -40,6 +41,23 @@ def moved(tx, mesh, shapes=SHAPES):
     }
     module, _, _ = meshes.compiled(tx, params, mesh, "cpu")
     return [vars(meshes.moves(module, due)) for due in (False, True)]
+
+
+def slabs_of(split, mesh):
+    """What a loop over some rows of a split matrix moves, and how often it turns."""
+    shape = (8, 512, 768) if split == "layers" else (2048, 768)
+    x = jax.ShapeDtypeStruct(
+        shape, jnp.float32, sharding=NamedSharding(mesh, SPECS[split])
+    )
+
+    def add(fixed, renewed):
+        return [fixed[0] + renewed[0]]
+
+    run = jax.jit(lambda a, b: slabs.in_slabs(add, [a], [b]), out_shardings=x.sharding)
+    module = hlo.parse(run.lower(x, x).compile().as_text())
+    inside = [y for c in module.computations.values() for y in c.instructions]
+    turns = sum(y.opcode == "while" for y in inside)
+    return {"count": meshes.moves(module, False).count, "loops": turns}
 
 
 def codes(mesh):
@@ -90,6 +108,7 @@ def kernels(mesh):
 
 def main():
     mesh = meshes.mesh_of("cpu")
+    slabs._NUMBERS = 32 * 768  # several turns of a loop
     with lro.split_states("own"):
         own = {name: moved(tx, mesh) for name, tx in METHODS.items()}
     found = {
@@ -99,8 +118,10 @@ def main():
         },
         "wide by all": {
             name: moved(tx, mesh, WIDE)
-            for name, tx in {"mlorc": METHODS["mlorc"], "lion": SIGNS}.items()
+            for name, tx in (METHODS | {"lion": SIGNS}).items()
+            if name in ("mlorc", "lion", "bytes")
         },
+        "slabs": {split: slabs_of(split, mesh) for split in SPECS},
         "codes": codes(mesh),
         "exact": exact(mesh),
         "kernels": kernels(mesh),

@@ -97,9 +97,8 @@ def default_matrices(params: Any) -> Any:
 
     - biases and norms: the last word of the leaf or its module is bias, scale, gain,
       gamma, beta, offset, rms, ln or bn, or ends in norm; the first one of the leaf is
-      bias; such a word of a norm anywhere in the
-      leaf or its module, if the leaf ends in weight or w; or a leaf b, b1 or up_b
-      beside a w, w1 or up_w of more axes;
+      bias; such a word of a norm anywhere in the leaf or its module, if the leaf ends
+      in weight or w; or a leaf b, b1 or up_b beside a w, w1 or up_w of more axes;
     - embeddings: a word that starts with embed or is emb, embs, embd, posemb, unembed,
       unembedding, wte, wpe, vocab, vocabulary or table; and positional encodings;
     - heads: a word logits, classifier, pooler or readout; a part that starts with

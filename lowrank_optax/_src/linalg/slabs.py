@@ -25,8 +25,8 @@ def in_slabs(
 ) -> list[Array]:
     """``function`` of some rows of matrices, which it renews, and so of all rows.
 
-    On a mesh nothing is gathered: of an axis that may be split, the loop takes the same
-    place in the part of every device.
+    On a mesh the loop itself gathers nothing: of an axis that may be split, it takes
+    the same place in the part of every device.
 
     Args:
       function: takes rows of ``fixed`` and of ``renewed``, (..., rows, cols), and gives
@@ -50,7 +50,7 @@ def in_slabs(
         at = [*(x for y in place for x in (0, y)), 0]
         old = [
             [jax.lax.dynamic_slice(x, at, (*part, x.shape[-1])) for x in arrays]
-            for arrays in (viewed(fixed), new)
+            for arrays in (seen, new)
         ]
         # Else XLA would change the layout of whole matrices before the loop.
         found = function(*jax.lax.optimization_barrier(old))
@@ -62,7 +62,7 @@ def in_slabs(
     wide = max(cols * math.prod(apart) // devices, 1)
     taken = max(_NUMBERS // wide // _TILE, 1) * _TILE
     whole, rest = divmod(rows, taken)
-    new = viewed(renewed)
+    seen, new = viewed(fixed), viewed(renewed)
     for start, size, count in ((0, taken, whole), (rows - rest, rest, 1)):
         if size and count:
 

@@ -80,7 +80,7 @@ class Blocks:
         *batch, m, n = self.shape
         each = jnp.stack(list(scales))
         if n % self.block == 0:
-            # Of parts, of which each device has whole ones, and then of numbers.
+            # Of parts first: at once, a TPU stores both (6.1 words on a v5e for 4.0).
             parts = jnp.repeat(each, self.block // self.part, axis=-1)
             return [jnp.repeat(x, self.part, axis=-1) for x in parts]
         each = jnp.repeat(each, self.block, axis=-1)
