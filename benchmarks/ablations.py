@@ -38,7 +38,7 @@ VARIANTS = {
     "galore_plus_8bit_0.6": "galore_plus_8bit_0.0",
     "galore_plus_adamw_8bit": "galore_plus_8bit_0.0",
     "galore_plus_8bit_1.8": "galore_plus_8bit_0.0",
-    "adarankgrad_0.1": "galore_adamw",
+    "adarankgrad_0.23": "adarankgrad_adamw",
     "adarankgrad_fixed_interval": "adarankgrad_adamw",
     "adarankgrad_fixed_rank": "adarankgrad_adamw",
 }

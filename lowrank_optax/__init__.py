@@ -8,6 +8,7 @@ methods without a learning rate, and whole optimizers. Please do not use names f
 from lowrank_optax import adapters as adapters
 from lowrank_optax import diagnostics as diagnostics
 from lowrank_optax import kernels as kernels
+from lowrank_optax import laws as laws
 from lowrank_optax import layerwise as layerwise
 from lowrank_optax import linalg as linalg
 from lowrank_optax import rank as rank
@@ -188,6 +189,7 @@ __all__ = [
     "i3s_subspace",
     "inject_hyperparams",
     "kernels",
+    "laws",
     "layerwise",
     "ldadamw",
     "leafwise",

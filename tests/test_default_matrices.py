@@ -395,6 +395,30 @@ def test_the_advice_for_what_is_unknown_can_be_followed(shapes):
     assert all(row.view for row in rows if len(row.shape) > 1)
 
 
+@pytest.mark.filterwarnings("ignore:No name tells")
+def test_the_advice_sees_heads_that_make_up_the_width_of_the_model():
+    shapes = {
+        "blocks/attend": (32, 4, 8),
+        "blocks/post": (4, 8, 32),
+        "towers/attend": (2, 32, 4, 8),
+        "towers/post": (2, 4, 8, 32),
+        "blocks/up": (4, 16, 64),  # a stack of as many layers as up is wide
+    }
+    with pytest.warns(UserWarning, match="nothing tells which") as said:
+        lro.describe(lro.galore_adamw(1e-2, 2), tree_of(shapes))
+    (advice,) = re.findall(
+        r"matrices=(lro.matrix_rules\(.*\)); None", str(said[0].message)
+    )
+    chosen = seen(tree_of(shapes), eval(advice, {"lro": lro}))
+    assert chosen == {
+        "blocks/attend": (32, 32),
+        "blocks/post": (32, 32),
+        "towers/attend": (2, 32, 32),
+        "towers/post": (2, 32, 32),
+        "blocks/up": (4, 16, 64),
+    }
+
+
 @pytest.mark.parametrize("specs", [{"nope": None}, {"w": {"x": None}}])
 def test_nothing_at_a_path_that_is_not_there_is_refused(specs):
     params = {x: jnp.ones((16, 16)) for x in "vw"} | {"a": {"b": jnp.ones((16, 16))}}

@@ -171,6 +171,29 @@ def test_a_stray_directory_is_no_checkpoint(name, copy, capsys):
     assert kept.read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["5.bak", "step_5", "05"])
+def test_a_checkpoint_under_another_name_is_told(name, copy, capsys):
+    checkpoints = copy / "checkpoints"
+    (checkpoints / "5").rename(checkpoints / name)
+    kept = contents(checkpoints / name)
+    assert_whole(copy, run(copy))
+    said = capsys.readouterr().err
+    assert (
+        f"{checkpoints / name} is not used: a checkpoint is named by its step" in said
+    )
+    assert contents(checkpoints / name) == kept
+
+
+def test_a_run_whose_checkpoints_have_other_names_does_not_start_over(copy):
+    for name in ("4", "5"):
+        path = copy / "checkpoints" / name
+        path.rename(path.with_name(f"{name}.bak"))
+    before = contents(copy)
+    with pytest.raises(BadFile, match=r"Cannot go on from .*/4\.bak: .* Rename it"):
+        run(copy)
+    assert contents(copy) == before
+
+
 def test_a_damaged_older_checkpoint_does_not_matter(copy, capsys):
     flip(largest(copy / "checkpoints" / "4"))
     assert_whole(copy, run(copy))

@@ -119,6 +119,10 @@ emb/weight
 value_head/kernel
 mlm_head/dense/kernel
 qa_outputs/kernel
+lm_out/kernel
+discriminator_predictions/dense/kernel
+transformer/output_layer/weight
+decoder/output_projection/weight
 relative_position_bias_table
 layers/norm/scale
 layers/norm/weight

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 
 from examples.common.checkpoints import seal
 from examples.common.data import load_corpus
-from examples.common.lock import sole_use
+from examples.common.lock import is_free, sole_use
 from examples.common.loop import TrainState
 from examples.common.metrics import read_metrics
 from examples.common.schedule import warmup_cosine
@@ -378,7 +378,7 @@ def flipped_checkpoints(out):
         (deep_record, "run.json is nested too deeply"),
         (flipped_tokens, "data is not as it was written"),
         (cut_tokens, "data is not as it was written"),
-        (no_tokens, "data/train.npy"),
+        (no_tokens, "data has no train.npy. Restore it"),
         (edited_tokenizer, "data is not as it was written"),
         (edited_metrics, "adamw/metrics.jsonl is not as it was written up to step 20"),
         (cut_metrics, "adamw/metrics.jsonl is not as it was written up to step 20"),
@@ -419,16 +419,33 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(smoke, tmp_path, caps
     assert metrics_of(out, "adamw") == metrics_of(smoke, "adamw")
 
 
-def test_a_full_disk_at_the_start_leaves_no_run(tmp_path, capsys):
-    out = tmp_path / "run"
-    argv = ["--smoke", "--data", small_text(tmp_path), "--seq-len", "4"]
+@pytest.mark.parametrize(
+    ("limit", "file"), [(1000, "tokenizer.json"), (30_000, "train.npy")]
+)
+def test_a_full_disk_at_the_start_leaves_no_run(limit, file, tmp_path, capsys):
+    out, text = tmp_path / "run", tmp_path / "texts"
+    text.mkdir()
+    for i in range(20):
+        numbers = np.random.default_rng(i).integers(0, 10**6, 500)
+        (text / f"{i}.txt").write_text(" ".join(map(str, numbers)))
+    argv = ["--smoke", "--data", f"path:{text}", "--seq-len", "4", "--steps", "2"]
     argv += ["--batch-size", "1", "--methods", "adamw", "--out", str(out)]
-    with full_disk(1000):
+    with full_disk(limit):
         assert main(argv) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert f"Cannot write {out / 'data' / 'tokenizer.json'}: " in lines[0]
-    assert contents(out) == {}
+    assert f"Cannot write {out / 'data' / file}: " in lines[0]
+    assert is_free(out)
+    assert main(argv) == 0
+
+
+def test_a_run_that_was_killed_before_its_record_says_what_to_do(
+    smoke, tmp_path, capsys
+):
+    out = shutil.copytree(smoke, tmp_path / "run")
+    (out / "run.json").unlink()
+    assert main(["--resume", "--out", str(out)]) == 2
+    assert f"delete {out}, and start it again" in capsys.readouterr().err
 
 
 def test_a_directory_in_which_another_process_works_is_refused(smoke, tmp_path, capsys):

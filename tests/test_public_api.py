@@ -12,6 +12,7 @@ import pytest
 from registry import METHODS
 
 import lowrank_optax as lro
+from lowrank_optax._src.parts import compatible
 
 MODULES = {
     name: getattr(lro, name)
@@ -33,6 +34,7 @@ CLASSES = {
     for k, x in PUBLIC.items()
     if inspect.isclass(x) and k not in PROTOCOLS and k not in STATES
 }
+PROPERTIES = {k: x for k, x in PUBLIC.items() if isinstance(x, str)}
 
 
 def test_all_is_complete_and_sorted():
@@ -45,12 +47,14 @@ def test_all_is_complete_and_sorted():
             for alias in node.names
         ]
         # `X as X` is how a name is re-exported on purpose.
-        assert module.__all__ == sorted(imported)
+        constants_first = sorted(imported, key=lambda name: (not name.isupper(), name))
+        assert module.__all__ == constants_first
 
 
 def test_every_public_name_is_of_a_kind():
     assert not FUNCTIONS.keys() & CLASSES.keys()
-    assert len(PUBLIC) == sum(map(len, (FUNCTIONS, PROTOCOLS, STATES, CLASSES)))
+    kinds = FUNCTIONS, PROTOCOLS, STATES, CLASSES, PROPERTIES
+    assert len(PUBLIC) == sum(map(len, kinds))
     assert isinstance(lro.__version__, str)
 
 
@@ -84,7 +88,11 @@ def test_parts_are_documented(name):
 
 
 def test_every_name_is_shown_in_use():
-    documented = [lro, *MODULES.values(), *PUBLIC.values()]
+    documented = [
+        lro,
+        *MODULES.values(),
+        *(PUBLIC[k] for k in PUBLIC.keys() - PROPERTIES),
+    ]
     parser = doctest.DocTestParser()
     code = "".join(
         example.source
@@ -95,6 +103,11 @@ def test_every_name_is_shown_in_use():
     used = FUNCTIONS.keys() | CLASSES.keys() - {"MatrixView"}
     missing = [k for k in used if not re.search(rf"\b{k.split('.')[-1]}\(", code)]
     assert not missing, f"Show {missing} in an example of a docstring."
+
+
+def test_all_properties_of_parts_are_public():
+    found = {k: x for k, x in vars(compatible).items() if k.isupper()}
+    assert found == {k.removeprefix("laws."): x for k, x in PROPERTIES.items()}
 
 
 @pytest.mark.parametrize("name", STATES)
@@ -200,7 +213,7 @@ UNSCALED_END = f"scale=1.0, {DECAY}, {COMMON}"
 LOW_RANK = "learning_rate, rank=128"
 MLORC_ADAM = f"b1=0.8, b2=0.999, eps=1e-08, {SKETCH}, {BOTH}"
 LDADAM = "b1=0.908, b2=0.99, eps=1e-08, rho=0.908, error_feedback=True"
-ENERGY = "min_rank=1, max_residual_energy=0.23"
+ENERGY = "min_rank=1, max_residual_energy=0.1"
 INTERVALS = (
     f"max_interval=200, min_interval=20, measure='share', transfer={ROTATE}, "
     "recovery=Drop()"

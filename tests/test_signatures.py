@@ -52,7 +52,7 @@ DEFAULTS = {
     "rho": 0.908,
     "error_feedback": True,
     "min_rank": 1,
-    "max_residual_energy": 0.23,
+    "max_residual_energy": 0.1,
     "num_heads": None,
     "density": 0.012,
     "warmup": None,

@@ -29,6 +29,7 @@ from examples.common.processes import is_first, together
 MANIFEST = "checksums.json"
 
 _STEP = re.compile(r"0|[1-9]\d*")
+_SET_ASIDE = re.compile(r"\.damaged-\d+$")
 
 
 class Damaged(BadFile):
@@ -99,7 +100,7 @@ def newest(directory: Path, say: Callable[[str], None]) -> int | None:
       None where there is none that ever was whole: it starts from the beginning.
 
     Raises:
-      Damaged: there are only damaged ones.
+      Damaged: there are only damaged ones, or some under other names.
     """
     steps = []
     if directory.is_dir():
@@ -121,11 +122,29 @@ def newest(directory: Path, say: Callable[[str], None]) -> int | None:
                     f"Cannot go on from {path}: {error}, and there is no other that is"
                     f" whole. Restore it, or delete {directory} to start again."
                 )
+    for path in _renamed(directory):
+        if start is None:
+            raise Damaged(
+                f"Cannot go on from {path}: a checkpoint is named by its step, and no"
+                f" other is whole. Rename it, or delete {directory} to start again."
+            )
+        say(f"{path} is not used: a checkpoint is named by its step")
     going = "from the start" if start is None else f"from that of step {start}"
     for path, error in bad:
         kept = _set_aside(path)
         say(f"The checkpoint {path} is damaged: {error}. Going on {going}; see {kept}")
     return start
+
+
+def _renamed(directory: Path) -> list[Path]:
+    """Checkpoints under names that are neither a step nor given to damaged ones."""
+    found = sorted(directory.glob(f"*/{MANIFEST}"))
+    paths = [path.parent for path in found]
+    return [
+        path
+        for path in paths
+        if not _STEP.fullmatch(path.name) and not _SET_ASIDE.search(path.name)
+    ]
 
 
 def check_metrics(checkpoint: Path, metrics: Path) -> None:
@@ -184,13 +203,12 @@ def _one_error() -> Iterator[None]:
     A write that fails does so in several threads of Orbax. It raises one of the errors,
     and the others would be logged and printed with pages of their traces.
     """
-    log = logging.getLogger("absl")
-    disabled, threads, unraisable = (
-        log.disabled,
-        threading.excepthook,
-        sys.unraisablehook,
-    )
-    log.disabled = True
+    # asyncio's logs what a future that nobody has asked had failed with.
+    logs = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    disabled = [log.disabled for log in logs]
+    threads, unraisable = threading.excepthook, sys.unraisablehook
+    for log in logs:
+        log.disabled = True
     threading.excepthook = sys.unraisablehook = lambda args: None
     try:
         yield
@@ -199,7 +217,9 @@ def _one_error() -> Iterator[None]:
             unraisable = _WithoutLatecomers(unraisable)
         raise
     finally:
-        log.disabled, threading.excepthook = disabled, threads
+        for log, was in zip(logs, disabled, strict=True):
+            log.disabled = was
+        threading.excepthook = threads
         sys.unraisablehook = unraisable
 
 

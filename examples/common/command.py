@@ -12,7 +12,7 @@ import jax
 
 from examples.common.errors import BadFile, one_line
 from examples.common.interrupt import Interrupted, StopRequest
-from examples.common.lock import sole_use
+from examples.common.lock import clear, sole_use
 from examples.common.processes import by_first, is_first, together
 from examples.common.settings import device_flags
 
@@ -57,7 +57,7 @@ def command(
             job = together(prepare)
             use = sole_use(job.out, job.settings.resume)
             by_first(lambda: stack.enter_context(use))
-            by_first(lambda: begin(job))
+            by_first(lambda: _begin(job, begin))
         except (ValueError, OSError, MemoryError) as error:
             return refused(name, error)
         except KeyboardInterrupt:
@@ -91,6 +91,16 @@ def command(
     for path in paths:
         print(f"  {path}")
     return 0
+
+
+def _begin(job: J, begin: Callable[[J], None]) -> None:
+    """Begins; where that fails, a new run leaves its directory as free as before."""
+    try:
+        begin(job)
+    except BaseException:
+        if not job.settings.resume:
+            clear(job.out)
+        raise
 
 
 def _go_on(module: str, job: Job) -> str:

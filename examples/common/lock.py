@@ -1,5 +1,6 @@
 """One process at a time in the directory of a run."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,3 +48,12 @@ def is_free(out: Path) -> bool:
     if not out.exists():
         return True
     return out.is_dir() and all(path.name == LOCK for path in out.iterdir())
+
+
+def clear(out: Path) -> None:
+    """Takes all but the lock out of a directory that was free before."""
+    for path in out.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != LOCK:
+            path.unlink(missing_ok=True)

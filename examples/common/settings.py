@@ -13,7 +13,7 @@ import tyro
 
 from examples.common.errors import BadFile
 from examples.common.files import read_object, write_json
-from examples.common.lock import is_free
+from examples.common.lock import LOCK, is_free
 from examples.common.processes import Devices, connect, is_first
 from examples.common.typed import checked_fields
 
@@ -172,7 +172,13 @@ def _recorded(out: Path, like: Any) -> Any:
     try:
         record = read_record(out)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ValueError(f"Cannot resume: {out} holds no run.") from error
+        begun = (out / LOCK).exists()
+        remedy = (
+            f" One that had no step yet was stopped there: delete {out}, and start it"
+        )
+        raise ValueError(
+            f"Cannot resume: {out} holds no run.{f'{remedy} again.' if begun else ''}"
+        ) from error
     try:
         fields = checked_fields(
             type(like), record.get("settings"), but=_UNRECORDED, whole=False

@@ -121,6 +121,10 @@ class TokenizedCorpus:
           OSError: they cannot be read.
         """
         files = [directory / name for name in _CACHE]
+        if missing := [path.name for path in files if not path.is_file()]:
+            raise BadFile(
+                f"{directory} has no {missing[0]}. Restore it, or start a new run."
+            )
         if sha256(files) != expected:
             raise BadFile(
                 f"{directory} is not as it was written: {', '.join(_CACHE)} have,"

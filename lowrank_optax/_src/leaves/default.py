@@ -101,9 +101,10 @@ def default_matrices(params: Any) -> Any:
       in weight or w; or a leaf b, b1 or up_b beside a w, w1 or up_w of more axes;
     - embeddings: a word that starts with embed or is emb, embs, embd, posemb, unembed,
       unembedding, wte, wpe, vocab, vocabulary or table; and positional encodings;
-    - heads: a word logits, classifier, pooler or readout; a part that starts with
-      lm_head; one that ends in head or heads, except in an attention; a part
-      predictions or qa_outputs; a leaf or module score, shared or output.
+    - heads: a word logits, classifier, pooler, readout or predictions; a part
+      qa_outputs, or one that starts with lm_head; except in an attention, a part that
+      ends in head or heads, and a leaf or module score, shared, lm_out, lm_output,
+      output, output_layer or output_projection.
 
     A list has no names: give a list of specs. For Keras, with ``variables =
     model.trainable_variables``, ``rule = default_matrices({v.path: v.value for v in

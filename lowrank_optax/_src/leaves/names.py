@@ -31,12 +31,14 @@ _POSITIONS = frozenset("pos position positional positions".split())
 _ENCODINGS = frozenset("encoding encodings enc".split())
 
 # A word anywhere in a path: what is read out.
-HEADS = frozenset("logits classifier pooler readout".split())
+HEADS = frozenset("logits classifier pooler readout predictions".split())
 
 # A whole part of a path, and one that is the leaf or its module.
-HEAD_PARTS = frozenset("predictions qa_outputs".split())
+HEAD_PARTS = frozenset("qa_outputs".split())
 
-HEAD_MODULES = frozenset("score shared output".split())
+HEAD_MODULES = frozenset(
+    "score shared output output_layer output_projection lm_out lm_output".split()
+)
 
 _ATTENTION = frozenset("att attn attention selfattention crossattention mha".split())
 

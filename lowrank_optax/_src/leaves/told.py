@@ -1,7 +1,7 @@
 """What is said once, at init, of leaves that stay at full rank."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from lowrank_optax._src.leaves.matrix import DenseLeaf, MatrixAxes, MatrixView
 from lowrank_optax._src.leaves.paths import Path, words
@@ -51,7 +51,10 @@ def warn_of_stacks(unknown: Sequence[Leaf], others: Sequence[Leaf]) -> None:
     alike = _alike(unknown, others)
     if not alike:
         return
-    likely = {f"^{pattern}$": _likely_axes(own[0]) for pattern, own in alike.items()}
+    widths = {leaf.shape[-3] for leaf in unknown if _splits_heads(leaf.shape)}
+    likely = {
+        f"^{pattern}$": _likely_axes(own[0], widths) for pattern, own in alike.items()
+    }
     rules = ", ".join(
         f"{pattern!r}: {axes and f'lro.{axes}'}" for pattern, axes in likely.items()
     )
@@ -93,8 +96,18 @@ def _named(
     )
 
 
-def _likely_axes(leaf: Leaf) -> MatrixAxes | None:
-    """How a leaf of three axes and more most often lies, where its name says little."""
+def _splits_heads(shape: tuple[int, ...]) -> bool:
+    """Whether the last three axes are a width, and heads that add up to it."""
+    return shape[-3] == shape[-2] * shape[-1]
+
+
+def _likely_axes(leaf: Leaf, widths: Collection[int]) -> MatrixAxes | None:
+    """How a leaf of three axes and more most often lies, where its name says little.
+
+    Args:
+      leaf: what nothing is known of.
+      widths: of the model, where other such leaves have split heads.
+    """
     ndim, shape = len(leaf.shape), leaf.shape
     if min(shape[-2:]) == 1:  # of a depthwise convolution
         return None
@@ -103,6 +116,12 @@ def _likely_axes(leaf: Leaf) -> MatrixAxes | None:
         return MatrixAxes(0, tuple(range(1, ndim)))
     if convolution or (ndim > 3 and shape[0] == shape[1] < min(shape[2:])):
         return MatrixAxes(tuple(range(ndim - 1)), ndim - 1)
+    first, middle, last = range(ndim - 3, ndim)
+    if _splits_heads(shape):
+        return MatrixAxes(first, (middle, last))
+    # A stack of four layers may have such a shape, too.
+    if shape[first] * shape[middle] == shape[last] and shape[last] in widths:
+        return MatrixAxes((first, middle), last)
     # A stack stands in front or, as MaxText has it, behind the rows.
     rows = max(range(ndim - 1), key=lambda a: (shape[a], a))
     return MatrixAxes() if rows == ndim - 2 else MatrixAxes(rows, ndim - 1)

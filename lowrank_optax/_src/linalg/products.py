@@ -136,6 +136,11 @@ class Lying:
       array: ``(*batch, m, n)``, or ``(*batch, n, m)`` if turned.
       turned: whether it is the transpose.
       dtype: a type that has all of its numbers, as that of the leaf does.
+
+    >>> import jax.numpy as jnp, lowrank_optax as lro
+    >>> lying = lro.laws.Lying(jnp.ones((8, 3)), turned=True)
+    >>> lying.matrix.shape, lying.of(2 * lying.array).matrix.shape
+    ((3, 8), (3, 8))
     """
 
     array: Array

@@ -175,7 +175,7 @@ def adarankgrad_adamw_8bit(
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
     min_rank: int = 1,
-    max_residual_energy: ArrayLike = 0.23,
+    max_residual_energy: ArrayLike = 0.1,
     block: int = 256,
     max_interval: ArrayLike = 200,
     min_interval: ArrayLike = 20,

@@ -261,7 +261,7 @@ class EnergyRank:
     """
 
     min_rank: int = 1
-    max_residual_energy: Any = 0.23
+    max_residual_energy: Any = 0.1
 
     def __post_init__(self):
         check_rank(self.min_rank, "min_rank")
