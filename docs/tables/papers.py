@@ -427,7 +427,7 @@ ADARANKGRAD = (
         "it is no worse than GaLore",
         "Table 4, perplexity, 60M: 34.24 and 34.88",
         alike("adarankgrad_adamw", "galore_adamw"),
-        _ABLATIONS,
+        _COMPARISON,
     ),
     Claim(
         "a fixed interval is worse",

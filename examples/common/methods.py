@@ -229,9 +229,9 @@ METHODS = {
     "ldadamw": Method(optimizer(lro.ldadamw), 4e-3, _DENSE, 32),
     "adamw_8bit": Method(optimizer(lro.adamw_8bit), 2e-3, _DENSE),
     "galore_adamw_8bit": Method(optimizer(lro.galore_adamw_8bit), _LOW, _DENSE, 32),
-    "adarankgrad_adamw": Method(optimizer(lro.adarankgrad_adamw), 3.2e-2, _DENSE, 32),
+    "adarankgrad_adamw": Method(optimizer(lro.adarankgrad_adamw), _LOW, _DENSE, 32),
     "adarankgrad_adamw_8bit": Method(
-        optimizer(lro.adarankgrad_adamw_8bit), 3.2e-2, _DENSE, 32
+        optimizer(lro.adarankgrad_adamw_8bit), _LOW, _DENSE, 32
     ),
     "apollo_adamw": Method(optimizer(lro.apollo_adamw), _LOW, _DENSE, 32),
     "apollo_mini_adamw": Method(

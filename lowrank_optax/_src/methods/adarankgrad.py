@@ -53,11 +53,11 @@ def adaptive_rank(
         (AR-13).
       min_rank: the least rank.
       max_residual_energy: eta, the share of the squared gradient that may be left out.
-        0.23 is the square of the paper's 0.48, which Algorithm 2 compares with a ratio
-        of norms: its ranks come out in the paper's ranges (6.9 of 8, there 5.3 to 7.8;
-        0.48 has 4.0), in benchmarks/records/ranks.md. With a third of GaLore's state,
-        it is behind GaLore by 0.027 there (comparison.md), which the paper's is not;
-        0.1 is not either, with two thirds (ablations.md).
+        0.1 trains as well as GaLore with less state (4.157 beside 4.153, 610 of
+        996 KiB, in benchmarks/records/comparison.md). The paper's 0.48 is the share of
+        its Algorithm 2, of norms: 0.23 of the squares, with which the ranks are the
+        paper's (6.9 of 8, there 5.3 to 7.8, in ranks.md), and a third of GaLore's state
+        is behind it by 0.027 there.
       max_interval: the most steps between two refreshes.
       min_interval: the fewest; over so many the first gradients are averaged.
       measure: "norm" for the paper's criterion, which gradients of small batches meet
