@@ -24,7 +24,7 @@ from lowrank_optax._src.engines.one_matrix import (
 from lowrank_optax._src.engines.order import Order
 from lowrank_optax._src.leaves.keys import Seed, matrix_keys
 from lowrank_optax._src.leaves.roles import Known
-from lowrank_optax._src.linalg import matmul, orthonormalize
+from lowrank_optax._src.linalg import magnitude, matmul, orthonormalize
 from lowrank_optax._src.linalg.random import filler
 from lowrank_optax._src.parts.joint import is_joint, select_each
 from lowrank_optax._src.parts.laws import Observer, Refresh
@@ -168,16 +168,11 @@ def _calls(parts: Parts, leaf: _Leaf) -> jax.Array:
 
     def look():
         grad = parts.matrix(exchange.mean(leaf.grad), leaf.own)
-        return jnp.any(_usable(_largest(grad)))
+        return jnp.any(_usable(magnitude(grad)))
 
     with jax.named_scope("waits"):
         waits = due & is_unset(leaf.own.basis)
         return jax.lax.cond(waits, look, lambda: due)
-
-
-def _largest(matrix: jax.Array) -> jax.Array:
-    """The largest magnitude of each matrix, (*batch, 1, 1)."""
-    return jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
 
 
 def _usable(largest: jax.Array) -> jax.Array:
@@ -196,7 +191,7 @@ def _new(
         p.matrix(exchange.mean(x.grad), x.own)
         for p, x in zip(group, leaves, strict=True)
     ]
-    usable = [_usable(_largest(grad)) for grad in grads]
+    usable = [_usable(magnitude(grad)) for grad in grads]
     olds = [p.basis(x.own, x.seed) for p, x in zip(group, leaves, strict=True)]
     if is_stored(group[0].subspace):
         kept = bases = _select(group, step, leaves, grads, olds, usable)

@@ -20,6 +20,7 @@ from lowrank_optax._src.linalg.products import Lying as Lying
 from lowrank_optax._src.linalg.products import as_stored as as_stored
 from lowrank_optax._src.linalg.products import at_least_float32 as at_least_float32
 from lowrank_optax._src.linalg.products import gram as gram
+from lowrank_optax._src.linalg.products import magnitude as magnitude
 from lowrank_optax._src.linalg.products import matmul as matmul
 from lowrank_optax._src.linalg.products import near_one as near_one
 from lowrank_optax._src.linalg.products import power_of_two as power_of_two

@@ -17,6 +17,7 @@ from lowrank_optax._src.linalg import meshes, random, small, thin
 from lowrank_optax._src.linalg.lapack import eigh, inverse_root
 from lowrank_optax._src.linalg.products import (
     gram,
+    magnitude,
     matmul,
     near_one,
     unit_columns,
@@ -54,10 +55,10 @@ def eigenvectors_each(squares: Sequence[Array]) -> list[Array]:
 def _shifted_inverse(square: Array) -> Array:
     r = square.shape[-1]
     # The absolute floor is for the zero matrix, which must come out zero.
-    largest = jnp.max(jnp.diagonal(square, axis1=-2, axis2=-1), -1)
+    largest = magnitude(jnp.diagonal(square, axis1=-2, axis2=-1), axis=-1)
     shift = 2 * r * _eps(square) * largest + 1e-30
     eye = jnp.eye(r, dtype=square.dtype)
-    return inverse_root(square + shift[..., None, None] * eye).mT
+    return inverse_root(square + shift[..., None] * eye).mT
 
 
 def orthonormalize(a: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
@@ -108,7 +109,7 @@ def _filled(a: Array) -> Array:
     """Unit columns, with a little of a fixed matrix in general position."""
     y, _ = unit_scale(a)
     # A column's own scale carries no information about the span, and costs accuracy.
-    largest = jnp.max(jnp.abs(y), axis=-2, keepdims=True)
+    largest = magnitude(y, axis=-2)
     y = unit_columns(y / jnp.where(largest > 0, largest, 1.0))
     m, r = y.shape[-2:]
     return y + 2e-6 * m**-0.5 * random.spread(m, r).astype(y.dtype)

@@ -64,6 +64,16 @@ def at_least_float32(x: Array) -> Array:
     return x.astype(wide(x.dtype))
 
 
+def magnitude(a: Array, axis: int | tuple[int, ...] = (-2, -1)) -> Array:
+    """The largest magnitude, axes kept, to scale by: it has no derivative.
+
+    What is scaled by it does not depend on it. Its derivative looks for the entry that
+    it is equal to, and XLA may compute that a second time with another rounding: there
+    is none then, and 0 / 0.
+    """
+    return jnp.max(jnp.abs(jax.lax.stop_gradient(a)), axis=axis, keepdims=True)
+
+
 def unit_scale(a: Array) -> tuple[Array, Array]:
     """``(a / s, s)`` with ``s`` the power of two at the largest magnitude of a matrix.
 
@@ -71,7 +81,7 @@ def unit_scale(a: Array) -> tuple[Array, Array]:
     of a matrix whose largest entry is about 1 do not. Nothing is rounded.
     """
     a = at_least_float32(a)
-    largest = jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True)
+    largest = magnitude(a)
     # A zero matrix is not scaled: its derivative would be the inverse of nothing.
     inverse, scale = power_of_two(jnp.where(largest == 0, 1.0, largest))
     return a * inverse, scale

@@ -88,8 +88,7 @@ def thin_scale(a: Float[Array, "*b m n"]) -> Float[Array, "*b 1 1"]:
     So the product is of the size that it has with an ``a`` of largest entry about 1, or
     is far from both ends of the range of floats; and no scaled copy of ``a`` is made.
     """
-    largest = jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True)
-    return jnp.clip(linalg.power_of_two(largest)[0], 2.0**-100, 2.0**100)
+    return jnp.clip(linalg.power_of_two(linalg.magnitude(a))[0], 2.0**-100, 2.0**100)
 
 
 def leading_singular(

@@ -186,7 +186,7 @@ class PackedInt4:
         even = [(0, 0)] * len(batch)
         blocks = jnp.pad(x, [*even, (0, -m % self.block), (0, 0)])
         blocks = blocks.reshape(*batch, -1, self.block, n)
-        largest = jnp.max(jnp.abs(blocks), axis=-2)
+        largest = linalg.magnitude(blocks, axis=-2)[..., 0, :]
         divisor = jnp.where(largest > 0, largest, 1.0)
         unit = x / self._spread(divisor, m)
         numbers = jnp.round(7 * unit).astype(jnp.int8).astype(jnp.uint8) & 15
