@@ -10,7 +10,7 @@ nearest in bytes to GaLore's.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # Each with the rate its ladder begins at. GaLore and its kind, for which 0.25 of it is
 # the step, have four times the rate of the others.
@@ -69,6 +69,8 @@ class Protocol:
       tuning_seed: of the ladders.
       seeds: those that count.
       least, most: rungs of a ladder; it ends when the best is not at its edge.
+      rates, dense_rates: by method, at which a ladder of the matrices begins; and, of
+        the two at full rank, one of all else.
     """
 
     rank: int
@@ -77,6 +79,8 @@ class Protocol:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     least: int = 4
     most: int = 9
+    rates: Mapping[str, float] = field(default_factory=lambda: METHODS)
+    dense_rates: Mapping[str, float] = field(default_factory=lambda: DENSE_RATE)
 
 
 Losses = Mapping[Trial, float]
@@ -154,10 +158,10 @@ class Study:
         One is tuned after the other until neither moves.
         """
         rule = dense_rule(method)
-        rate, seed = METHODS[rule], self.protocol.tuning_seed
+        rate, seed = self.protocol.rates[rule], self.protocol.tuning_seed
         for _ in range(4):
             losses = ladder(
-                DENSE_RATE[rule],
+                self.protocol.dense_rates[rule],
                 lambda d, m=rate: self.loss(Trial(rule, None, d, m, seed)),
                 self.protocol,
             )
@@ -170,7 +174,7 @@ class Study:
     def _ladder_at(self, method: str, dense_rate: float) -> dict[float, float]:
         rank, seed = self.rank(method), self.protocol.tuning_seed
         return ladder(
-            METHODS[method],
+            self.protocol.rates[method],
             lambda m: self.loss(Trial(method, rank, dense_rate, m, seed)),
             self.protocol,
         )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.typing import ArrayLike
 from tokenizers import Tokenizer
 
 import lowrank_optax as lro
@@ -120,24 +121,34 @@ class Job:
         return self.settings.chosen_task.scores[0]
 
     def optimizer(
-        self, method: str, learning_rate: float
+        self, method: str, learning_rate: ArrayLike, dense: ArrayLike | None = None
     ) -> optax.GradientTransformation:
-        """The method under its schedule, behind a clip of the gradient's norm at 1."""
+        """The method under its schedule, behind a clip of the gradient's norm at 1.
+
+        Args:
+          method: by its name.
+          learning_rate: of the matrices.
+          dense: of all else, by default as the settings say.
+        """
         s, preset = self.settings, self.settings.chosen_task.preset
         own = METHODS["adamw" if method == SCRATCH else method]
-        dense = s.dense_learning_rate
+        dense = s.dense_learning_rate if dense is None else dense
         tx = own.build(
-            warmup_linear(learning_rate, self.steps, s.warmup),
+            self._schedule(learning_rate),
             s.rank_of(method),
             preset.update_every,
             s.weight_decay,
-            dense=None if dense is None else warmup_linear(dense, self.steps, s.warmup),
+            dense=None if dense is None else self._schedule(dense),
             heads=(self.config.num_attention_heads,) * 2,
             steps=self.steps,
         )
         if adapters_only(method):
             tx = freeze(tx, all_but(*_HEADS))
         return optax.chain(optax.clip_by_global_norm(1.0), tx)
+
+    def _schedule(self, peak: ArrayLike) -> optax.Schedule:
+        unit = warmup_linear(1.0, self.steps, self.settings.warmup)
+        return lambda step: peak * unit(step)
 
     def model(self, method: str, seed: int, weights: Weights) -> Classifier:
         """The initial classifier, as the method trains it."""
