@@ -29,6 +29,7 @@ from examples.common.report import markdown_table
 VARIANTS = {
     "mlorc_m": "mlorc_adamw",
     "mlorc_v": "mlorc_adamw",
+    "mlorc_as_published": "mlorc_adamw",
     "hybrid_adamw": "i3s_adamw",
     "uniform_adamw": "i3s_adamw",
     "random_adamw": "i3s_adamw",

@@ -284,6 +284,13 @@ METHODS = {
     "random_adamw": Method(
         optimizer(lro.golore_adamw, switch_step=0, scale=0.25), _LOW, _DENSE, 32
     ),
+    # MLorc as its code has it, whose sketch is new at every step.
+    "mlorc_as_published": Method(
+        optimizer(lro.mlorc_adamw, oversample=0, power_iters=1, warm_start=False),
+        2e-3,
+        _DENSE,
+        32,
+    ),
     # GaLore+, Tables 1 to 8: in 8 bits, and the share of entries in the residual.
     "galore_plus_adamw_8bit": Method(_galore_plus_8bit(0.012), _LOW, _DENSE, 32),
     "galore_plus_8bit_0.0": Method(_galore_plus_8bit(0.0), _LOW, _DENSE, 32),
