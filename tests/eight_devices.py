@@ -15,9 +15,11 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from page import run_sections
 from running import assert_close, random_grads, random_like, run
 
 import lowrank_optax as lro
+from benchmarks import equality, faults
 
 MATRICES = lro.MatrixAxes()
 SHAPES = {"up": (16, 24), "layers": (2, 24, 16), "bias": (16,)}
@@ -168,8 +170,47 @@ def a_split_state_shrinks_as_a_whole_one():
         jax.tree.map(np.testing.assert_array_equal, small, want)
 
 
+def the_recipes_take_the_same_steps():
+    names = run_sections("devices.md", "State lies as the weights do", "Recipes")
+    reports = {k: names["trained"](*x)[1] for k, x in names["recipes"].items()}
+    shares = {
+        name: [row.bytes / row.bytes_per_device for row in rows]
+        for name, rows in reports.items()
+    }
+    assert shares["DP"] == [1, 1, 1]
+    # All but the norm and its moments is split, in two copies or in one.
+    for name, parts in {"FSDP": 8, "TP": 8, "FSDP and TP": 8, "HSDP": 4}.items():
+        assert all(0.8 * parts < share < parts for share in shares[name]), shares
+    want = names["losses"].pop("DP")
+    assert want[-1] < 0.9 * want[0]
+    for losses in names["losses"].values():
+        np.testing.assert_allclose(losses, want, rtol=1e-5)
+    assert names["nnx_losses"][-1] < names["nnx_losses"][0]
+    state = jax.tree.leaves(names["optimizer"].opt_state)
+    assert all(len(x.sharding.device_set) == 8 for x in state if x.ndim)
+    assert all(x.addressable_shards[0].data.size == x.size / 8 for x in state if x.ndim)
+
+
+def a_record_of_equality_has_what_a_mesh_does():
+    found = equality.row(
+        lro.galore_project(optax.scale_by_adam(), rank=4), kinds=["Explicit"]
+    )
+    assert max(found["errors"].values()) < 1e-4 and 0 < found["floor"] < 1e-4
+    assert found["moved"]["refresh"]["count"] > found["moved"]["ordinary"]["count"] > 0
+    assert found["state_bytes_of_8"] < found["state_bytes"] / 6
+    # What a method does on one device, spoiled, is not it.
+    grads = faults.gradients(faults.Settings(period=2))[: equality.STEPS]
+    one = equality.alone(METHODS["mlorc"], grads)
+    other = equality.alone(
+        METHODS["mlorc"], [jax.tree.map(jnp.negative, g) for g in grads]
+    )
+    assert equality.error(other, one) > 1
+
+
 if __name__ == "__main__":
     assert jax.device_count() == 8
+    the_recipes_take_the_same_steps()
+    a_record_of_equality_has_what_a_mesh_does()
     for name in METHODS:
         steps_are_those_of_one_device(name, AxisType.Auto)
     steps_are_those_of_one_device("galore", AxisType.Explicit)
