@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from running import random_like
@@ -31,6 +32,8 @@ METHODS = {
 # Of these, a device's part has more numbers than the sketches of eight columns.
 WIDE = {"columns": (256, 768), "both": (256, 768)}
 SIGNS = lro.mlorc_lion(rank=8, **_RATE)
+# Decoded anew at each step: what is made of a code lies where the code does.
+CODED = lro.q_galore_project(optax.scale_by_adam(), rank=16, matrices=MATRICES)
 
 
 def moved(tx, mesh, shapes=SHAPES):
@@ -121,6 +124,7 @@ def main():
             for name, tx in (METHODS | {"lion": SIGNS}).items()
             if name in ("mlorc", "lion", "bytes")
         },
+        "coded basis": moved(CODED, mesh, {"both": (512, 1376)}),
         "slabs": {split: slabs_of(split, mesh) for split in SPECS},
         "codes": codes(mesh),
         "exact": exact(mesh),

@@ -57,6 +57,8 @@ def test_states_split_by_all_axes_are_gathered_as_thin_arrays(found):
 def test_no_gradient_is_moved_to_where_thin_arrays_are(found):
     for ordinary, _ in found["wide by all"].values():
         assert 0 < ordinary["largest"] <= ROOM * 12 * 768 < 256 * 768 // 8
+    for moved in found["coded basis"]:
+        assert 0 < moved["largest"] <= ROOM * 24 * 1376 < 512 * 1376 // 8
 
 
 def test_blocks_on_several_devices_have_the_codes_of_one(found):

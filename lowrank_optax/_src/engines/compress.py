@@ -50,6 +50,7 @@ from lowrank_optax._src.leaves.paths import Path, flatten, full_precision
 from lowrank_optax._src.leaves.placing import place_of
 from lowrank_optax._src.leaves.roles import Role
 from lowrank_optax._src.leaves.transformation import transformation
+from lowrank_optax._src.linalg import meshes
 from lowrank_optax._src.parts import compatible
 from lowrank_optax._src.parts.laws import Codec
 
@@ -373,7 +374,7 @@ class _Leaves:
     def decoded_shapes(self, inner_state: Any, leaves: Container[int]) -> Any:
         """The inner optimizer's state, decoded by shapes alone; of others, masks."""
         later = {
-            (name, i): jax.eval_shape(
+            (name, i): meshes.shape_of(
                 lambda x, w=(name, i): decode(self.coded, w, x), x
             )
             for i, own in self.old.items()

@@ -56,6 +56,20 @@ def whole_columns(a: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
     return jax.lax.with_sharding_constraint(a, _placed(a, spec))
 
 
+def shape_of(function: Callable[[T], Array], x: T) -> jax.ShapeDtypeStruct:
+    """What a function makes of arrays, by shape and type, on the mesh of these.
+
+    `jax.eval_shape` forgets a mesh of Auto axes, and what is traced with such shapes
+    would not know that it is on one.
+    """
+    found = jax.eval_shape(function, x)
+    first = next(iter(jax.tree.leaves(x)), None)
+    if found.sharding is not None or first is None or not split_axes(first):
+        return found
+    where = _placed(first, PartitionSpec())
+    return jax.ShapeDtypeStruct(found.shape, found.dtype, sharding=where)
+
+
 def shared_out(
     function: Callable[[Array], T], a: Float[Array, "*b m n"]
 ) -> Callable[[Array], T] | None:
