@@ -14,6 +14,7 @@ What is there is kept, and gone on from.
 """
 
 import argparse
+import json
 import re
 import time
 from collections.abc import Sequence
@@ -239,6 +240,9 @@ def main(settings: Settings) -> None:
             break
         known[name] = row(tx)
         print(name, known[name], flush=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        kept = json.dumps({"figures": known})  # until the record is written
+        (directory / "equality.json").write_text(kept)
     found = {name: known[name] for name in every if name in known}
     missing = [name for name in every if name not in known]
     text = "\n\n".join(
