@@ -239,6 +239,7 @@ def main(settings: Settings) -> None:
         if time.monotonic() - began > 60 * settings.minutes:
             break
         known[name] = row(tx)
+        jax.clear_caches()  # else a process has more programs mapped than it may
         print(name, known[name], flush=True)
         directory.mkdir(parents=True, exist_ok=True)
         kept = json.dumps({"figures": known})  # until the record is written
