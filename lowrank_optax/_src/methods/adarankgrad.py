@@ -55,9 +55,9 @@ def adaptive_rank(
       max_residual_energy: eta, the share of the squared gradient that may be left out.
         0.1 trains as well as GaLore with less state (4.157 beside 4.153, 610 of
         996 KiB, in benchmarks/records/comparison.md). The paper's 0.48 is the share of
-        its Algorithm 2, of norms: 0.23 of the squares, with which the ranks are the
-        paper's (6.9 of 8, there 5.3 to 7.8, in ranks.md), and a third of GaLore's state
-        is behind it by 0.027 there.
+        its Algorithm 2, of norms: 0.23 of the squares. With that, ranks are the paper's
+        (6.9 of 8, there 5.3 to 7.8, in ranks.md), the state is a third of GaLore's, and
+        the loss larger by 0.023 (ablations.md).
       max_interval: the most steps between two refreshes.
       min_interval: the fewest; over so many the first gradients are averaged.
       measure: "norm" for the paper's criterion, which gradients of small batches meet
