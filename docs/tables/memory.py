@@ -23,24 +23,10 @@ def _titled(title: str) -> Method:
     return found
 
 
-# One of each kind; the others are in the table of methods.
-_SHOWN = (
-    "AdamW of Optax",
-    "Adam in 8 bits",
-    "Adam-mini",
-    "GaLore",
-    "GaLore in 8 bits",
-    "APOLLO",
-    "LDAdamW",
-    "MLorc-AdamW",
-    "MLorc-Lion",
-)
-
-
 def everything() -> str:
     """State, weights and gradients together."""
     lines = []
-    for method in map(_titled, _SHOWN):
+    for method in METHODS:
         for rank in method.ranks or (None,):
             state = llama_bytes(method, rank)
             sums = (8 * _WEIGHTS, 4 * _WEIGHTS, 2 * _WEIGHTS)
