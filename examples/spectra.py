@@ -72,7 +72,11 @@ class Spectra:
     seed: int = 0
     """Seed of the fresh head, of the order of the batches and of dropout."""
     learning_rate: float | None = None
-    """Peak learning rate of both methods. Default: the papers' for task and method."""
+    """Peak learning rate of both methods' matrices. Default: the papers' for task and
+    method."""
+    dense_learning_rate: float | None = None
+    """Peak learning rate of embeddings, head, biases and norms. Default: that of the
+    matrices, as in the papers."""
     rank: int = 8
     """Largest rank of AdaRankGrad."""
     epochs: float | None = None

@@ -110,6 +110,25 @@ def test_measures_are_those_of_numpys_singular_values(finished, inputs):
             assert found == pytest.approx(value, rel=1e-3), (quantity, measure)
 
 
+def test_both_rates_reach_the_optimizer(inputs, tmp_path):
+    settings = Spectra(
+        task="mrpc",
+        data=str(inputs / "mrpc"),
+        model=str(inputs / "model"),
+        max_length=16,
+        learning_rate=1e-3,
+        dense_learning_rate=4e-3,
+    ).glue()
+    job = prepare(settings, tmp_path / "none")
+    params = params_of(job.model("adamw", 0, job.weights))
+    grads = jax.tree.map(np.ones_like, params)
+    tx = job.optimizer("adamw", *settings.rates("adamw"))
+    updates, _ = tx.update(grads, tx.init(params), params)
+    layer = updates["encoder"]["layers"][1]["up"]
+    ratio = np.mean(layer["bias"]) / np.mean(layer["kernel"])
+    assert ratio == pytest.approx(4, rel=1e-3)
+
+
 def test_every_matrix_is_measured_and_moments_after_the_first_step(finished):
     first, *later = measured(finished, "adamw")
     names = set(json.loads((finished / "spectra.json").read_text())["matrices"])

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 # Methods whose learning rate the papers do not give take that of the nearest.
 _NEAREST = {
     "full": ("adamw", "scratch", "adamw_8bit", "adam_mini", "factorized"),
-    "mlorc": ("mlorc_adamw", "mlorc_m", "mlorc_v"),
+    "mlorc": ("mlorc_adamw", "mlorc_m", "mlorc_v", "mlorc_as_published"),
     "lora": ("lora", "dora", "relora"),
     "ldadamw": ("ldadamw",),
 }
