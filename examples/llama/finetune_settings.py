@@ -152,6 +152,7 @@ SMOKE = Finetune(
 METAMATH_RATES = {
     "adamw": 4e-5,
     "mlorc_adamw": 7e-5,
+    "mlorc_as_published": 7e-5,
     "lora": 1e-3,
     "galore_adamw": 3e-3,
     "ldadamw": 3e-4,
@@ -162,6 +163,7 @@ METAMATH_RATES = {
 CODEFEEDBACK_RATES = {
     "adamw": 9e-5,
     "mlorc_adamw": 7e-5,
+    "mlorc_as_published": 7e-5,
     "lora": 3e-4,
     "galore_adamw": 2e-3,
     "ldadamw": 3e-4,
