@@ -52,7 +52,7 @@ class Subspace(Protocol):
 
 
 class Seen(NamedTuple):
-    """What a step shows of the matrices of a leaf, of shape (*batch,) each.
+    """What a step shows of the matrices of a leaf, of shape ``(*batch,)`` each.
 
     Attributes:
       size: the Frobenius norm of the projected gradient.
@@ -258,5 +258,5 @@ class StagedRule(Protocol):
         ...
 
     def start(self, keys: list[Array], states: list[Any], count: Step) -> list[Any]:
-        """What the first wide stage is given; for ``count`` see `thin.places`."""
+        """What the first wide stage is given; ``count`` is of the steps before."""
         ...
