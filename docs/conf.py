@@ -61,8 +61,8 @@ nitpicky = True
 # others, and what stands for a type, stays text.
 _OTHERS = "jax jaxlib jaxtyping np numpy optax nn nnx flax typing contextlib".split()
 _TYPES = """
-    Any ArrayLike DTypeLike Array Bool Float Int Key Step Static Callable Mapping Sequence
-    Iterable Method Path NamedTuple NamedSharding Matrices matrix.Matrices Side
+    Any ArrayLike DTypeLike Array Bool Float Int Key Step Static Callable Mapping
+    Sequence Iterable Method Path NamedTuple NamedSharding Matrices matrix.Matrices Side
     matrix.Side Mask Per Tier Fields Lying Table Row MemoryRow Observer StagedRule
     Split Measure Known Seen
 """.split()
