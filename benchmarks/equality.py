@@ -13,7 +13,6 @@ itself carries a rounding error; a mesh, which sums in another order, can do no 
 What is there is kept, and gone on from.
 """
 
-import argparse
 import json
 import re
 import time
@@ -26,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tyro
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -33,7 +33,7 @@ from jax.sharding import PartitionSpec as P
 import lowrank_optax as lro
 from benchmarks import faults
 from benchmarks.accelerators import meshes
-from benchmarks.record import about, known_figures, write_record
+from benchmarks.record import RECORDS, about, known_figures, write_record
 from examples.common.report import markdown_table
 
 Arrays = dict[str, jax.Array]
@@ -96,7 +96,7 @@ def functional(
     """The updates of weights that lie on a mesh.
 
     Raises:
-      AssertionError: the state has come out in another shape, type or place.
+      AssertionError: the state has come out in other shapes or types.
     """
     with jax.set_mesh(placed.mesh):
         params = placed.put(weights())
@@ -219,18 +219,20 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 @dataclass(frozen=True)
 class Settings:
-    """Which optimizers, and for how long."""
+    """How far steps on eight simulated devices are from those of one."""
 
-    only: str
-    minutes: float
-    out: Path | None
+    only: str = ""
+    """A regular expression for the optimizers' names."""
+    minutes: float = 60.0
+    """Ends after the row that crosses it; what is there is kept and gone on from."""
+    out: Path = RECORDS
+    """Directory of the record."""
 
 
 def main(settings: Settings) -> None:
     """Adds the rows that are missing until the time is up, and writes the record."""
     began = time.monotonic()
-    directory = settings.out or Path(__file__).parent / "records"
-    known = known_figures("equality", directory)
+    known = known_figures("equality", settings.out)
     # At a rate of one, so that changes of weights near one keep the updates' digits.
     every = faults.optimizers(faults.Settings(period=2), 1.0)
     for name, tx in every.items():
@@ -241,9 +243,9 @@ def main(settings: Settings) -> None:
         known[name] = row(tx)
         jax.clear_caches()  # else a process has more programs mapped than it may
         print(name, known[name], flush=True)
-        directory.mkdir(parents=True, exist_ok=True)
+        settings.out.mkdir(parents=True, exist_ok=True)
         kept = json.dumps({"figures": known})  # until the record is written
-        (directory / "equality.json").write_text(kept)
+        (settings.out / "equality.json").write_text(kept)
     found = {name: known[name] for name in every if name in known}
     missing = [name for name in every if name not in known]
     text = "\n\n".join(
@@ -262,8 +264,4 @@ def main(settings: Settings) -> None:
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 8)
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="a regular expression for names")
-    parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--out", type=Path)
-    main(Settings(**vars(parser.parse_args())))
+    main(tyro.cli(Settings))

@@ -23,12 +23,11 @@ from typing import Any
 import jax
 import optax
 import tyro
-from tqdm import tqdm
 
 from benchmarks.comparison.protocol import Missing, Protocol, Study, Trial
 from benchmarks.comparison.record import ladders
-from benchmarks.comparison.trials import Result, Results
-from benchmarks.record import RECORDS, interval, write_record
+from benchmarks.comparison.trials import Result, Results, complete
+from benchmarks.record import RECORDS, write_record, written
 from examples.common.interrupt import StopRequest
 from examples.common.methods import matrix_state_bytes
 from examples.common.report import markdown_table
@@ -149,7 +148,7 @@ class Finetuning:
         losses = [x["validation_loss"] for x in validations]
         best = max(validations, key=lambda x: x[job.score])
         return {
-            "validation_loss": min(map(_or_infinite, losses)),
+            "validation_loss": min(losses),
             "scores": {name: best[name] for name in job.settings.chosen_task.scores},
             "matrix_state_bytes": matrix_state_bytes(tx, shapes),
             "cpu_seconds": round(time.process_time() - began, 1),
@@ -167,10 +166,6 @@ class Finetuning:
             rates=rates,
             dense_rates={m: rates[m] for m in (_REFERENCE, "lion")},
         )
-
-
-def _or_infinite(loss: float) -> float:
-    return loss if math.isfinite(loss) else math.inf
 
 
 def rows(
@@ -217,38 +212,22 @@ def table(found: Mapping[str, Mapping[str, Any]], scores: tuple[str, ...]) -> st
                 f"{x['dense_rate']:g}",
                 f"{x['rate']:g}",
                 str(len(x["scores"])),
-                *(_written(list(of[name].values()), 2) for name in scores),
-                "" if method == _REFERENCE else _written(paired, 2, "+"),
-                _written(list(x["losses"].values()), 3),
+                *(written(list(of[name].values()), 2) for name in scores),
+                "" if method == _REFERENCE else written(paired, 2, "+"),
+                written(list(x["losses"].values()), 3),
                 f"{x['matrix_state_bytes'] / 2**10:,.0f}",
             ]
         )
     return markdown_table(header, lines)
 
 
-def _written(values: list[float], digits: int, sign: str = "") -> str:
-    if not values:
-        return ""
-    middle, half = interval(values)
-    shown = f"{middle:{sign}.{digits}f}"
-    return shown + (f" ± {half:.{digits}f}" if math.isfinite(half) else "")
-
-
 def main(settings: Settings) -> None:
     """Runs what is missing until the time is up, then writes the record."""
-    s, began = settings, time.monotonic()
+    s = settings
     tuning = Finetuning(s)
     results = Results(s.out / s.name, tuning.setup)
     protocol = tuning.protocol(s)
-    with tqdm(desc="trials", initial=len(results.all), unit=" trial") as bar:
-        while time.monotonic() - began < 60 * s.minutes:
-            study = Study(protocol, results.losses)
-            trial = next(study.missing(s.methods), None)
-            if trial is None:
-                break
-            results.add(trial, tuning.run(trial))
-            bar.update()
-    study = Study(protocol, results.losses)
+    study = complete(results, protocol, s.methods, tuning.run, s.minutes)
     missing = len(list(study.missing(s.methods)))
     found = rows(s, study, results.all)
     tuned = dict.fromkeys((*s.methods, *(t.method for t in results.all)))

@@ -56,6 +56,15 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, quantile * statistics.stdev(values) / math.sqrt(count)
 
 
+def written(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
+    """The mean and half of the interval for people; empty without values."""
+    if not values:
+        return ""
+    middle, half = interval(values)
+    shown = f"{middle:{sign}.{digits}f}"
+    return shown + (f" ± {half:.{digits}f}" if math.isfinite(half) else "")
+
+
 def about(doc: str | None) -> str:
     """What a module's docstring says behind its title and its command."""
     assert doc

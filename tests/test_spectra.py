@@ -57,18 +57,15 @@ def measured(out, method):
     return result["runs"][method]["measured"]
 
 
+def job_of(inputs, **given):
+    places = {"data": str(inputs / "mrpc"), "model": str(inputs / "model")}
+    settings = Spectra(task="mrpc", max_length=16, **places, **given).glue()
+    return prepare(settings, inputs / "none")
+
+
 def test_measures_are_those_of_numpys_singular_values(finished, inputs):
     """Moments summed in float64 from the gradients of the same steps."""
-    settings = Spectra(
-        task="mrpc",
-        data=str(inputs / "mrpc"),
-        model=str(inputs / "model"),
-        batch_size=8,
-        epochs=1.3,
-        max_length=16,
-        learning_rate=1e-2,
-    ).glue()
-    job = prepare(settings, finished.parent / "none")
+    job = job_of(inputs, batch_size=8, epochs=1.3, learning_rate=1e-2)
     params = params_of(job.model("adamw", 0, job.weights))
     tx = job.optimizer("adamw", 1e-2)
     state, update = tx.init(params), jax.jit(tx.update)
@@ -110,19 +107,11 @@ def test_measures_are_those_of_numpys_singular_values(finished, inputs):
             assert found == pytest.approx(value, rel=1e-3), (quantity, measure)
 
 
-def test_both_rates_reach_the_optimizer(inputs, tmp_path):
-    settings = Spectra(
-        task="mrpc",
-        data=str(inputs / "mrpc"),
-        model=str(inputs / "model"),
-        max_length=16,
-        learning_rate=1e-3,
-        dense_learning_rate=4e-3,
-    ).glue()
-    job = prepare(settings, tmp_path / "none")
+def test_both_rates_reach_the_optimizer(inputs):
+    job = job_of(inputs, learning_rate=1e-3, dense_learning_rate=4e-3)
     params = params_of(job.model("adamw", 0, job.weights))
     grads = jax.tree.map(np.ones_like, params)
-    tx = job.optimizer("adamw", *settings.rates("adamw"))
+    tx = job.optimizer("adamw", *job.settings.rates("adamw"))
     updates, _ = tx.update(grads, tx.init(params), params)
     layer = updates["encoder"]["layers"][1]["up"]
     ratio = np.mean(layer["bias"]) / np.mean(layer["kernel"])

@@ -81,8 +81,8 @@ _MISSED = """
 - **Compile time of MLorc on an H100**: 17 s for seven leaves on two quiet cores, where
   `optax.adamw` takes 0.6 and GaLore 9. A kernel costs 60 ms, and there are 162. A third
   is XLA's choice of fusions among 7,500 operations, 4,400 of them in eight eliminations
-  that are written out number by number. Row by row these are a fifth of the operations,
-  and 81 more launches; the time was 19 s.
+  that are written out number by number. Row by row there are 81 more launches, and the
+  time was 19 s.
 - **Compile time** beside `optax.adamw` of the same row: what is compiled once for equal
   shapes by the tracer is compiled by XLA for each leaf. On a TPU, a gradient's product
   at the highest precision takes it three to eight seconds of a processor (0.3 at the

@@ -3,17 +3,15 @@
 import dataclasses
 import os
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from tqdm import tqdm
 
-from benchmarks.comparison.protocol import METHODS, Study
+from benchmarks.comparison.protocol import METHODS
 from benchmarks.comparison.record import write
 from benchmarks.comparison.settings import Training
-from benchmarks.comparison.trials import Results
+from benchmarks.comparison.trials import Results, complete
 
 
 @dataclass(frozen=True)
@@ -44,22 +42,14 @@ QUICK = Settings(
 
 def main(settings: Settings) -> None:
     """Runs what is missing until the time is up, then writes the record."""
-    began = time.monotonic()
     trainer = settings.trainer()
     results = Results(settings.out / "comparison", trainer.setup)
     least, most = settings.rungs
     protocol = trainer.protocol(
         settings.rank, seeds=settings.seeds, least=least, most=most
     )
-    with tqdm(desc="trials", initial=len(results.all), unit=" trial") as bar:
-        while time.monotonic() - began < 60 * settings.minutes:
-            study = Study(protocol, results.losses)
-            trial = next(study.missing(settings.methods), None)
-            if trial is None:
-                break
-            results.add(trial, trainer.run(trial))
-            bar.update()
-    study = Study(protocol, results.losses)
+    methods, minutes = settings.methods, settings.minutes
+    study = complete(results, protocol, methods, trainer.run, minutes)
     write(settings, study, results.all, trainer)
 
 

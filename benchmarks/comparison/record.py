@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 
 from benchmarks.comparison.protocol import METHODS, Missing, Study, Trial
 from benchmarks.comparison.trials import VALIDATION_BATCHES, Result, Trainer
-from benchmarks.record import interval, write_record
+from benchmarks.record import interval, write_record, written
 from examples.common.files import aside
 from examples.common.report import STYLE, markdown_table
 
@@ -96,9 +96,9 @@ def table(found: Mapping[str, Row], references: Mapping[str, Row]) -> str:
                 f"{trial.dense_rate:g}",
                 f"{trial.rate:g}",
                 f"{len(row.trials)} of {row.wanted}",
-                _written(list(row.losses.values())),
+                written(list(row.losses.values())),
                 *(
-                    _written(differences(row, references[name]), sign="+")
+                    written(differences(row, references[name]), sign="+")
                     if name in references and name != method
                     else ""
                     for name in REFERENCES
@@ -107,13 +107,6 @@ def table(found: Mapping[str, Row], references: Mapping[str, Row]) -> str:
             ]
         )
     return markdown_table(header, lines)
-
-
-def _written(values: Sequence[float], sign: str = "") -> str:
-    if not values:
-        return ""
-    middle, half = interval(values)
-    return f"{middle:{sign}.3f}" + (f" ± {half:.3f}" if math.isfinite(half) else "")
 
 
 def ladders(study: Study, results: Results, methods: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
+from tqdm import tqdm
 
 import lowrank_optax as lro
-from benchmarks.comparison.protocol import RANKS, Protocol, Trial
+from benchmarks.comparison.protocol import RANKS, Protocol, Study, Trial
 from examples.common.methods import METHODS, matrix_state_bytes
 from examples.common.schedule import warmup_cosine
 from examples.common.tokens import Packed
@@ -53,6 +55,26 @@ class Results:
     @property
     def losses(self) -> dict[Trial, float]:
         return {trial: kept["validation_loss"] for trial, kept in self.all.items()}
+
+
+def complete(
+    results: Results,
+    protocol: Protocol,
+    methods: Sequence[str],
+    run: Callable[[Trial], Result],
+    minutes: float,
+) -> Study:
+    """Runs and keeps what is missing of the protocol, until the time is up."""
+    began = time.monotonic()
+    with tqdm(desc="trials", initial=len(results.all), unit=" trial") as bar:
+        while time.monotonic() - began < 60 * minutes:
+            study = Study(protocol, results.losses)
+            trial = next(study.missing(methods), None)
+            if trial is None:
+                break
+            results.add(trial, run(trial))
+            bar.update()
+    return Study(protocol, results.losses)
 
 
 class Trainer:

@@ -172,13 +172,13 @@ def _recorded(out: Path, like: Any) -> Any:
     try:
         record = read_record(out)
     except (FileNotFoundError, NotADirectoryError) as error:
-        begun = (out / LOCK).exists()
-        remedy = (
-            f" One that had no step yet was stopped there: delete {out}, and start it"
-        )
-        raise ValueError(
-            f"Cannot resume: {out} holds no run.{f'{remedy} again.' if begun else ''}"
-        ) from error
+        said = f"Cannot resume: {out} holds no run."
+        if (out / LOCK).exists():
+            said += (
+                " One that had no step yet was stopped there:"
+                f" delete {out}, and start it again."
+            )
+        raise ValueError(said) from error
     try:
         fields = checked_fields(
             type(like), record.get("settings"), but=_UNRECORDED, whole=False
