@@ -27,7 +27,7 @@ from tqdm import tqdm
 import lowrank_optax as lro
 from benchmarks.record import write_record
 from lowrank_optax._src.kernels import int8, mlorc, plan
-from lowrank_optax._src.parts.factors import OUTER_MAX_RANK
+from lowrank_optax._src.linalg.products import OUTER_MAX_RANK
 
 LAYERS = {"attention": (4096, 4096), "up": (4096, 11008), "down": (11008, 4096)}
 PLATFORMS = ("cuda", "tpu")

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from lowrank_optax._src.kernels.dispatch import by_platform
 from lowrank_optax._src.kernels.tiles import Pass, dot, product
 from lowrank_optax._src.linalg import Lying
-from lowrank_optax._src.parts.factors import OUTER_MAX_RANK, LowRankCode, clamp_negative
+from lowrank_optax._src.linalg.products import OUTER_MAX_RANK
+from lowrank_optax._src.parts.factors import LowRankCode, clamp_negative
 from lowrank_optax._src.parts.low_rank import LowRank, Sketch, scaled
 
 Array = jax.Array

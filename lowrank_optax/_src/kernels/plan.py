@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from lowrank_optax._src.parts.factors import OUTER_MAX_RANK
+from lowrank_optax._src.linalg.products import OUTER_MAX_RANK
 
 Array = jax.Array
 

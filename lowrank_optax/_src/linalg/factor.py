@@ -20,6 +20,7 @@ from lowrank_optax._src.linalg.products import (
     magnitude,
     matmul,
     near_one,
+    outer_product,
     unit_columns,
     unit_scale,
 )
@@ -144,13 +145,17 @@ def lifted(y: Float[Array, "*b m k"]) -> Float[Array, "*b m k"]:
     by a tenth where what is new in them is three times the root of the shift (1e-3 of
     a column in float32), and of next to none where it is a rounding error.
     """
-    y = near_one(y)
+    # Else XLA's GPU backend would make y anew for the last product.
+    y = jax.lax.optimization_barrier(near_one(y))
     square, k = gram(y), y.shape[-1]
-    # Columns below are the rounding errors of the largest, and stay as short.
-    noise = (26 * _eps(y)) ** 2 * jnp.max(square, axis=(-2, -1), keepdims=True)
+    # Columns below are the rounding errors of the largest, and stay as short. Compared
+    # one by one, they take no launch of their own on GPU.
+    lengths = (square[..., i : i + 1, i : i + 1] for i in range(k))
+    noise = (26 * _eps(y)) ** 2 * functools.reduce(jnp.maximum, lengths)
     shift = jnp.where(square > noise, 2 * k * _eps(y) * square, 1.0)
     shifted = square + shift * jnp.eye(k, dtype=square.dtype)
-    return matmul(y, inverse_root(shifted).mT)
+    # It fuses with the parts that are taken of it, where a matrix product does not.
+    return outer_product(y, inverse_root(shifted).mT)
 
 
 # What is new in a column that `lifted` has made, squared: what is less is noise, or so

@@ -1,6 +1,7 @@
 """Products with thin matrices, and scales that keep squares in range."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,20 @@ from lowrank_optax._src.linalg.meshes import gathered, split_axes
 def matmul(a: Array, b: Array) -> Array:
     """``a @ b`` at the highest precision of the device."""
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+# Up to here, products of factors are formed entry by entry inside the loop that uses
+# them instead of by a matrix product that has to be stored.
+OUTER_MAX_RANK = 16
+
+
+def outer_product(left: Array, right: Array) -> Array:
+    """``left @ right``; at small rank as a sum of outer products, which fuses."""
+    r = right.shape[-2]
+    if r > OUTER_MAX_RANK:
+        return matmul(left, right)
+    terms = (left[..., :, i, None] * right[..., i, None, :] for i in range(r))
+    return functools.reduce(jnp.add, terms)
 
 
 def gram(y: Array) -> Array:

@@ -1,6 +1,5 @@
 """A matrix of state as two thin factors, and what is made of their product."""
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -8,12 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lowrank_optax._src.linalg import matmul
 from lowrank_optax._src.linalg.meshes import gathered, split_axes
-
-# Up to here, products of factors are formed entry by entry inside the loop that uses
-# them instead of by a matrix product that has to be stored.
-OUTER_MAX_RANK = 16
+from lowrank_optax._src.linalg.products import OUTER_MAX_RANK, outer_product
 
 
 class LowRankCode(NamedTuple):
@@ -34,15 +29,7 @@ def low_rank_product(code: LowRankCode, turned: bool = False) -> Array:
     if right.shape[-2] <= OUTER_MAX_RANK:
         # With the gradient, the product has the places of that.
         left, right = gathered(left), gathered(right)
-    return _product(left, right)
-
-
-def _product(left: Array, right: Array) -> Array:
-    r = right.shape[-2]
-    if r > OUTER_MAX_RANK:
-        return matmul(left, right)
-    terms = (left[..., :, i, None] * right[..., i, None, :] for i in range(r))
-    return functools.reduce(jnp.add, terms)
+    return outer_product(left, right)
 
 
 def negative_mean(left: Array, right: Array) -> Float[Array, "*b 1 1"]:
@@ -52,7 +39,7 @@ def negative_mean(left: Array, right: Array) -> Float[Array, "*b 1 1"]:
     """
 
     def sums(left, right, again):
-        x, y = (_product(a, right) for a in (left, again))
+        x, y = (outer_product(a, right) for a in (left, again))
         terms = jnp.minimum(x, 0.0), (y < 0).astype(y.dtype)
         return tuple(jnp.sum(term, axis=(-2, -1), keepdims=True) for term in terms)
 

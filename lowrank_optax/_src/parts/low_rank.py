@@ -1,9 +1,11 @@
 """MLorc's compression: a matrix of state as two thin factors, renewed at every step."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -107,7 +109,9 @@ class LowRank:
             ]
             pairs = zip(stacks.stack(seeds), stacks.stack(rights), strict=True)
             omegas = [_beside_signs(*pair, size) for pair in pairs]
-            drawn |= zip(same, stacks.unstack(omegas), strict=True)
+            # All parts are taken at once: one launch on GPU, not one for each.
+            parts = jax.lax.optimization_barrier(stacks.unstack(omegas))
+            drawn |= zip(same, parts, strict=True)
         return list(drawn.values())
 
     def prepare(
@@ -310,29 +314,26 @@ def best_codes(
     units = [linalg.unit_scale(matmul(t.mT, x)) for t, x in zip(white, z, strict=True)]
     grams = [linalg.gram(b.mT) for b, _ in units]
     vectors = across(lambda s: linalg.eigh(s)[1], grams)
-    pairs = list(zip(*old, strict=True))
-    codes = [
-        _code(y_, matmul(t, w), *unit, w, right)
-        for y_, t, w, unit, (_, right) in zip(
-            y, white, vectors, units, pairs, strict=True
-        )
+    left, right = old
+    made = [
+        _code(y_, matmul(t, w), *unit, w, right_)
+        for y_, t, w, unit, right_ in zip(y, white, vectors, units, right, strict=True)
     ]
+    codes, finite = zip(*made, strict=True)
     if leaf is not None:
-        codes = _accept(codes, pairs, stacks.owners(leaf))
-    left, right = (stacks.unstack(list(x)) for x in zip(*codes, strict=True))
-    return [LowRankCode(*pair) for pair in zip(left, right, strict=True)]
+        # As stacks, or XLA's GPU backend would copy each new factor to its old place.
+        pairs = list(zip(jax.lax.optimization_barrier(left), right, strict=True))
+        codes = _accept(codes, finite, pairs, stacks.owners(leaf))
+    factors = (stacks.unstack(list(x)) for x in zip(*codes, strict=True))
+    return list(map(LowRankCode, *factors))
 
 
-def _accept(codes, olds, owners) -> list[tuple[Array, Array]]:
+def _accept(codes, finite, olds, owners) -> list[tuple[Array, Array]]:
     """The new codes of the leaves of which all are finite, else the old ones."""
-    each = [
-        jnp.isfinite(jnp.sum(left, (-2, -1)) + jnp.sum(right, (-2, -1)))
-        for left, right in codes
-    ]
     if all(len(set(of)) == 1 for of in owners):
         # One leaf a stack, as on a mesh, where its predicates are on many devices.
         whole: dict[int, Array] = {}
-        for of, ok in zip(owners, each, strict=True):
+        for of, ok in zip(owners, finite, strict=True):
             whole[of[0]] = whole.get(of[0], True) & jnp.all(ok)
         return [
             (jnp.where(whole[of[0]], a, x), jnp.where(whole[of[0]], b, y))
@@ -340,7 +341,7 @@ def _accept(codes, olds, owners) -> list[tuple[Array, Array]]:
         ]
     owner = np.concatenate(owners)
     leaves = jnp.ones(int(owner.max(initial=-1)) + 1, jnp.int32)
-    ok = leaves.at[owner].min(jnp.concatenate(each).astype(jnp.int32))[owner] > 0
+    ok = leaves.at[owner].min(jnp.concatenate(finite).astype(jnp.int32))[owner] > 0
     kept, start = [], 0
     for code, old in zip(codes, olds, strict=True):
         here = ok[start : start + len(code[0])][:, None, None]
@@ -353,8 +354,12 @@ def _accept(codes, olds, owners) -> list[tuple[Array, Array]]:
 
 def _code(
     y: Array, turn: Array, b: Array, scale: Array, vectors: Array, old: Array
-) -> tuple[Array, Array]:
-    """Both factors of ``Q W_r (W_r^T b) scale``, with ``Q W = y turn``."""
+) -> tuple[tuple[Array, Array], Array]:
+    """Both factors of ``Q W_r (W_r^T b) scale``, with ``Q W = y turn``.
+
+    And whether they are finite: all numbers of b are in the lengths of its rows, and
+    columns of y are of norm one, or have made b what is not finite.
+    """
     rank = old.shape[-2]
     right = matmul(vectors[..., :rank].mT, b)
     square = jnp.sum(right * right, axis=-1, keepdims=True)
@@ -365,8 +370,12 @@ def _code(
     # An unused row keeps looking where the used ones do not: a zero row would be a
     # column lost to the next sketch.
     spare = old - matmul(matmul(old, right.mT), right)
-    left = matmul(y, turn[..., :rank] * jnp.where(used, norm, 0.0).mT * scale)
-    return left, jnp.where(used, right, linalg.unit_columns(spare.mT).mT)
+    turn = turn[..., :rank] * jnp.where(used, norm, 0.0).mT * scale
+    right = jnp.where(used, right, linalg.unit_columns(spare.mT).mT)
+    # In one launch on GPU, not in one for each part that is taken of it.
+    code = matmul(y, turn), jax.lax.optimization_barrier(right)
+    finite = (jnp.all(jnp.isfinite(x), axis=(-2, -1)) for x in (square, turn))
+    return code, functools.reduce(jnp.logical_and, finite)
 
 
 def _sign_rows(shape: tuple[int, ...], dtype: Any) -> Array:
