@@ -15,7 +15,7 @@ Array = jax.Array
 At = Mapping[str, Any]  # where along its axis a tile starts
 
 PARAMS = triton.CompilerParams(num_warps=8, num_stages=1)
-_PROGRAMS = 512  # enough for each multiprocessor of a large GPU to have some
+_PROGRAMS = 256  # about two for each multiprocessor of an H100
 
 
 @dataclasses.dataclass(frozen=True)
