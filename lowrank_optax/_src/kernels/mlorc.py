@@ -48,7 +48,7 @@ def adam_sketches(
     grad: Lying,
     olds: Sequence[LowRankCode],
     given: tuple[Sequence[Array], Array, Array, Array],
-    scale: Callable[[Array], Array],
+    scale: Callable[[Array], tuple[Array, Sequence[Array]]],
     plain: Callable[[], tuple[list[Sketch], Array]],
 ) -> tuple[list[Sketch], Array]:
     """`sketches` of ``b1 L R + (1 - b1) s G`` and V, the former before `with_kept`; s.
@@ -59,7 +59,7 @@ def adam_sketches(
       olds: the codes of both moments.
       given: Omega of each moment, ``L R Omega`` of the first one, and of the second one
         `negative_mean` and the most that G may add to an entry.
-      scale: s, by ``G Omega``.
+      scale: s, and the sizes of both moments, by ``G Omega``.
       plain: makes both without kernels.
     """
     (b1, b2), (omegas, kept, zeta, most) = decays, given
@@ -69,9 +69,9 @@ def adam_sketches(
 
     def passes(*on):
         g_omega, v_omega = SKETCHES(*on, *source, *omegas, turned=grad.turned)
-        small = scale(g_omega)
+        small, sizes = scale(g_omega)
         ys = [b1 * kept + (1 - b1) * small * g_omega, v_omega]
-        ys = scaled(ys, omegas, olds)
+        ys = scaled(ys, omegas, olds, sizes)
         g_z, v_z = PROJECTIONS(*on, *source, *ys, turned=grad.turned)
         return list(zip(ys, (small * g_z, v_z), strict=True)), small
 

@@ -143,10 +143,11 @@ def lifted(y: Float[Array, "*b m k"]) -> Float[Array, "*b m k"]:
     The columns of y need not be of one size. Those of ``y T`` are orthogonal to what
     the Gram matrix of y can tell, and of norm one, or less where they depend on others:
     by a tenth where what is new in them is three times the root of the shift (1e-3 of
-    a column in float32), and of next to none where it is a rounding error.
+    a column in float32), and of next to none where it is a rounding error. Squares of
+    y must be in the range of floats.
     """
     # Else XLA's GPU backend would make y anew for the last product.
-    y = jax.lax.optimization_barrier(near_one(y))
+    y = jax.lax.optimization_barrier(y)
     square, k = gram(y), y.shape[-1]
     # Columns below are the rounding errors of the largest, and stay as short. Compared
     # one by one, they take no launch of their own on GPU.

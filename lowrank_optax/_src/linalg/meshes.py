@@ -5,7 +5,7 @@ are none, as on one device and within `jax.shard_map`, nothing is done.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import jax
@@ -41,6 +41,17 @@ def gathered(x: Array) -> Array:
     batch = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 2)
     spec = PartitionSpec(*batch, None, None)
     return jax.lax.with_sharding_constraint(x, _placed(x, spec))
+
+
+def at_once(arrays: Iterable[Array]) -> list[Array]:
+    """Small sums of many leaves; on a mesh, all of them before what needs any.
+
+    XLA makes one collective of those that do not wait for one another. It takes them in
+    the order of the program, in which those of a leaf would wait for its own.
+    """
+    found = list(arrays)
+    split = any(map(split_axes, found))
+    return jax.lax.optimization_barrier(found) if split else found
 
 
 def whole_columns(a: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:

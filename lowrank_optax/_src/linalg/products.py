@@ -89,14 +89,14 @@ def magnitude(a: Array, axis: int | tuple[int, ...] = (-2, -1)) -> Array:
     return jnp.max(jnp.abs(jax.lax.stop_gradient(a)), axis=axis, keepdims=True)
 
 
-def unit_scale(a: Array) -> tuple[Array, Array]:
+def unit_scale(a: Array, largest: Array | None = None) -> tuple[Array, Array]:
     """``(a / s, s)`` with ``s`` the power of two at the largest magnitude of a matrix.
 
     Squares of entries near the ends of the range of floats under- and overflow; those
     of a matrix whose largest entry is about 1 do not. Nothing is rounded.
     """
     a = at_least_float32(a)
-    largest = magnitude(a)
+    largest = magnitude(a) if largest is None else largest
     # A zero matrix is not scaled: its derivative would be the inverse of nothing.
     inverse, scale = power_of_two(jnp.where(largest == 0, 1.0, largest))
     return a * inverse, scale

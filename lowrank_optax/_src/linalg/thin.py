@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_optax._src.linalg.meshes import split_axes
+from lowrank_optax._src.linalg.meshes import at_once, split_axes
 
 Arrays = Sequence[jax.Array]
 
@@ -72,7 +72,7 @@ def each(
     """``function`` of the arrays of each problem, of a whole stack in one call."""
     stacks = Stacks(problems, count)
     columns = [stacks.stack(list(x)) for x in zip(*problems, strict=True)]
-    return stacks.unstack([function(*x) for x in zip(*columns, strict=True)])
+    return stacks.unstack(at_once(function(*x) for x in zip(*columns, strict=True)))
 
 
 def across(

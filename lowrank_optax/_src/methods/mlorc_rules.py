@@ -82,15 +82,18 @@ class MLorcAdam:
         v = b2 * clamp_negative(v_old, zeta) + jnp.minimum((1 - b2) * g**2, most)
 
         def scale(new):
-            """Of G, so that its mean square has the bound of an entry's."""
-            square = self.mu.mean_square(grad, new, state.mu)
-            return scale_down(jnp.asarray((1 - b2) * square), most)
+            """Of G, so that its mean square has the bound of an entry's; of M and V."""
+            added = (1 - b2) * self.mu.mean_square(grad, new, state.mu)
+            size = jnp.where(jnp.isfinite(most), most, added)
+            sizes = jnp.sqrt(size) / jnp.sqrt(1 - b2), size
+            return scale_down(jnp.asarray(added), most), sizes
 
         def plain():
             new = None if omegas[0] is None else grad.sketch(omegas[0])
-            average = Average(b1, state.mu, grad, kept, new, scale(new))
+            small, sizes = scale(new)
+            average = Average(b1, state.mu, grad, kept, new, small)
             codecs, matrices = (self.mu, self.nu), (average, grad.of(v))
-            return sketches(codecs, omegas, matrices, state), average.scale
+            return sketches(codecs, omegas, matrices, state, sizes), small
 
         found, small = self._sketches(grad, state, given, scale, plain)
         m = b1 * low_rank_product(state.mu, grad.turned) + (1 - b1) * (small * g)
@@ -149,7 +152,7 @@ class MLorcLion:
         omega, sketched = given
         new = None if omega is None else grad.sketch(omega)
         average = Average(self.b2, state.mu, grad, sketched, new)
-        found = sketches([self.mu], [omega], [average], state)
+        found = sketches([self.mu], [omega], [average], state, [None])
         return grad.of(jnp.sign(c)), found
 
     def finish(self, found, states, count):

@@ -1,7 +1,6 @@
 """MLorc's compression: a matrix of state as two thin factors, renewed at every step."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -13,8 +12,9 @@ from jaxtyping import Array
 
 from lowrank_optax._src import linalg
 from lowrank_optax._src.linalg import matmul, random
-from lowrank_optax._src.linalg.products import Lying
-from lowrank_optax._src.linalg.thin import Stacks, across, each
+from lowrank_optax._src.linalg.meshes import at_once
+from lowrank_optax._src.linalg.products import Lying, near_one, power_of_two
+from lowrank_optax._src.linalg.thin import Arrays, Stacks, across, each
 from lowrank_optax._src.parts import compatible
 from lowrank_optax._src.parts.checks import check_rank
 from lowrank_optax._src.parts.factors import (
@@ -72,7 +72,7 @@ class LowRank:
 
     def encode(self, key, x, old):
         (omega,) = self.draw([key], [old], None)
-        (sketch,) = sketches([self], [omega], [Lying(x, False)], [old])
+        (sketch,) = sketches([self], [omega], [Lying(x, False)], [old], [None])
         (code,) = best_codes([sketch], [old], None, None)
         return code
 
@@ -107,8 +107,7 @@ class LowRank:
                 jnp.broadcast_to(random.seeds(keys[i]), x.shape[:-2])[..., None, None]
                 for i, x in zip(same, rights, strict=True)
             ]
-            pairs = zip(stacks.stack(seeds), stacks.stack(rights), strict=True)
-            omegas = [_beside_signs(*pair, size) for pair in pairs]
+            omegas = _beside_signs(stacks.stack(seeds), stacks.stack(rights), size)
             # All parts are taken at once: one launch on GPU, not one for each.
             parts = jax.lax.optimization_barrier(stacks.unstack(omegas))
             drawn |= zip(same, parts, strict=True)
@@ -143,6 +142,7 @@ class LowRank:
 
 
 Sketch = tuple[Array, Array]  # y = A Omega T, its columns near one, and z = y^T A
+Factors = tuple[Array, Array]  # of a code
 
 
 def sketches(
@@ -150,16 +150,17 @@ def sketches(
     omegas: Sequence[Array | None],
     matrices: "Sequence[Lying | Average]",
     olds: Sequence[LowRankCode],
+    sizes: Sequence[Array | None],
 ) -> list[Sketch]:
     """Both products of each matrix of a leaf, with what was drawn for it.
 
     ``y`` spans the sketch, nearly orthonormal already. The second products are as
     precise as the smallest direction needs them then; with the sketch itself, all would
     be near that with the leading one, and the others lost among its rounding errors.
-    Those of an `Average` lack what `with_kept` adds.
+    Those of an `Average` lack what `with_kept` adds. For ``sizes`` see `scaled`.
     """
     ys = [_range(*x) for x in zip(codecs, omegas, matrices, olds, strict=True)]
-    ys = scaled(ys, omegas, olds)
+    ys = scaled(ys, omegas, olds, sizes)
     zs = [
         x.last(y) if isinstance(x, Average) else x.project(y)
         for y, x in zip(ys, matrices, strict=True)
@@ -168,17 +169,30 @@ def sketches(
 
 
 def scaled(
-    ys: Sequence[Array], omegas: Sequence[Array | None], olds: Sequence[LowRankCode]
+    ys: Sequence[Array],
+    omegas: Sequence[Array | None],
+    olds: Sequence[LowRankCode],
+    sizes: Sequence[Array | None],
 ) -> list[Array]:
-    """First products ``A Omega``, ready for the second ones with A."""
+    """First products ``A Omega``, ready for the second ones with A.
 
+    Args:
+      ys: the products.
+      omegas, olds: what was drawn, and the codes before.
+      sizes: of the entries of each A, (*b, 1, 1), to some powers of ten; where it is
+        None, the product is looked at, which takes launches, and a sum over a mesh.
+    """
     found = dict(enumerate(ys))
     drawn = [i for i, omega in enumerate(omegas) if omega is not None]
+    for i in drawn:
+        size = sizes[i]
+        known = None if size is None else power_of_two(size)[0]
+        found[i] = near_one(ys[i]) if known is None else ys[i] * known
     # Where no column is spare, the faint directions count too.
     spare = {i: ys[i].shape[-1] > olds[i].right.shape[-2] for i in drawn}
     for ready, wanted in ((linalg.lifted, True), (linalg.range_basis, False)):
         own = [i for i in drawn if spare[i] == wanted]
-        found |= zip(own, each(ready, [(ys[i],) for i in own], None), strict=True)
+        found |= zip(own, each(ready, [(found[i],) for i in own], None), strict=True)
     return list(found.values())
 
 
@@ -198,17 +212,24 @@ def _range(
     return y
 
 
-def _beside_signs(seeds: Array, right: Array, count: int) -> Array:
+def _beside_signs(seeds: Arrays, rights: Arrays, count: int) -> list[Array]:
     """The right factors, with ``count`` random rows below them.
 
     The random rows are made orthogonal to the factors, which changes no range. Else
     their products would all be near that with the leading factor, and a Gram matrix
     could not tell what is left of them from its rounding errors.
     """
-    n = right.shape[-1]
-    fresh = random.signs(seeds[..., 0, 0], n, count, right.dtype).mT * n**-0.5
-    fresh -= matmul(matmul(fresh, right.mT), right)
-    return jnp.concatenate([right, fresh], axis=-2)
+    rows = []
+    for seed, right in zip(seeds, rights, strict=True):
+        n = right.shape[-1]
+        fresh = random.signs(seed[..., 0, 0], n, count, right.dtype).mT
+        rows.append(fresh * n**-0.5)
+    overlaps = at_once(matmul(x, y.mT) for x, y in zip(rows, rights, strict=True))
+    each = zip(rights, rows, overlaps, strict=True)
+    return [
+        jnp.concatenate([right, fresh - matmul(overlap, right)], axis=-2)
+        for right, fresh, overlap in each
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,16 +331,14 @@ def best_codes(
     problems = [(*sketch, *old) for sketch, old in zip(found, olds, strict=True)]
     stacks = Stacks(problems, count)
     y, z, *old = (stacks.stack(list(x)) for x in zip(*problems, strict=True))
-    white = across(linalg.whitening, map(linalg.gram, y))
-    units = [linalg.unit_scale(matmul(t.mT, x)) for t, x in zip(white, z, strict=True)]
-    grams = [linalg.gram(b.mT) for b, _ in units]
+    white = across(linalg.whitening, at_once(map(linalg.gram, y)))
+    bs = [matmul(t.mT, x) for t, x in zip(white, z, strict=True)]
+    units = list(map(linalg.unit_scale, bs, at_once(map(linalg.magnitude, bs))))
+    grams = at_once(linalg.gram(b.mT) for b, _ in units)
     vectors = across(lambda s: linalg.eigh(s)[1], grams)
     left, right = old
-    made = [
-        _code(y_, matmul(t, w), *unit, w, right_)
-        for y_, t, w, unit, right_ in zip(y, white, vectors, units, right, strict=True)
-    ]
-    codes, finite = zip(*made, strict=True)
+    turns = list(map(matmul, white, vectors))
+    codes, finite = _codes(y, turns, units, vectors, right)
     if leaf is not None:
         # As stacks, or XLA's GPU backend would copy each new factor to its old place.
         pairs = list(zip(jax.lax.optimization_barrier(left), right, strict=True))
@@ -328,7 +347,7 @@ def best_codes(
     return list(map(LowRankCode, *factors))
 
 
-def _accept(codes, finite, olds, owners) -> list[tuple[Array, Array]]:
+def _accept(codes, finite, olds, owners) -> list[Factors]:
     """The new codes of the leaves of which all are finite, else the old ones."""
     if all(len(set(of)) == 1 for of in owners):
         # One leaf a stack, as on a mesh, where its predicates are on many devices.
@@ -352,30 +371,66 @@ def _accept(codes, finite, olds, owners) -> list[tuple[Array, Array]]:
     return kept
 
 
-def _code(
-    y: Array, turn: Array, b: Array, scale: Array, vectors: Array, old: Array
-) -> tuple[tuple[Array, Array], Array]:
+def _codes(
+    ys: Arrays, turns: Arrays, units: Sequence[Factors], vectors: Arrays, olds: Arrays
+) -> tuple[list[Factors], list[Array]]:
     """Both factors of ``Q W_r (W_r^T b) scale``, with ``Q W = y turn``.
 
     And whether they are finite: all numbers of b are in the lengths of its rows, and
     columns of y are of norm one, or have made b what is not finite.
+
+    Args:
+      ys, turns: see above.
+      units: ``(b, scale)``.
+      vectors: W.
+      olds: the right factors before.
     """
-    rank = old.shape[-2]
-    right = matmul(vectors[..., :rank].mT, b)
-    square = jnp.sum(right * right, axis=-1, keepdims=True)
+    leading = [w[..., : old.shape[-2]] for w, old in zip(vectors, olds, strict=True)]
+    bs, scales = zip(*units, strict=True)
+    rights = [matmul(w.mT, b) for w, b in zip(leading, bs, strict=True)]
+    squares = at_once(map(_squares, rights))
+    norms = list(map(_used_norms, squares))
+    rights = [
+        x / jnp.where(n > 0, n, jnp.inf) for x, n in zip(rights, norms, strict=True)
+    ]
+    rights = _with_spare(rights, norms, olds)
+    each = zip(turns, norms, scales, strict=True)
+    turns = [t[..., : n.shape[-2]] * n.mT * scale for t, n, scale in each]
+    finite = [
+        jnp.all(jnp.isfinite(x), (-2, -1)) & jnp.all(jnp.isfinite(y), (-2, -1))
+        for x, y in zip(squares, turns, strict=True)
+    ]
+    return list(zip(map(matmul, ys, turns), rights, strict=True)), finite
+
+
+def _used_norms(squares: Array) -> Array:
+    """Norms of rows by their squares; zero for those that are noise."""
     # The root only of what is not zero, where it has no derivative.
-    norm = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
-    used = norm > 1e-7 * jnp.max(norm, axis=-2, keepdims=True)
-    right = jnp.where(used, right / jnp.where(used, norm, 1.0), 0.0)
-    # An unused row keeps looking where the used ones do not: a zero row would be a
-    # column lost to the next sketch.
-    spare = old - matmul(matmul(old, right.mT), right)
-    turn = turn[..., :rank] * jnp.where(used, norm, 0.0).mT * scale
-    right = jnp.where(used, right, linalg.unit_columns(spare.mT).mT)
-    # In one launch on GPU, not in one for each part that is taken of it.
-    code = matmul(y, turn), jax.lax.optimization_barrier(right)
-    finite = (jnp.all(jnp.isfinite(x), axis=(-2, -1)) for x in (square, turn))
-    return code, functools.reduce(jnp.logical_and, finite)
+    some = jnp.where(squares > 0, squares, 1.0)
+    norms = jnp.where(squares > 0, jnp.sqrt(some), 0.0)
+    return jnp.where(norms > 1e-7 * jnp.max(norms, axis=-2, keepdims=True), norms, 0.0)
+
+
+def _with_spare(rights: Arrays, norms: Arrays, olds: Arrays) -> list[Array]:
+    """Unit rows, of which those that are not used look where the others do not.
+
+    A zero row would be a column lost to the next sketch.
+    """
+    overlaps = at_once(matmul(old, x.mT) for old, x in zip(olds, rights, strict=True))
+    each = zip(olds, overlaps, rights, strict=True)
+    spares = [old - matmul(overlap, right) for old, overlap, right in each]
+    found = []
+    squares = at_once(map(_squares, spares))
+    for right, norm, x, square in zip(rights, norms, spares, squares, strict=True):
+        spare = x / jnp.sqrt(jnp.where(square > 0, square, 1.0))
+        # In one launch on GPU, not in one for each part that is taken of it.
+        filled = jnp.where(norm > 0, right, spare)
+        found.append(jax.lax.optimization_barrier(filled))
+    return found
+
+
+def _squares(rows: Array) -> Array:
+    return jnp.sum(rows * rows, axis=-1, keepdims=True)
 
 
 def _sign_rows(shape: tuple[int, ...], dtype: Any) -> Array:
