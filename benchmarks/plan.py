@@ -3,7 +3,7 @@
     JAX_PLATFORMS=cpu XLA_FLAGS=--xla_gpu_autotune_level=0 python -m benchmarks.plan
 
 Steps of models of full width and few layers are compiled for H100s that need not be
-there, and not run.
+there, and not run. Cases that are in the record are kept.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from benchmarks.accelerators.targets import devices
 from benchmarks.layerwise import ordinary
-from benchmarks.record import write_record
+from benchmarks.record import RECORDS, known_figures, write_record
 from examples.common.files import read_object, write_json
 from examples.common.mesh import AXES, Placement, laid
 from examples.llama.config import CONFIGS
@@ -33,6 +33,7 @@ from examples.llama.plan import Plan, needs
 SEVEN = {"model": "llama_7b", "layers": 2, "method": "adamw"}
 FOUR = {**SEVEN, "layers": 4}
 LONG = {"batch_size": 16, "seq_len": 2048}
+MESH = {"batch_size": 16, "mesh": "fsdp=8", "remat": True}
 SMALL = {"model": "llama_350m", "layers": 2, "batch_size": 64, "seq_len": 256}
 CASES: list[dict[str, Any]] = [
     {**SEVEN, "batch_size": 4},
@@ -44,11 +45,13 @@ CASES: list[dict[str, Any]] = [
     {**FOUR, "batch_size": 4, "layerwise": True},
     {**FOUR, **LONG, "mesh": "fsdp=8"},
     {**FOUR, **LONG, "mesh": "fsdp=4,model=2"},
-    {**SEVEN, "batch_size": 16, "mesh": "fsdp=8", "remat": True},
+    {**SEVEN, **MESH},
     {**SMALL, "method": "adamw"},
     {**SMALL, "method": "adamw", "layers": 4},
     {**SMALL, "method": "adamw", "layers": 4, "remat": True},
     {**SMALL, "method": "adamw", "param_dtype": "bfloat16", "dtype": "bfloat16"},
+    {**SEVEN, **MESH, "method": "galore_adamw", "rank": 1024},
+    {**SEVEN, **MESH, "method": "mlorc_adamw", "rank": 4},
 ]
 
 
@@ -56,8 +59,8 @@ CASES: list[dict[str, Any]] = [
 class Settings:
     """The planner's figures beside those of compiled training steps."""
 
-    cases: tuple[int, ...] = tuple(range(len(CASES)))
-    """Which of the cases, by their numbers."""
+    redo: tuple[int, ...] = ()
+    """Cases to compile again, by their numbers."""
     out: Path | None = None
     """Directory of the record; default benchmarks/records."""
 
@@ -95,9 +98,12 @@ def compiled(plan: Plan) -> int:
 
 
 def main(settings: Settings) -> None:
-    figures = []
-    for number in tqdm(settings.cases):
-        case = CASES[number]
+    known = known_figures("plan", settings.out or RECORDS)
+    figures = [x for x in known if x["case"] in CASES]
+    again = [CASES[number] for number in settings.redo]
+    figures = [x for x in figures if x["case"] not in again]
+    there = [x["case"] for x in figures]
+    for case in tqdm([x for x in CASES if x not in there]):
         with tempfile.TemporaryDirectory() as directory:
             plan = shallow(case, Path(directory))
             began = time.perf_counter()
@@ -107,6 +113,7 @@ def main(settings: Settings) -> None:
                 **dataclasses.asdict(needs(plan)),
             }
         figures.append({"case": case, **found})
+        figures.sort(key=lambda x: CASES.index(x["case"]))
         write_record("plan", settings, figures, _table(figures), settings.out)
 
 

@@ -26,7 +26,7 @@ from examples.roberta.masked import ENCODERS
 from examples.roberta.model import MaskedLM
 
 ROOT = Path(pretrain.__file__).parents[2]
-METHODS = ("adamw", "mlorc_adamw")
+METHODS = ("adamw", "mlorc_adamw", "galore_adamw")
 STEPS, KILLED = 4, 3
 # Measured: 3e-7 at most, of losses and of the gradient's norm.
 CLOSE = 1e-5
@@ -302,7 +302,7 @@ def test_two_processes_of_which_one_is_killed_take_the_same_steps(
     flags, alone, tmp_path
 ):
     out = tmp_path / "run"
-    flags = [*flags, "--methods", "adamw", "--mesh", "fsdp=2", "--out", str(out)]
+    flags = [*flags, "--methods", METHODS[-1], "--mesh", "fsdp=2", "--out", str(out)]
     first, second = both(flags, killed=KILLED)
     second.communicate(timeout=1500)
     assert second.returncode == -signal.SIGKILL
@@ -313,17 +313,17 @@ def test_two_processes_of_which_one_is_killed_take_the_same_steps(
     assert "process 0 has lost the others" in last and "--resume --out" in last
     assert "Traceback" not in said
     # Each has written its part of the checkpoint.
-    saved = out / "adamw" / "checkpoints" / "2"
+    saved = out / METHODS[-1] / "checkpoints" / "2"
     assert {x.name for x in saved.rglob("ocdbt.process_*")} == {
         "ocdbt.process_0",
         "ocdbt.process_1",
     }
-    assert read_metrics(out / "adamw" / "metrics.jsonl")[-1]["step"] == KILLED
+    assert read_metrics(out / METHODS[-1] / "metrics.jsonl")[-1]["step"] == KILLED
 
     first, second = both([*flags, "--resume"])
     printed = [process.communicate(timeout=1500) for process in (first, second)]
     assert [first.returncode, second.returncode] == [0, 0], printed
-    assert_same_steps(out, alone, "adamw")
+    assert_same_steps(out, alone, METHODS[-1])
     shown, silent = (stdout for stdout, _ in printed)
     assert str(out / "result.json") in shown
     assert [x for x in silent.splitlines() if x and "Gloo" not in x] == []

@@ -2,16 +2,17 @@
 
     python -m benchmarks.accelerators.meshes cpu --cases "mlorc|galore_adamw"
     python -m benchmarks.accelerators.meshes h100 --shapes 7b --splits rows columns
-    python -m benchmarks.accelerators.meshes v5e --shapes 7b --cases mlorc_adamw
+    python -m benchmarks.accelerators.meshes v5e --shapes 7b-stacked --cases mlorc_adamw
+    python -m benchmarks.accelerators.meshes --write
 
 Eight devices as a 4 x 2 mesh: simulated ones, or H100s or TPUs that are not there. A
 conditional counts as in `counting`: that of a refresh as its cheapest branch in an
-ordinary step, all others as their dearest.
+ordinary step, all others as their dearest. "7b" are the matrices of a layer of
+LLaMA-7B, "7b-stacked" those of all 32 in seven stacks, "7b-32" in 224 leaves.
 """
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 import re
@@ -30,7 +31,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax as lro
-from benchmarks.accelerators import hlo
+from benchmarks.accelerators import hlo, mesh_table
 from benchmarks.accelerators.cases import CASES
 from benchmarks.accelerators.counting import is_refresh
 from benchmarks.accelerators.programs import shapes as llama
@@ -123,7 +124,14 @@ def mesh_of(target: str) -> Mesh:
 
 
 def matrices(name: str) -> dict[str, tuple[int, ...]]:
-    """Three groups of equal matrices; "7b" are those of a layer of LLaMA-7B."""
+    """Three groups of equal matrices, or those of LLaMA-7B, see the module."""
+    if name == "7b-32":
+        layers = (llama("7b").items() for _ in range(32))
+        return {
+            f"layer{i}/{path.removeprefix('layer0/')}": shape
+            for i, layer in enumerate(layers)
+            for path, shape in layer
+        }
     if name != "small":
         return llama(name)
     found = {"q_proj": (128, 128), "up_proj": (128, 384), "down_proj": (384, 128)}
@@ -131,9 +139,11 @@ def matrices(name: str) -> dict[str, tuple[int, ...]]:
 
 
 def parameters(name: str, split: str, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The matrices on a mesh; of "layers" so many stacks of them."""
-    stack = (_LAYERS,) if split == "layers" else ()
-    where = NamedSharding(mesh, SPLITS[split])
+    """The matrices on a mesh; of "layers" so many stacks of them, if they are none."""
+    stacked = name == "7b-stacked"
+    stack = (_LAYERS,) if split == "layers" and not stacked else ()
+    before = (None,) if split != "layers" and stacked else ()
+    where = NamedSharding(mesh, P(*before, *SPLITS[split]))
     return {
         path: jax.ShapeDtypeStruct((*stack, *shape), jnp.float32, sharding=where)
         for path, shape in matrices(name).items()
@@ -174,7 +184,8 @@ def _hybrid(learning_rate: float, rank: int, matrices: Any = None):
 
 _GALORE = CASES["galore_adamw"]
 _EXACT = {"subspace": lro.TopSingular("gram_eigh")}
-ALL = {name: case for name, case in CASES.items() if case.own} | {
+_PEERS = ("optax.adamw", "optax.contrib.galore")
+ALL = {name: case for name, case in CASES.items() if case.own or name in _PEERS} | {
     "galore_gram_eigh": dataclasses.replace(_GALORE, options=_GALORE.options | _EXACT),
     "hybrid": dataclasses.replace(_GALORE, factory=_hybrid),
 }
@@ -214,6 +225,7 @@ def row(target: str, name: str, shapes: str, split: str, dump: str = "") -> dict
         "k": k,
         "bound": int(ROOM * (widest if name in EXACT else k) * longest),
         "thin": int(ROOM * k * longest),
+        "most": A_GROUP * len({x.shape for x in params.values()}) + A_MODEL,
         "ordinary": dataclasses.asdict(ordinary),
         "refresh": dataclasses.asdict(refresh),
         "temporaries": temporaries,
@@ -223,17 +235,18 @@ def row(target: str, name: str, shapes: str, split: str, dump: str = "") -> dict
 
 
 def rows(arguments: argparse.Namespace) -> Iterator[tuple[str, dict]]:
+    shapes = arguments.shapes
     for name in ALL:
         if not re.search(arguments.cases, name):
             continue
         for split in arguments.splits:
-            key = "|".join((name, arguments.target, arguments.shapes, split))
+            if not ALL[name].fits("7b-stacked" if split == "layers" else shapes):
+                continue
+            key = "|".join((name, arguments.target, shapes, split))
             try:
                 yield (
                     key,
-                    row(
-                        arguments.target, name, arguments.shapes, split, arguments.dump
-                    ),
+                    row(arguments.target, name, shapes, split, arguments.dump),
                 )
             except Exception as error:  # what does not compile is part of the table
                 yield key, {"error": f"{type(error).__name__}: {str(error)[:200]}"}
@@ -243,23 +256,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("target", choices=("cpu", "h100", "v5e"))
+    parser.add_argument("target", nargs="?", choices=("cpu", "h100", "v5e"))
     parser.add_argument("--cases", default="")
     parser.add_argument("--shapes", default="small")
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=[*SPLITS])
     parser.add_argument("--dump", default="", help="a file for XLA's text")
-    parser.add_argument("--out", default="", help="a file of rows to add to")
+    parser.add_argument("--keep", action="store_true", help="in the record")
+    parser.add_argument("--write", action="store_true", help="only the record's table")
     arguments = parser.parse_args()
+    if arguments.write or not arguments.target:
+        return mesh_table.write_markdown()
     variables = environment(arguments.target)
     if any(os.environ.get(k) != x for k, x in variables.items()):
         command = [sys.executable, "-m", __spec__.name, *sys.argv[1:]]
         sys.exit(subprocess.run(command, env=os.environ | variables).returncode)
     for key, found in rows(arguments):
         print(key, found, flush=True)
-        if arguments.out:
-            path = Path(arguments.out)
-            kept = json.loads(path.read_text()) if path.exists() else {}
-            path.write_text(json.dumps(kept | {key: found}, indent=1) + "\n")
+        if arguments.keep:
+            mesh_table.add(key, found)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,13 @@ from jaxtyping import Array, Float
 from lowrank_optax._src.linalg import meshes, random, small, thin
 from lowrank_optax._src.linalg.lapack import eigh, inverse_root
 from lowrank_optax._src.linalg.products import (
+    at_least_float32,
     gram,
     magnitude,
     matmul,
-    near_one,
+    of_unit_length,
     outer_product,
-    unit_columns,
+    power_of_two,
     unit_scale,
 )
 
@@ -32,7 +33,18 @@ def _eps(x: Array) -> float:
 
 def _polish(y: Array) -> Array:
     """One Newton-Schulz step: squares a small orthonormality error, keeps zeros."""
-    return matmul(y, 1.5 * jnp.eye(y.shape[-1], dtype=y.dtype) - 0.5 * gram(y))
+    return _polish_each([y])[0]
+
+
+def _polish_each(ys: Sequence[Array]) -> list[Array]:
+    return [
+        matmul(y, 1.5 * jnp.eye(y.shape[-1], dtype=y.dtype) - 0.5 * square)
+        for y, square in zip(ys, _grams(ys), strict=True)
+    ]
+
+
+def _grams(ys: Sequence[Array]) -> list[Array]:
+    return meshes.at_once(map(gram, ys))
 
 
 def cholesky_pass_each(arrays: Sequence[Array]) -> list[Array]:
@@ -41,14 +53,14 @@ def cholesky_pass_each(arrays: Sequence[Array]) -> list[Array]:
     It spans the same, and is far better conditioned. Small problems are common calls.
     """
     stacks = thin.Stacks([(a,) for a in arrays], None)
-    ys = list(map(near_one, stacks.stack(arrays)))
-    inverses = thin.across(_shifted_inverse, map(gram, ys))
+    ys = _near_one_each(stacks.stack(arrays))
+    inverses = thin.across(_shifted_inverse, _grams(ys))
     return stacks.unstack([matmul(y, t) for y, t in zip(ys, inverses, strict=True)])
 
 
 def eigenvectors_each(squares: Sequence[Array]) -> list[Array]:
     """The eigenvectors of symmetric matrices, of descending values, in common calls."""
-    flat = [a.reshape(-1, *a.shape[-2:]) for a in squares]
+    flat = [a.reshape(-1, *a.shape[-2:]) for a in meshes.at_once(squares)]
     found = thin.across(lambda a: eigh(a)[1], flat)
     return [x.reshape(a.shape) for x, a in zip(found, squares, strict=True)]
 
@@ -99,21 +111,32 @@ def orthonormalize_each(arrays: Sequence[Array], count: Array | None) -> list[Ar
                 f"cannot be orthonormal in {m} dimensions. Pass at most {m} columns."
             )
     stacks = thin.Stacks([(a,) for a in arrays], count)
-    ys = list(map(_filled, stacks.stack(arrays)))
+    ys = _filled_each(stacks.stack(arrays))
     for _ in range(max((_passes(a.shape[-1]) for a in arrays), default=0)):
-        inverses = thin.across(_shifted_inverse, map(gram, ys))
+        inverses = thin.across(_shifted_inverse, _grams(ys))
         ys = [matmul(y, t) for y, t in zip(ys, inverses, strict=True)]
-    return stacks.unstack([_polish(_polish(y)) for y in ys])
+    return stacks.unstack(_polish_each(_polish_each(ys)))
 
 
-def _filled(a: Array) -> Array:
+def _filled_each(arrays: Sequence[Array]) -> list[Array]:
     """Unit columns, with a little of a fixed matrix in general position."""
-    y, _ = unit_scale(a)
+    ys = list(map(at_least_float32, arrays))
     # A column's own scale carries no information about the span, and costs accuracy.
-    largest = magnitude(y, axis=-2)
-    y = unit_columns(y / jnp.where(largest > 0, largest, 1.0))
+    sizes = meshes.at_once(magnitude(y, axis=-2) for y in ys)
+    inverses = [power_of_two(jnp.where(x > 0, x, 1.0))[0] for x in sizes]
+    ys = [y * inverse for y, inverse in zip(ys, inverses, strict=True)]
+    squares = meshes.at_once(jnp.sum(y * y, axis=-2, keepdims=True) for y in ys)
+    return [y + _filler(y) for y in map(of_unit_length, ys, squares)]
+
+
+def _filler(y: Array) -> Array:
     m, r = y.shape[-2:]
-    return y + 2e-6 * m**-0.5 * random.spread(m, r).astype(y.dtype)
+    return 2e-6 * m**-0.5 * random.spread(m, r).astype(y.dtype)
+
+
+def _near_one_each(arrays: Sequence[Array]) -> list[Array]:
+    sizes = meshes.at_once(map(magnitude, map(at_least_float32, arrays)))
+    return [unit_scale(y, size)[0] for y, size in zip(arrays, sizes, strict=True)]
 
 
 def _passes(r: int) -> int:

@@ -145,7 +145,11 @@ def near_one(y: Array) -> Array:
 
 def unit_columns(y: Array) -> Array:
     """Columns of norm one; zero columns stay zero."""
-    square = jnp.sum(y * y, axis=-2, keepdims=True)
+    return of_unit_length(y, jnp.sum(y * y, axis=-2, keepdims=True))
+
+
+def of_unit_length(y: Array, square: Array) -> Array:
+    """Rows or columns over their lengths, by the squares of these."""
     # The root only of what is not zero, where it has no derivative.
     return y / jnp.sqrt(jnp.where(square > 0, square, 1.0))
 

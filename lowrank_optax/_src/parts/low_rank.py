@@ -13,7 +13,12 @@ from jaxtyping import Array
 from lowrank_optax._src import linalg
 from lowrank_optax._src.linalg import matmul, random
 from lowrank_optax._src.linalg.meshes import at_once
-from lowrank_optax._src.linalg.products import Lying, near_one, power_of_two
+from lowrank_optax._src.linalg.products import (
+    Lying,
+    near_one,
+    of_unit_length,
+    power_of_two,
+)
 from lowrank_optax._src.linalg.thin import Arrays, Stacks, across, each
 from lowrank_optax._src.parts import compatible
 from lowrank_optax._src.parts.checks import check_rank
@@ -422,7 +427,7 @@ def _with_spare(rights: Arrays, norms: Arrays, olds: Arrays) -> list[Array]:
     found = []
     squares = at_once(map(_squares, spares))
     for right, norm, x, square in zip(rights, norms, spares, squares, strict=True):
-        spare = x / jnp.sqrt(jnp.where(square > 0, square, 1.0))
+        spare = of_unit_length(x, square)
         # In one launch on GPU, not in one for each part that is taken of it.
         filled = jnp.where(norm > 0, right, spare)
         found.append(jax.lax.optimization_barrier(filled))

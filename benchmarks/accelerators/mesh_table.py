@@ -1,0 +1,156 @@
+"""What `meshes` has counted: rows on disk, and the record for people."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accelerators.table import versions
+from benchmarks.record import RECORDS
+
+RECORD = RECORDS / "meshes.json"
+
+_ABOUT = """# meshes
+
+What a step moves between eight devices, read from the compiled program (`python -m
+benchmarks.accelerators.meshes`, which says how it is counted). No device was used. A 4
+x 2 mesh, its two axes together for rows or for columns, "both" for one axis each, or
+each device with its part of the layers of a stack. Thin arrays are split by all axes
+that split the weight, the default of `lro.state_shardings`. {versions}.
+
+- *collectives*: of an ordinary step / of one in which all bases are renewed.
+- *largest*: numbers of the largest array that one makes or takes on a device. XLA's GPU
+  compiler joins those of several leaves into one: "largest" is that of all together.
+- *MB*: of all that collectives make or take, whichever is more, on a device.
+- *temporaries*: MiB on a device; *weights*: MiB of all eight together.
+
+The target: at most 12 collectives for each group of equal leaves and 8 for all, which
+are 44 for a LLaMA, and none of more than 1.1 k max(m, n) numbers a matrix, k the rank
+and the columns of the sketch beside it. Bold is above.
+"""
+
+_WHY = """
+## Where this comes from
+
+- Exact factorizations (I3S, hybrid, uniform, `TopSingular("gram_eigh")`, the first step
+  of LDAdam) want `A A^T`, which gathers A wherever its rows are split. The columns are
+  shared out first (a device sends and gets its own part of A at most), so that the Gram
+  matrix, min(m, n) squared, is the largest that is moved. That is above 1.1 k max(m, n)
+  at small ranks: all singular vectors are looked for, so that k is min(m, n) there, and
+  a gradient of which all matter cannot be told by less. A stack that the devices divide
+  is dealt out instead, whole matrices to each, which then do their own: of a stack
+  whose layers are split nothing moves at all.
+- Blocks of 256 numbers that lie on two devices: the matrix is not cut to blocks there,
+  but its scales are found of parts of blocks, and a number for each block is summed.
+  The layout of the codes is as on one device. Blocks over the ends of rows too.
+- Thin factors of several leaves are not put together for common calls, as on one
+  device: which are split alike is not known when an update is traced, only on which
+  mesh they are; so only k x k matrices are. What the leaves sum over the devices at the
+  same place of their chains stands behind one barrier (`linalg.meshes.at_once`), and
+  XLA makes one collective of it. Without the barriers, one layer of LLaMA-7B on split
+  rows had 87 collectives of MLorc-AdamW for 41, and 60 of a refresh of GaLore for 42.
+- MLorc-AdamW scales its sketches by what is known of its moments, as the largest entry
+  of a sketch is a sum over the devices; its codes are accepted by numbers that all
+  have.
+
+## Not reached, and what was tried
+
+- A refresh of GaLore's kind is a chain of products and Gram matrices, each of which
+  needs the one before: one chain for all leaves that `Every` renews together. Where
+  each leaf has a time of its own (AdaRankGrad, Q-GaLore, `Staggered`), it has a chain
+  of its own. It is one step in 200.
+- MLorc has five collectives a leaf on split rows and eight on both axes: its factors
+  and sketches are gathered for the products with G and V, leaf by leaf, as those of all
+  leaves together would be held at the same time.
+- An eigenproblem of one leaf that is no stack is solved by each device. Those of
+  several leaves would have to wait for one another to be dealt out, and hold their Gram
+  matrices meanwhile.
+- Blocks over the ends of rows (a width that 256 does not divide) move a number for each
+  block also where only rows are split, and nothing need be moved.
+- 8-bit states of odd widths in very wide matrices (more than 4 x 256 numbers for each
+  number of a part) are cut to blocks as on one device.
+- `TopSingular("svd")` gathers the gradient of what is no stack: it is what is asked
+  for.
+- Nothing was timed.
+"""
+
+_HEAD = ("", "split", "collectives", "largest", "MB", "temporaries", "compile, s")
+_NAMES = {
+    "small": "128 x 128, 128 x 384 and 384 x 128",
+    "leaf": "one matrix of LLaMA-7B, 4096 x 11008",
+    "7b": "one layer of LLaMA-7B",
+    "7b-stacked": "all 32 layers of LLaMA-7B, stacked",
+    "7b-32": "all 32 layers of LLaMA-7B, 224 leaves",
+}
+_DEVICES = {"h100": "8 H100s", "v5e": "v5e 4x2", "cpu": "8 simulated devices"}
+
+
+def read(path: Path = RECORD) -> dict[str, Any]:
+    """The rows, by "case|target|shapes|split"."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def add(key: str, row: dict[str, Any], path: Path = RECORD) -> None:
+    """One more row, with what it was counted with."""
+    rows = read(path) | {key: row | {"versions": versions()}}
+    lines = [f" {json.dumps(k)}: {json.dumps(x)}" for k, x in sorted(rows.items())]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def write_markdown(path: Path = RECORD) -> None:
+    """The record beside the rows."""
+    rows = read(path)
+    made = "; ".join(sorted({row["versions"] for row in rows.values()}))
+    parts = [_ABOUT.format(versions=made)]
+    for target in _DEVICES:
+        for shapes in _NAMES:
+            parts += _section(rows, target, shapes)
+    path.with_suffix(".md").write_text("\n".join([*parts, _WHY]))
+
+
+def _section(rows: dict[str, Any], target: str, shapes: str) -> list[str]:
+    found = {tuple(k.split("|")): row for k, row in rows.items()}
+    own = {k: row for k, row in sorted(found.items()) if k[1:3] == (target, shapes)}
+    if not own:
+        return []
+    weights = next((r["weights"] / 2**20 for r in own.values() if "weights" in r), 0)
+    title = f"\n## {_DEVICES[target]}: {_NAMES[shapes]} (weights {weights:,.0f} MiB)\n"
+    return [
+        title,
+        _line(_HEAD),
+        "|" + "---|" * len(_HEAD),
+        *map(_row, own, own.values()),
+    ]
+
+
+def _row(key: tuple[str, ...], row: dict[str, Any]) -> str:
+    if "error" in row:
+        return _line((key[0], key[3], row["error"], "", "", "", ""))
+    sides = row["ordinary"], row["refresh"]
+    once = sides[0] == sides[1]
+
+    def both(written):
+        texts = list(map(written, sides))
+        return texts[0] if once else " / ".join(texts)
+
+    def largest(side):
+        text = f"{side['largest']:,}"
+        return f"**{text}**" if side["largest"] > row["thin"] > 0 else text
+
+    def count(side):
+        return f"**{side['count']}**" if side["count"] > row["most"] else side["count"]
+
+    return _line(
+        (
+            key[0],
+            key[3],
+            both(lambda x: str(count(x))),
+            both(largest),
+            both(lambda x: f"{x['bytes'] / 1e6:,.1f}"),
+            f"{row['temporaries'] / 2**20:,.0f}",
+            f"{row['compile_s']:.0f}",
+        )
+    )
+
+
+def _line(cells: tuple[str, ...]) -> str:
+    return "| " + " | ".join(cells) + " |"
