@@ -9,8 +9,8 @@ comparison has are taken from there. What is missing is run, seed by seed, until
 time is up; each trial (half a minute of a core) is kept.
 """
 
-import math
 import os
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from benchmarks.comparison.protocol import Trial
 from benchmarks.comparison.settings import Training
 from benchmarks.comparison.trials import Results
-from benchmarks.record import interval, write_record
+from benchmarks.record import write_record, written
 from examples.common.report import markdown_table
 
 # Each with the method that it is compared with.
@@ -85,21 +85,20 @@ def figures(settings: Settings, losses: dict[Trial, float]) -> dict[str, Any]:
     }
 
 
-def difference(found: dict[str, Any]) -> tuple[float, float]:
-    """Loss minus the other's, seed by seed: the mean, and half of the 95% interval."""
+def differences(found: dict[str, Any]) -> list[float]:
+    """Loss minus the other's, seed by seed."""
     losses, base = found["losses"], found["base"]
-    return interval([losses[seed] - base[seed] for seed in losses if seed in base])
+    return [losses[seed] - base[seed] for seed in losses if seed in base]
 
 
 def table(found: dict[str, Any]) -> str:
     header = ["variant", "of", "seeds", "validation loss", "minus that of the method"]
     lines = []
     for name, x in found.items():
-        middle, half = difference(x)
-        mean, _ = interval(list(x["losses"].values()))
-        seeds = len(x["losses"].keys() & x["base"].keys())
-        shown = f"{middle:+.3f}" + (f" ± {half:.3f}" if math.isfinite(half) else "")
-        lines.append([name, x["of"], str(seeds), f"{mean:.3f}", shown])
+        mean = statistics.fmean(x["losses"].values())
+        paired = differences(x)
+        shown = written(paired, 3, "+")
+        lines.append([name, x["of"], str(len(paired)), f"{mean:.3f}", shown])
     return markdown_table(header, lines) if lines else "None is there yet."
 
 

@@ -28,8 +28,7 @@ def test_differences_are_paired_by_seed():
     }
     found = ablations.figures(settings, losses)
     assert list(found) == ["mlorc_m"]  # of the other no trial is there
-    middle, half = ablations.difference(found["mlorc_m"])
-    assert middle == pytest.approx(0.1) and half == pytest.approx(0, abs=1e-6)
+    assert ablations.differences(found["mlorc_m"]) == pytest.approx([0.1] * 3)
     del losses[settings.trial("mlorc_adamw", 1)]
     row = ablations.table(ablations.figures(settings, losses)).splitlines()[-1]
     assert row.split()[5] == "2" and row.endswith("+0.100 ± 0.000 |")

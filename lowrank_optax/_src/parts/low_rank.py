@@ -148,6 +148,7 @@ class LowRank:
 
 Sketch = tuple[Array, Array]  # y = A Omega T, its columns near one, and z = y^T A
 Factors = tuple[Array, Array]  # of a code
+Scaled = tuple[Array, Array]  # a matrix near one, and its scale
 
 
 def sketches(
@@ -377,7 +378,7 @@ def _accept(codes, finite, olds, owners) -> list[Factors]:
 
 
 def _codes(
-    ys: Arrays, turns: Arrays, units: Sequence[Factors], vectors: Arrays, olds: Arrays
+    ys: Arrays, turns: Arrays, units: Sequence[Scaled], vectors: Arrays, olds: Arrays
 ) -> tuple[list[Factors], list[Array]]:
     """Both factors of ``Q W_r (W_r^T b) scale``, with ``Q W = y turn``.
 
