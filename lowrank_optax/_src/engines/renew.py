@@ -25,6 +25,7 @@ from lowrank_optax._src.engines.order import Order
 from lowrank_optax._src.leaves.keys import Seed, matrix_keys
 from lowrank_optax._src.leaves.roles import Known
 from lowrank_optax._src.linalg import magnitude, matmul, orthonormalize
+from lowrank_optax._src.linalg.meshes import split_axes
 from lowrank_optax._src.linalg.random import filler
 from lowrank_optax._src.parts.joint import is_joint, select_each
 from lowrank_optax._src.parts.laws import Observer, Refresh
@@ -155,7 +156,21 @@ def _renew(parts, step, leaves):
         return [tree_where(d, x, y) for d, x, y in each]
 
     calls = due if len(group) == 1 else list(map(_calls, group, leaves))
-    return jax.lax.cond(functools.reduce(jnp.logical_or, calls), new, lambda: old)
+    called = functools.reduce(jnp.logical_or, calls)
+    found = jax.lax.cond(called, new, lambda: old)
+    return tree_where(called, found, old) if _tied(group, leaves) else found
+
+
+def _tied(group: Sequence[Parts], leaves: Sequence[_Leaf]) -> bool:
+    """Whether what is new is to lie on a mesh where the old is.
+
+    XLA's GPU compiler has what a conditional returns whole on each device, and what
+    that is made of, unless it meets what lies elsewhere. Stacks alone: what they
+    exchange is much. A leaf by itself may have moments that are decoded, whole on each
+    device; a gradient would be gathered for these.
+    """
+    stacked = any(p.view.batch_shape for p in group)
+    return len(group) > 1 and stacked and any(split_axes(x.grad) for x in leaves)
 
 
 def _calls(parts: Parts, leaf: _Leaf) -> jax.Array:

@@ -81,16 +81,21 @@ def shape_of(function: Callable[[T], Array], x: T) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(found.shape, found.dtype, sharding=where)
 
 
+# From here on, a matrix is worth dealing out: XLA deals out what it is made of, too, up
+# to the gradients, which then change devices.
+_WORTH = 512
+
+
 def shared_out(
     function: Callable[[Array], T], a: Float[Array, "*b m n"]
 ) -> Callable[[Array], T] | None:
     """``function``, of a stack of which each device takes its part of the matrices.
 
-    None where it is no stack that can be dealt out evenly. Results begin with the
-    stack's axis.
+    None where it is no stack that can be dealt out evenly, or one of small matrices.
+    Results begin with the stack's axis.
     """
     axes = split_axes(a)
-    if not axes or a.ndim != 3 or a.shape[0] % devices(a):
+    if not axes or a.ndim != 3 or a.shape[0] % devices(a) or a.shape[-1] < _WORTH:
         return None
     mesh, spec = jax.typeof(a).sharding.mesh, PartitionSpec(axes)
     return jax.shard_map(
