@@ -52,9 +52,10 @@ _WHY = """
   moments of stacks that are renewed together lie where the old ones do, as there is a
   choice between both once more; and stacks of Gram matrices narrower than 512 are not
   dealt out, as XLA deals out the gradients with them. (Simulated devices, whose library
-  takes one matrix at a time, have the k x k numbers of all layers then.) A refresh of GaLore on 32 stacked
-  layers moved 10.8 GB on split rows, with 3.2 GB of temporaries, for 3.8 and 1.2; and
-  on split layers 2.3 GB, with 2.1 of temporaries, for nothing and 0.3.
+  takes one matrix at a time, have the k x k numbers of all layers then.) A refresh of
+  GaLore on 32 stacked layers moved 10.8 GB on split rows, with 3.2 GB of temporaries,
+  for 3.8 and 1.2; and on split layers 2.3 GB, with 2.1 of temporaries, for nothing and
+  0.3.
 - MLorc-AdamW scales its sketches by what is known of its moments, as the largest entry
   of a sketch is a sum over the devices; its codes are accepted by numbers that all
   have.
