@@ -56,6 +56,7 @@ _WHY = """
   GaLore on 32 stacked layers moved 10.8 GB on split rows, with 3.2 GB of temporaries,
   for 3.8 and 1.2; and on split layers 2.3 GB, with 2.1 of temporaries, for nothing and
   0.3.
+- `optax.contrib.galore` gathers gradients, at each step and for its SVD.
 - MLorc-AdamW scales its sketches by what is known of its moments, as the largest entry
   of a sketch is a sum over the devices; its codes are accepted by numbers that all
   have.
@@ -145,9 +146,11 @@ def _row(key: tuple[str, ...], row: dict[str, Any]) -> str:
         texts = list(map(written, sides))
         return texts[0] if once else " / ".join(texts)
 
+    stack = 32 if key[2] == "7b-stacked" else 1
+
     def largest(side):
         text = f"{side['largest']:,}"
-        return f"**{text}**" if side["largest"] > row["thin"] > 0 else text
+        return f"**{text}**" if side["largest"] > stack * row["thin"] > 0 else text
 
     def count(side):
         return f"**{side['count']}**" if side["count"] > row["most"] else side["count"]
