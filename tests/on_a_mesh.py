@@ -18,7 +18,7 @@ from lowrank_optax._src.parts.codec import BlockInt8
 AXES = ("a", "b")
 SHAPES = {"rows": (32, 768), "columns": (32, 768), "both": (768, 32)}
 SHAPES |= {"layers": (8, 32, 768)}
-SPECS = {k: meshes.SPLITS[k] for k in SHAPES} | {"stack": P(None, AXES, None)}
+SPECS = {k: meshes.SPLITS[k] for k in SHAPES}
 MATRICES = lro.MatrixAxes()
 _RATE = {"learning_rate": 0.1, "matrices": MATRICES}
 # One for each mechanism: exact subspaces, subspaces and factors that turn at every
@@ -33,7 +33,6 @@ METHODS = {
 WIDE = {"columns": (256, 768), "both": (256, 768)}
 SIGNS = lro.mlorc_lion(rank=8, **_RATE)
 # Decoded anew at each step: what is made of a code lies where the code does.
-STACK = lro.galore_adamw(rank=8, **_RATE)
 CODED = lro.q_galore_project(optax.scale_by_adam(), rank=16, matrices=MATRICES)
 
 
@@ -85,9 +84,9 @@ def codes(mesh):
 def exact(mesh):
     """The largest angle between subspaces of `gram_eigh` on one device and on all."""
     found = {}
-    for split in SHAPES:
+    for split, spec in SPECS.items():
         g = random_like((8, 16, 24) if split == "layers" else (16, 24), 1)
-        there = jax.device_put(g, NamedSharding(mesh, SPECS[split]))
+        there = jax.device_put(g, NamedSharding(mesh, spec))
         find = jax.jit(lambda g: lro.linalg.gram_eigh(g, 3)[0])
         overlap = jnp.linalg.svd(find(g).mT @ jax.device_get(find(there)))[1]
         found[split] = float(jnp.max(jnp.abs(1 - overlap)))
@@ -125,9 +124,8 @@ def main():
             for name, tx in (METHODS | {"lion": SIGNS}).items()
             if name in ("mlorc", "lion", "bytes")
         },
-        "stack": moved(STACK, mesh, {"stack": (8, 256, 768)}),
         "coded basis": moved(CODED, mesh, {"both": (512, 1376)}),
-        "slabs": {split: slabs_of(split, mesh) for split in SHAPES},
+        "slabs": {split: slabs_of(split, mesh) for split in SPECS},
         "codes": codes(mesh),
         "exact": exact(mesh),
         "kernels": kernels(mesh),

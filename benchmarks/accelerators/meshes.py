@@ -3,12 +3,11 @@
     python -m benchmarks.accelerators.meshes cpu --cases "mlorc|galore_adamw"
     python -m benchmarks.accelerators.meshes h100 --shapes 7b --splits rows columns
     python -m benchmarks.accelerators.meshes v5e --shapes 7b-stacked --cases mlorc_adamw
-    python -m benchmarks.accelerators.meshes --write
 
 Eight devices as a 4 x 2 mesh: simulated ones, or H100s or TPUs that are not there. A
 conditional counts as in `counting`: that of a refresh as its cheapest branch in an
 ordinary step, all others as their dearest. "7b" are the matrices of a layer of
-LLaMA-7B, "7b-stacked" those of all 32 in seven stacks, "7b-32" in 224 leaves.
+LLaMA-7B, "7b-stacked" those of all 32 in seven stacks.
 """
 
 import argparse
@@ -125,13 +124,6 @@ def mesh_of(target: str) -> Mesh:
 
 def matrices(name: str) -> dict[str, tuple[int, ...]]:
     """Three groups of equal matrices, or those of LLaMA-7B, see the module."""
-    if name == "7b-32":
-        layers = (llama("7b").items() for _ in range(32))
-        return {
-            f"layer{i}/{path.removeprefix('layer0/')}": shape
-            for i, layer in enumerate(layers)
-            for path, shape in layer
-        }
     if name != "small":
         return llama(name)
     found = {"q_proj": (128, 128), "up_proj": (128, 384), "down_proj": (384, 128)}
@@ -219,7 +211,8 @@ def row(target: str, name: str, shapes: str, split: str, dump: str = "") -> dict
     if dump:
         Path(dump).write_text(text)
     ordinary, refresh = (moves(module, due) for due in (False, True))
-    longest = max(max(x.shape[-2:]) for x in params.values())
+    # The long sides of all matrices of a leaf: these are moved together.
+    longest = max(x.size // min(x.shape[-2:]) for x in params.values())
     widest = max(min(x.shape[-2:]) for x in params.values())
     return {
         "k": k,
@@ -256,16 +249,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("target", nargs="?", choices=("cpu", "h100", "v5e"))
+    parser.add_argument("target", choices=("cpu", "h100", "v5e"))
     parser.add_argument("--cases", default="")
     parser.add_argument("--shapes", default="small")
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=[*SPLITS])
     parser.add_argument("--dump", default="", help="a file for XLA's text")
     parser.add_argument("--keep", action="store_true", help="in the record")
-    parser.add_argument("--write", action="store_true", help="only the record's table")
     arguments = parser.parse_args()
-    if arguments.write or not arguments.target:
-        return mesh_table.write_markdown()
     variables = environment(arguments.target)
     if any(os.environ.get(k) != x for k, x in variables.items()):
         command = [sys.executable, "-m", __spec__.name, *sys.argv[1:]]
@@ -274,6 +264,8 @@ def main() -> None:
         print(key, found, flush=True)
         if arguments.keep:
             mesh_table.add(key, found)
+    if arguments.keep:
+        mesh_table.write_markdown()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The rows that were counted: kept as JSON, one a line, and written out for people."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
@@ -79,8 +79,7 @@ _MISSED = """
   1,451 for 1,013 by Pallas. Why is not known yet.
 - **mlorc_adamw, Pallas**: 5 words are the least. Each of the two passes moves 0.16 more
   for thin arrays that each tile reads again, and 0.06 for sums of programs that share a
-  walk. Tiles of 64 rows, and twice as many programs, moved 0.3 more in all; tiles of
-  256 rows move no less, as more programs share a walk then.
+  walk. Tiles of 64 rows, and twice as many programs, moved 0.3 more in all.
 - **mlorc_adamw, XLA**: V is written for its two products: one leaf of temporaries, and
   what the largest leaf's sketch needs.
 - **adamw_8bit, XLA on TPU**: a scale reaches its block only by moving the matrix to
@@ -215,9 +214,9 @@ def markdown(table: Table) -> str:
         head = ["", "words", "sizes", "launches", "library"]
         head += ["temporaries", "compile, s", "least time, ms"]
         parts.append(f"\n## {target}, {shapes}, {dtype}{weights}\n")
-        parts.append(_line(head))
+        parts.append(line(head))
         parts.append("|" + "---|" * len(head))
-        parts += [_line(_cells(key, table.rows[key])) for key in found]
+        parts += [line(_cells(key, table.rows[key])) for key in found]
     return "\n".join([*parts, _MISSED])
 
 
@@ -225,7 +224,8 @@ def _known(row: Row | None) -> bool:
     return bool(row) and "words" in row
 
 
-def _line(cells: list[str]) -> str:
+def line(cells: Sequence[str]) -> str:
+    """A row of a table."""
     return "| " + " | ".join(cells) + " |"
 
 
