@@ -25,13 +25,13 @@ from benchmarks.steps import enter, matrices, methods
 from lowrank_optax._src import linalg
 from lowrank_optax._src.engines.order import Order
 from lowrank_optax._src.linalg import random
+from lowrank_optax._src.parts.best_codes import best_codes
 from lowrank_optax._src.parts.factors import (
     LowRankCode,
     clamp_negative,
     low_rank_product,
     negative_mean,
 )
-from lowrank_optax._src.parts.low_rank import best_codes
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ _TESTS = {
     "parts/int8_map": "quantize codec kernels",
     "parts/joint": "renew subspace",
     "parts/laws": "leafwise compositions",
+    "parts/best_codes": "codec golden mlorc",
     "parts/low_rank": "codec golden mlorc",
     "parts/part": "project compositions",
     "parts/recovery": "fira apollo galore_plus",

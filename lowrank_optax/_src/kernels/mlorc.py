@@ -16,8 +16,9 @@ from lowrank_optax._src.kernels.dispatch import by_platform
 from lowrank_optax._src.kernels.tiles import Pass, dot, product
 from lowrank_optax._src.linalg import Lying
 from lowrank_optax._src.linalg.products import OUTER_MAX_RANK
+from lowrank_optax._src.parts.best_codes import Sketch
 from lowrank_optax._src.parts.factors import LowRankCode, clamp_negative
-from lowrank_optax._src.parts.low_rank import LowRank, Sketch, scaled
+from lowrank_optax._src.parts.low_rank import LowRank, scaled
 
 Array = jax.Array
 

@@ -22,7 +22,6 @@ from lowrank_optax._src.linalg.products import (
     matmul,
     of_unit_length,
     outer_product,
-    power_of_two,
     unit_scale,
 )
 
@@ -120,11 +119,8 @@ def orthonormalize_each(arrays: Sequence[Array], count: Array | None) -> list[Ar
 
 def _filled_each(arrays: Sequence[Array]) -> list[Array]:
     """Unit columns, with a little of a fixed matrix in general position."""
-    ys = list(map(at_least_float32, arrays))
     # A column's own scale carries no information about the span, and costs accuracy.
-    sizes = meshes.at_once(magnitude(y, axis=-2) for y in ys)
-    inverses = [power_of_two(jnp.where(x > 0, x, 1.0))[0] for x in sizes]
-    ys = [y * inverse for y, inverse in zip(ys, inverses, strict=True)]
+    ys = _near_one_each(arrays, axis=-2)
     squares = meshes.at_once(jnp.sum(y * y, axis=-2, keepdims=True) for y in ys)
     return [y + _filler(y) for y in map(of_unit_length, ys, squares)]
 
@@ -134,9 +130,13 @@ def _filler(y: Array) -> Array:
     return 2e-6 * m**-0.5 * random.spread(m, r).astype(y.dtype)
 
 
-def _near_one_each(arrays: Sequence[Array]) -> list[Array]:
-    sizes = meshes.at_once(map(magnitude, map(at_least_float32, arrays)))
-    return [unit_scale(y, size)[0] for y, size in zip(arrays, sizes, strict=True)]
+def _near_one_each(
+    arrays: Sequence[Array], axis: int | tuple[int, ...] = (-2, -1)
+) -> list[Array]:
+    """Each matrix, or each of its columns, with its largest magnitude near one."""
+    ys = list(map(at_least_float32, arrays))
+    sizes = meshes.at_once(magnitude(y, axis) for y in ys)
+    return [unit_scale(y, size)[0] for y, size in zip(ys, sizes, strict=True)]
 
 
 def _passes(r: int) -> int:
@@ -172,14 +172,24 @@ def lifted(y: Float[Array, "*b m k"]) -> Float[Array, "*b m k"]:
     # Else XLA's GPU backend would make y anew for the last product.
     y = jax.lax.optimization_barrier(y)
     square, k = gram(y), y.shape[-1]
-    # Columns below are the rounding errors of the largest, and stay as short. Compared
-    # one by one, they take no launch of their own on GPU.
-    lengths = (square[..., i : i + 1, i : i + 1] for i in range(k))
-    noise = (26 * _eps(y)) ** 2 * functools.reduce(jnp.maximum, lengths)
+    # Columns below are the rounding errors of the largest, and stay as short.
+    noise = (26 * _eps(y)) ** 2 * _longest(square)
     shift = jnp.where(square > noise, 2 * k * _eps(y) * square, 1.0)
     shifted = square + shift * jnp.eye(k, dtype=square.dtype)
     # It fuses with the parts that are taken of it, where a matrix product does not.
     return outer_product(y, inverse_root(shifted).mT)
+
+
+def _longest(square: Array) -> Array:
+    """The largest on the diagonal of a Gram matrix, (*b, 1, 1).
+
+    Of few, compared one by one, which takes no launch of its own on GPU.
+    """
+    k = square.shape[-1]
+    if k > small.WIDEST:
+        return jnp.max(square, axis=(-2, -1), keepdims=True)
+    lengths = (square[..., i : i + 1, i : i + 1] for i in range(k))
+    return functools.reduce(jnp.maximum, lengths)
 
 
 # What is new in a column that `lifted` has made, squared: what is less is noise, or so

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from lowrank_optax._src.kernels.dispatch import active
 from lowrank_optax._src.leaves import saving
 from lowrank_optax._src.linalg.thin import each
+from lowrank_optax._src.parts.best_codes import best_codes
 from lowrank_optax._src.parts.bounds import cut_off, most_of_square, scale_down
 from lowrank_optax._src.parts.factors import (
     LowRankCode,
@@ -21,7 +22,6 @@ from lowrank_optax._src.parts.factors import (
 from lowrank_optax._src.parts.low_rank import (
     Average,
     LowRank,
-    best_codes,
     sketches,
     with_kept,
 )
