@@ -29,7 +29,6 @@ from registry import (
 from running import assert_close, norm, random_grads, random_like, run, run_eagerly
 
 import lowrank_optax as lro
-from lowrank_optax._src.engines import coded, one_matrix, renew, rules
 from lowrank_optax._src.leaves import keys
 
 BY_NAME = {method.name: method for method in METHODS}
@@ -194,13 +193,7 @@ def one_key(monkeypatch):
 
     Compiled bodies know the one or the other.
     """
-    matrix_keys = keys.matrix_keys
-
-    def same(seed, step, batch, field=""):
-        return jnp.broadcast_to(matrix_keys(seed, step, (), field), batch)
-
-    for module in (coded, one_matrix, renew, rules):
-        monkeypatch.setattr(module, "matrix_keys", same)
+    monkeypatch.setattr(keys, "_placed", lambda key, _, of: jnp.broadcast_to(key, of))
     jax.clear_caches()
     yield
     jax.clear_caches()

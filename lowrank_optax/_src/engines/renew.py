@@ -22,7 +22,7 @@ from lowrank_optax._src.engines.one_matrix import (
     used_columns,
 )
 from lowrank_optax._src.engines.order import Order
-from lowrank_optax._src.leaves.keys import Seed, matrix_keys
+from lowrank_optax._src.leaves.keys import Seed, matrix_keys_each
 from lowrank_optax._src.leaves.roles import Known
 from lowrank_optax._src.linalg import magnitude, matmul, orthonormalize
 from lowrank_optax._src.linalg.meshes import split_axes
@@ -255,9 +255,9 @@ def _select(
     usable: Sequence[jax.Array],
 ) -> list[jax.Array]:
     """New bases of a group, see `_fitting`."""
-    keys, wholes = [], []
-    for p, x, old in zip(group, leaves, olds, strict=True):
-        keys.append(matrix_keys(x.seed, step, p.view.batch_shape))
+    batches = [p.view.batch_shape for p in group]
+    keys, wholes = matrix_keys_each([x.seed for x in leaves], step, batches), []
+    for p, old in zip(group, olds, strict=True):
         # The subspace is asked for all columns and the first ones are used, so that a
         # shrunk basis has the same columns as a whole one.
         pad = [(0, 0)] * (old.ndim - 1) + [(0, p.rank - old.shape[-1])]

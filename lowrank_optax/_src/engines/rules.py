@@ -20,7 +20,7 @@ from lowrank_optax._src.engines.order import Order
 from lowrank_optax._src.leaves import matrix
 from lowrank_optax._src.leaves.choose import view_leaves
 from lowrank_optax._src.leaves.fields import StateFields, by_field, by_leaf, field_name
-from lowrank_optax._src.leaves.keys import leaf_seed, matrix_keys
+from lowrank_optax._src.leaves.keys import leaf_seed, matrix_keys_each
 from lowrank_optax._src.leaves.matrix import MatrixView, nameless
 from lowrank_optax._src.leaves.paths import flatten, full_precision
 from lowrank_optax._src.leaves.transformation import transformation
@@ -179,7 +179,9 @@ class _Leafwise:
 
     def _rule(self, views, grads, seeds, step, old) -> tuple[dict[int, Any], Any]:
         """The rule at each matrix: the updates, and the states that are accepted."""
-        keys = {i: matrix_keys(seeds[i], step, v.batch_shape) for i, v in views.items()}
+        batches = [v.batch_shape for v in views.values()]
+        drawn = matrix_keys_each([seeds[i] for i in views], step, batches)
+        keys = dict(zip(views, drawn, strict=True))
         if hasattr(self.rule, "begin"):
             old = _begun(self.rule, views, grads, old)
         if isinstance(self.rule, StagedRule):

@@ -2,11 +2,13 @@
 
 import operator
 import zlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from lowrank_optax._src.leaves.context import layer_place
 from lowrank_optax._src.leaves.paths import Path
@@ -62,9 +64,29 @@ def matrix_keys(
     matrix of a stack sees does not depend on the others in it, nor on whether these are
     updated with it.
     """
-    key = jax.random.fold_in(jax.random.fold_in(seed.key, seed.name), step)
+    key = _leaf_key(seed.key, seed.name, step)
     if field:
         key = jax.random.fold_in(key, np.uint32(zlib.crc32(field.encode())))
+    return _placed(key, seed, batch)
+
+
+def matrix_keys_each(
+    seeds: Sequence[Seed], step: jax.Array, batches: Sequence[tuple[int, ...]]
+) -> list[jax.Array]:
+    """`matrix_keys` of leaves of one transformation, in a launch for all on GPU."""
+    if not seeds:
+        return []
+    names = jnp.array([seed.name for seed in seeds])
+    keys = jax.vmap(_leaf_key, in_axes=(None, 0, None))(seeds[0].key, names, step)
+    return list(map(_placed, keys, seeds, batches))
+
+
+def _leaf_key(key: jax.Array, name: ArrayLike, step: jax.Array) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(key, name), step)
+
+
+def _placed(key: jax.Array, seed: Seed, batch: tuple[int, ...]) -> jax.Array:
+    """A leaf's key, folded by the places of its matrices."""
     for axis, size in enumerate(batch):
         places = jnp.arange(size) + (seed.place if axis == 0 else 0)
         fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))

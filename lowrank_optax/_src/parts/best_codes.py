@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -10,7 +9,7 @@ from jaxtyping import Array
 from lowrank_optax._src import linalg
 from lowrank_optax._src.linalg import matmul
 from lowrank_optax._src.linalg.meshes import at_once
-from lowrank_optax._src.linalg.products import of_unit_length
+from lowrank_optax._src.linalg.products import made_once, of_unit_length
 from lowrank_optax._src.linalg.thin import Arrays, Stacks, across
 from lowrank_optax._src.parts.factors import LowRankCode
 
@@ -54,8 +53,8 @@ def best_codes(
     turns = list(map(matmul, white, vectors))
     codes, finite = _codes(y, turns, units, vectors, right)
     if leaf is not None:
-        # As stacks, or XLA's GPU backend would copy each new factor to its old place.
-        pairs = list(zip(jax.lax.optimization_barrier(left), right, strict=True))
+        # As stacks, or each new factor would be copied to its old place.
+        pairs = list(zip(made_once(left), right, strict=True))
         codes = _accept(codes, finite, pairs, stacks.owners(leaf))
     factors = (stacks.unstack(list(x)) for x in zip(*codes, strict=True))
     return list(map(LowRankCode, *factors))
@@ -137,9 +136,7 @@ def _with_spare(rights: Arrays, norms: Arrays, olds: Arrays) -> list[Array]:
     squares = at_once(map(_squares, spares))
     for right, norm, x, square in zip(rights, norms, spares, squares, strict=True):
         spare = of_unit_length(x, square)
-        # In one launch on GPU, not in one for each part that is taken of it.
-        filled = jnp.where(norm > 0, right, spare)
-        found.append(jax.lax.optimization_barrier(filled))
+        found.append(made_once(jnp.where(norm > 0, right, spare)))
     return found
 
 

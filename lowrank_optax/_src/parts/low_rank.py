@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -15,6 +14,7 @@ from lowrank_optax._src.linalg import matmul, random
 from lowrank_optax._src.linalg.meshes import at_once
 from lowrank_optax._src.linalg.products import (
     Lying,
+    made_once,
     near_one,
     power_of_two,
 )
@@ -113,9 +113,7 @@ class LowRank:
                 for i, x in zip(same, rights, strict=True)
             ]
             omegas = _beside_signs(stacks.stack(seeds), stacks.stack(rights), size)
-            # All parts are taken at once: one launch on GPU, not one for each.
-            parts = jax.lax.optimization_barrier(stacks.unstack(omegas))
-            drawn |= zip(same, parts, strict=True)
+            drawn |= zip(same, made_once(stacks.unstack(omegas)), strict=True)
         return list(drawn.values())
 
     def prepare(
