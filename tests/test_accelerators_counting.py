@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 import lowrank_optax as lro
-from benchmarks.accelerators import check, counting, hlo, pallas, programs, table
+from benchmarks.accelerators import aims, check, counting, hlo, pallas, programs, table
 from benchmarks.accelerators.cases import CASES
 from benchmarks.accelerators.counting import Cost, Counter
 from benchmarks.accelerators.table import Key, Table
@@ -525,6 +525,36 @@ def test_a_row_that_is_missing_fails(tmp_path):
     assert check.failures(KEY, rows, ROW) == ["not in the table: record it"]
 
 
+MOVED = {
+    "ordinary": {"count": 40, "largest": 1000, "bytes": 100_000},
+    "refresh": {"count": 60, "largest": 1000, "bytes": 200_000},
+    "temporaries": 2**24,
+    "compile_s": 1.0,
+}
+
+
+@pytest.mark.parametrize(
+    "change, wrong",
+    [
+        ({}, []),
+        ({"compile_s": 9.0, "temporaries": 2**24 + 2**19}, []),
+        ({"ordinary": {**MOVED["ordinary"], "count": 42}}, []),
+        ({"ordinary": {**MOVED["ordinary"], "count": 43}}, ["ordinary count: 40 in"]),
+        ({"refresh": {**MOVED["refresh"], "bytes": 189_000}}, ["refresh bytes: 20"]),
+        ({"refresh": {**MOVED["refresh"], "largest": 2000}}, ["refresh largest: 1"]),
+        ({"temporaries": 2**25}, ["temporaries: 16777216 in the table"]),
+        ({"error": "ValueError: no"}, ["now: ValueError: no"]),
+    ],
+)
+def test_the_check_says_what_moves_otherwise(monkeypatch, change, wrong):
+    monkeypatch.setattr(check.mesh_table, "read", lambda: {"a|h100|7b|rows": MOVED})
+    found = check.mesh_failures("a|h100|7b|rows", MOVED | change)
+    assert all(x.startswith(y) for x, y in zip(found, wrong, strict=True))
+    assert check.mesh_failures("b|h100|7b|rows", MOVED) == [
+        "not in the record of meshes: keep it"
+    ]
+
+
 def test_the_table_is_read_as_it_was_written(tmp_path):
     path = tmp_path / "accelerators.json"
     kept = Table.read(path)
@@ -555,6 +585,29 @@ def test_the_subset_of_ci_has_every_method_and_some_on_each_platform():
     stacked = KEY._replace(shapes="7b-stacked")
     recorded = Table(Path("none"), {stacked: ROW, stacked._replace(target="v6e"): ROW})
     assert set(check.whole(recorded)) == {*found, stacked}
+
+
+def test_what_was_aimed_at_stands_beside_what_is_reached():
+    layer = KEY._replace(shapes="7b")
+    rows = {
+        layer: ROW | {"words": 8.28, "temporaries_mib": 174.0, "compile_s": 12.0},
+        layer._replace(case="optax.adamw"): ROW | {"compile_s": 0.5},
+        KEY._replace(target="v5e"): ROW | {"words": 7.5, "compile_s": 9.0},
+        KEY._replace(target="v5e", case="optax.adamw"): ROW,
+        layer._replace(case="ldadamw"): {"error": "ValueError: no"},
+    }
+    lines = [x for x in aims.section(rows).splitlines() if x.startswith("| ")]
+    wanted = {
+        "mlorc_adamw | words": "8.2 | 8.28 | 7.4 | **7.50**",
+        "mlorc_adamw | temporaries": "172 MiB | **174 MiB** | 32 MiB | **50 MiB**",
+        "mlorc_adamw | compile time, to `optax.adamw`'s": (
+            "6 times | **24 times** | 8 times | **9 times**"
+        ),
+        "ldadamw | words": "9 | not counted | 9 | not counted",
+    }
+    for name, cells in wanted.items():
+        assert f"| {name} | {cells} |" in lines
+    assert {aim.case for aim in aims.AIMS} <= {k for k, x in CASES.items() if x.own}
 
 
 def test_a_plan_has_kernels_for_own_methods_only():

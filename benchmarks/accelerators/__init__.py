@@ -16,5 +16,6 @@ into one. `make test-accelerators` makes it.
   kernels, of which XLA knows nothing.
 - `targets` are the devices, `cases` the optimizers, `programs` the steps.
 - `meshes` counts what a step moves between eight devices.
-- `measure` makes one row, in a process of its own; `table` keeps the rows.
+- `measure` makes one row, in a process of its own; `table` keeps the rows, and
+  `aims` says which figures were aimed at, and why some are missed.
 """

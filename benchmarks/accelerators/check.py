@@ -1,4 +1,4 @@
-"""Compile every method again, and compare what it costs with the committed table.
+"""Compile every method again, and compare what it costs with the committed tables.
 
     python -m benchmarks.accelerators.check
     python -m benchmarks.accelerators.check --subset ci --jobs 2
@@ -8,11 +8,14 @@ Fails where a count differs by more than 5%. Who made it better records the row 
 """
 
 import argparse
+import functools
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 
+from benchmarks.accelerators import mesh_table, meshes
 from benchmarks.accelerators.cases import CASES
 from benchmarks.accelerators.measure import Request, Row, in_process
 from benchmarks.accelerators.table import Key, Table, keys, versions
@@ -29,7 +32,16 @@ _COUNTS = {
     "temporaries_mib": 0.5,
     "temporaries_without_refresh_mib": 0.5,
 }
+_MOVES = {f"{k} {x}": 1 for k in ("ordinary", "refresh") for x in ("count", "largest")}
+_MOVES |= {f"{k} bytes": 1024 for k in ("ordinary", "refresh")}
+_MOVES |= {"temporaries": 2**19}
 _TARGETS = ("h100", "v5e")
+# Sums of all leaves in one collective, and stacks that stay where they are.
+_MESHES = (
+    "galore_adamw|h100|7b-stacked|layers",
+    "galore_adamw|h100|7b-stacked|rows",
+    "mlorc_adamw|h100|7b|rows",
+)
 
 
 def whole(table: Table) -> list[Key]:
@@ -47,6 +59,8 @@ def ci() -> list[Key]:
     on_tpu = {"adam_mini", "adamw_8bit", "apollo_adamw", "galore_adamw"}
     turned = ("adam_mini", "fira_adamw", "galore_plus_adamw", "ldadamw")
     seen = [Key(case, "h100", "turned", "float32", "xla") for case in turned]
+    # Launches that many leaves have in common.
+    seen.append(Key("mlorc_adamw", "h100", "7b", "float32", "xla"))
     return seen + [
         key
         for target, shapes in (("h100", "leaf"), ("v5e", "leaf-ordinary"))
@@ -56,13 +70,18 @@ def ci() -> list[Key]:
     ]
 
 
-def differences(recorded: Row, found: Row) -> Iterator[str]:
-    """What is not as it was recorded, a line each."""
+def differences(recorded: Row, found: Row, rooms: Mapping[str, float]) -> Iterator[str]:
+    """What is not as it was recorded, a line each.
+
+    Args:
+      recorded, found: counts by name.
+      rooms: what is compared, and by how much each may differ if 5% are less.
+    """
     for row, name in ((found, "now"), (recorded, "in the table")):
         if "error" in row:
             yield f"{name}: {row['error']}"
             return
-    for count, room in _COUNTS.items():
+    for count, room in rooms.items():
         before, after = recorded.get(count), found.get(count)
         if before is None and after is None:
             continue
@@ -74,6 +93,14 @@ def differences(recorded: Row, found: Row) -> Iterator[str]:
             yield f"{count}: {before} in the table, {after} now{percent}, {what}"
 
 
+def mesh_failures(key: str, found: Row) -> list[str]:
+    """What is wrong with a row of `meshes`; empty if nothing is."""
+    recorded = mesh_table.read().get(key)
+    if recorded is None:
+        return ["not in the record of meshes: keep it"]
+    return list(differences(*map(mesh_table.counts, (recorded, found)), _MOVES))
+
+
 def failures(key: Key, table: Table, found: Row) -> list[str]:
     """What is wrong with a row; empty if nothing is."""
     recorded = table.rows.get(key)
@@ -82,20 +109,49 @@ def failures(key: Key, table: Table, found: Row) -> list[str]:
     if "as" in recorded or "as" in found:
         same = recorded.get("as") == found.get("as")
         return [] if same else [f"{recorded} in the table, {found} now"]
-    wrong = list(differences(recorded, found))
+    wrong = list(differences(recorded, found, _COUNTS))
     if CASES[key.case].own and found.get("imprecise"):
         wrong.append(f"{found['imprecise']} products are not at the highest precision")
     return wrong
 
 
-def _request(key: Key, table: Table) -> Request:
-    """Counted as the row of the table was."""
+@dataclass(frozen=True)
+class Wanted:
+    """A row to be counted again.
+
+    Attributes:
+      name: for people.
+      count: counts it, in so many seconds at most.
+      failures: what is wrong with what was counted.
+      known: whether XLA had finished it when it was recorded.
+    """
+
+    name: str
+    count: Callable[[float], Row]
+    failures: Callable[[Row], list[str]]
+    known: bool = True
+
+
+def of_table(key: Key, table: Table) -> Wanted:
+    """A row of the table, counted as it was."""
     row = table.rows.get(key, {})
-    return Request(
+    request = Request(
         **key._asdict(),
         unmarked=row.get("rule") == "all",
         loops=bool(row.get("unbounded")),
     )
+    return Wanted(
+        str(key),
+        functools.partial(in_process, request),
+        functools.partial(failures, key, table),
+        known="not compiled" not in row.get("error", ""),
+    )
+
+
+def of_meshes(key: str) -> Wanted:
+    """A row of the record of meshes."""
+    count = functools.partial(meshes.in_process, key)
+    return Wanted(key, count, functools.partial(mesh_failures, key))
 
 
 def main() -> None:
@@ -110,32 +166,30 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="rows at a time")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for a row")
     arguments = parser.parse_args()
-    table = Table.read()
-    wanted = ci() if arguments.subset == "ci" else whole(table)
-    wanted = [key for key in wanted if re.search(arguments.rows, str(key))]
-    # What XLA did not finish when it was recorded is not waited for again.
-    late = [
-        k for k in wanted if "not compiled" in table.rows.get(k, {}).get("error", "")
+    table, ours = Table.read(), arguments.subset == "ci"
+    wanted = [
+        *(of_table(key, table) for key in (ci() if ours else whole(table))),
+        *map(of_meshes, _MESHES if ours else mesh_table.read()),
     ]
-    todo = [k for k in wanted if k not in late]
+    # What XLA did not finish when it was recorded is not waited for again.
+    todo = [x for x in wanted if x.known and re.search(arguments.rows, x.name)]
     made = {row["versions"] for row in table.rows.values() if "versions" in row}
     if made - {versions()}:
         print(f"Recorded with {'; '.join(sorted(made))}; here {versions()}.")
     failed = {}
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        running = {
-            pool.submit(in_process, _request(k, table), arguments.timeout): k
-            for k in todo
-        }
+        running = {pool.submit(x.count, arguments.timeout): x for x in todo}
         for number, done in enumerate(as_completed(running), 1):
-            key = running[done]
-            wrong = failures(key, table, done.result())
-            print(f"{number}/{len(todo)} {key}: {'; '.join(wrong) or 'ok'}", flush=True)
+            x = running[done]
+            wrong = x.failures(done.result())
+            print(
+                f"{number}/{len(todo)} {x.name}: {'; '.join(wrong) or 'ok'}", flush=True
+            )
             if wrong:
-                failed[key] = wrong
+                failed[x.name] = wrong
     print(f"\n{len(todo) - len(failed)} as in the table, {len(failed)} not.")
-    for key, wrong in sorted(failed.items()):
-        print(f"\n{key}", *wrong, sep="\n  ")
+    for name, wrong in sorted(failed.items()):
+        print(f"\n{name}", *wrong, sep="\n  ")
     sys.exit(bool(failed))
 
 

@@ -25,7 +25,7 @@ from benchmarks.accelerators import counting, hlo, pallas, programs
 from benchmarks.accelerators.cases import CASES, Case
 from benchmarks.accelerators.targets import TARGETS, environment, sharding
 
-_CHILD = "--request"  # then comes what the process counts, as JSON
+CHILD = "--request"  # then comes what the process counts
 
 Row = dict[str, str | int | float | None]
 
@@ -147,11 +147,19 @@ def _dump(request: Request, suffix: str, text: str) -> None:
 
 def in_process(request: Request, timeout: float) -> Row:
     """The counts by a process of its own, or ``{"error": why there are none}``."""
-    command = [sys.executable, "-m", __spec__.name, _CHILD, json.dumps(vars(request))]
-    variables = os.environ | environment(request.target)
+    return answer(__spec__.name, json.dumps(vars(request)), request.target, timeout)
+
+
+def answer(module: str, request: str, target: str, timeout: float) -> Row:
+    """What a module prints of a request in a process that is set up for the target."""
+    command = [sys.executable, "-m", module, CHILD, request]
     try:
         done = subprocess.run(
-            command, env=variables, capture_output=True, text=True, timeout=timeout
+            command,
+            env=os.environ | environment(target),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
         )
     except subprocess.TimeoutExpired:
         return {"error": f"not compiled after {timeout:.0f} s"}
@@ -169,7 +177,7 @@ def _reason(lines: list[str]) -> str:
 
 def main() -> None:
     """Count what the command line asks for."""
-    if sys.argv[1:2] == [_CHILD]:
+    if sys.argv[1:2] == [CHILD]:
         print(json.dumps(measure(Request(**json.loads(sys.argv[2])))))
         return
     parser = argparse.ArgumentParser(

@@ -1,6 +1,7 @@
 """What `meshes` has counted: rows on disk, and the record for people."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,15 @@ def add(key: str, row: dict[str, Any], path: Path = RECORD) -> None:
     rows = read(path) | {key: row | {"versions": versions()}}
     lines = [f" {json.dumps(k)}: {json.dumps(x)}" for k, x in sorted(rows.items())]
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def counts(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same when a row is counted again, by name; or its error."""
+    if "error" in row:
+        return {"error": row["error"]}
+    sides = ("ordinary", "refresh")
+    found = {f"{k} {what}": row[k][what] for k in sides for what in row[k]}
+    return found | {"temporaries": row["temporaries"]}
 
 
 def write_markdown(path: Path = RECORD) -> None:

@@ -12,6 +12,7 @@ LLaMA-7B, "7b-stacked" those of all 32 in seven stacks.
 
 import argparse
 import dataclasses
+import json
 import math
 import os
 import re
@@ -33,6 +34,7 @@ import lowrank_optax as lro
 from benchmarks.accelerators import hlo, mesh_table
 from benchmarks.accelerators.cases import CASES
 from benchmarks.accelerators.counting import is_refresh
+from benchmarks.accelerators.measure import CHILD, answer
 from benchmarks.accelerators.programs import shapes as llama
 from benchmarks.accelerators.targets import devices, environment
 
@@ -227,6 +229,12 @@ def row(target: str, name: str, shapes: str, split: str, dump: str = "") -> dict
     }
 
 
+def in_process(key: str, timeout: float) -> dict:
+    """The row of "case|target|shapes|split" by a process of its own, or why there is
+    none: ``{"error": text}``."""
+    return answer(__spec__.name, key, key.split("|")[1], timeout)
+
+
 def rows(arguments: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     shapes = arguments.shapes
     for name in ALL:
@@ -246,6 +254,10 @@ def rows(arguments: argparse.Namespace) -> Iterator[tuple[str, dict]]:
 
 
 def main() -> None:
+    if sys.argv[1:2] == [CHILD]:
+        name, target, *rest = sys.argv[2].split("|")
+        print(json.dumps(row(target, name, *rest)))
+        return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

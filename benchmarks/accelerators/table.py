@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.accelerators import aims
 from benchmarks.accelerators.cases import CASES
 from benchmarks.accelerators.measure import Row
 from benchmarks.accelerators.targets import TARGETS
@@ -47,59 +48,6 @@ in which no basis is there yet, reads gradients once more and is not counted.
 A mark says what is not as it should be: `a`, conditionals that are not marked counted
 as refreshes; `l`, a loop of unknown length counted once; `p`, a product of float32 is
 not at the highest precision.
-"""
-
-_MISSED = """
-## What was tried where more was hoped for
-
-- **fira**: the scaled residual is written once and read again. XLA's Triton products
-  take as further operands of their last loop only parameters of the program and
-  broadcasts of them; the scales of the columns are computed. Eight orders of the same
-  sum, barriers and reduced precision moved 5.0 to 7.1 words in a program of one leaf
-  that moves 3.0 where the scales are parameters.
-- **ldadamw**: three products each read gradient and error, the new error reads both and
-  is written, and the weights are read and written: eleven words are the least of this
-  order of steps. The sum of gradient and error, stored once, moved more (18.5).
-- **flora**: Adafactor's update is written, as a product takes one operand, and the
-  momentum is written for its clip. A clip by the Gram matrix of the projection moves
-  2.8 words less, and Adafactor's factors could be multiplied into the projection:
-  neither is written yet, as both would tie the two transformations together.
-- **Launches of a refresh**: a basis of rank 128 takes fifteen calls of cuSOLVER and
-  cuBLAS, as many for all leaves that are renewed at once. Where each leaf has a time of
-  its own (AdaRankGrad, Q-GaLore, `Staggered`), it has calls of its own. So it has with
-  GoLore, whose conditional of the subspace would keep copies of the gradients of all
-  leaves that are renewed at once (481 MiB instead of 184, for 425 launches of 886).
-- **Launches of MLorc**: 15 a leaf, and 170 for what all have in common, 48 of them a
-  Jacobi iteration. Of the 15, six lift the two sketches of a leaf, so that the second
-  product is precise: a Gram matrix, an elimination and its application. That cannot
-  wait for the other leaves, as V would have to be kept, or made and read once more.
-  There were 20 a leaf while sketches were scaled by their largest entry, and a matrix
-  product applied the elimination, whose parts XLA then copied for the next products.
-  The 56 leaves of LLaMA-60M have 1,256 launches for 1,204 before, and 1,451 for 1,013
-  by Pallas, but the 21 of its first three layers 474 for 643, and 538 for 654. So it is
-  their number: not shown, but likely, XLA's limit on what one launch may return.
-- **mlorc_adamw, Pallas**: 5 words are the least. Each of the two passes moves 0.16 more
-  for thin arrays that each tile reads again, and 0.06 for sums of programs that share a
-  walk. Tiles of 64 rows, and twice as many programs, moved 0.3 more in all.
-- **mlorc_adamw, XLA**: V is written for its two products: one leaf of temporaries, and
-  what the largest leaf's sketch needs.
-- **adamw_8bit, XLA on TPU**: a scale reaches its block only by moving the matrix to
-  another layout, several times: 33 words. So it goes in a loop over some rows, which
-  fit the chip's memory, and writes the update: 7 words, and one leaf of temporaries.
-- **Compile time of MLorc on an H100**: 17 s for seven leaves on two quiet cores, where
-  `optax.adamw` takes 0.6 and GaLore 9. A kernel costs 60 ms, and there are 162. A third
-  is XLA's choice of fusions among 7,500 operations, 4,400 of them in eight eliminations
-  that are written out number by number. Row by row there are 81 more launches, and the
-  time was 19 s.
-- **Compile time** beside `optax.adamw` of the same row: what is compiled once for equal
-  shapes by the tracer is compiled by XLA for each leaf. On a TPU, a gradient's product
-  at the highest precision takes it three to eight seconds of a processor (0.3 at the
-  default precision), and a leaf has six. Those of thin arrays take one to three; a
-  refresh has them once for the leaves that are renewed at once. Loops over its rounds
-  leave 16 products for 26, but took 42 s for 37, and 147 more launches for seven leaves
-  on an H100. Products in blocks of 1024 compile in a second, but their loop needs the
-  transposed gradient: two words and a leaf of temporaries more. Leaves that are stacked
-  by layer compile once for all layers.
 """
 
 
@@ -218,7 +166,7 @@ def markdown(table: Table) -> str:
         parts.append(line(head))
         parts.append("|" + "---|" * len(head))
         parts += [line(_cells(key, table.rows[key])) for key in found]
-    return "\n".join([*parts, _MISSED])
+    return "\n".join([*parts, aims.section(table.rows)])
 
 
 def _known(row: Row | None) -> bool:
