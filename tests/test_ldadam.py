@@ -144,6 +144,19 @@ def test_nothing_of_a_gradient_is_lost():
     assert np.linalg.norm(error) > 0.1 * np.linalg.norm(grads[-1])
 
 
+def test_the_error_has_no_part_in_the_basis_that_left_it():
+    """Which is why a basis is looked for without projecting the error."""
+    for shape in ((6, 10), (10, 6)):
+        tx = lro.scale_by_ldadam(RANK)
+        grads = [{"w": g} for g in turning(shape, 30)]
+        _, states = trajectory(tx, {"w": jnp.ones(shape)}, grads)
+        for s in states[1:]:
+            error = np.asarray(s.own["error"]["w"], np.float64)
+            basis = np.asarray(s.own["basis"]["w"], np.float64)
+            within = (error.T if shape[0] > shape[1] else error).T @ basis
+            assert np.linalg.norm(within) < 2e-6 * np.linalg.norm(error)
+
+
 def test_at_full_rank_the_momentum_is_adams_and_the_error_vanishes():
     grads = turning((6, 10), 20)
     params = {"w": jnp.ones((6, 10))}

@@ -77,9 +77,10 @@ _TRIED = """
   broadcasts of them; the scales of the columns are computed. Eight orders of the same
   sum, barriers and reduced precision moved 5.0 to 7.1 words in a program of one leaf
   that moves 3.0 where the scales are parameters.
-- **ldadamw**: three products each read gradient and error, the new error reads both and
-  is written, and the weights are read and written: eleven words are the least of this
-  order of steps. The sum of gradient and error, stored once, moved more (18.5).
+- **ldadamw**: two products each read gradient and error and one the gradient alone, the
+  new error reads both and is written, and the weights are read and written: ten words
+  are the least of this order of steps. The sum of gradient and error, stored once,
+  moved more (18.5 when the least was eleven).
 - **apollo_adamw**: the gradient is read three times, for its projection, for the
   lengths of its columns, which make the limiter's norm, and for the update; the weights
   are read and written. What is over 5 words are thin arrays, 1/32 of a word each time:

@@ -230,8 +230,7 @@ def row(target: str, name: str, shapes: str, split: str, dump: str = "") -> dict
 
 
 def in_process(key: str, timeout: float) -> dict:
-    """The row of "case|target|shapes|split" by a process of its own, or why there is
-    none: ``{"error": text}``."""
+    """The row of "case|target|shapes|split" by a process of its own, or its error."""
     return answer(__spec__.name, key, key.split("|")[1], timeout)
 
 

@@ -7,7 +7,7 @@ and update are each made of the gradient and the old codes.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from lowrank_optax._src.engines.order import Order, wait
 from lowrank_optax._src.kernels.adam import Adam, renewed, step_in_blocks
 from lowrank_optax._src.kernels.dispatch import active
 from lowrank_optax._src.leaves.matrix import MatrixView
+from lowrank_optax._src.linalg.products import kept_apart
 from lowrank_optax._src.linalg.slabs import in_slabs
 from lowrank_optax._src.parts import int8_map
 from lowrank_optax._src.parts.blocks import Blocks
@@ -23,7 +24,6 @@ from lowrank_optax._src.parts.codec import BlockInt8, BlockInt8Code
 from lowrank_optax._src.parts.part import compiled
 
 Array = jax.Array
-T = TypeVar("T")
 
 
 def leaves_in_bytes(coded: Mapping[tuple[str, int], tuple[Any, MatrixView]]) -> dict:
@@ -163,20 +163,11 @@ def _in_passes(
         return step_in_blocks(*cut, *blocks.spread([mu, nu]), *numbers)
 
     direction = step(given)[0].astype(given[0].dtype)
-    moments = step(_again(given))[1:]
-    given, largest = _again((given, blocks.largest(moments)))
+    # Moments would be stored for all passes. Not on TPU: every pass cuts the matrix to
+    # blocks anew there, and a step moves 45 words a weight on a v5e instead of 35.
+    moments = step(kept_apart(given))[1:]
+    given, largest = kept_apart((given, blocks.largest(moments)))
     # On CPU the direction comes first, or codes could not take the place of the old.
     largest = [wait(x, [direction]) for x in largest]
     new = renewed(step(given)[1:], largest, given[1:], blocks.spread)
     return [direction, *new]
-
-
-def _again(tree: T) -> T:
-    """The same, of which XLA's GPU backend forms anew what it would store.
-
-    Not on TPU: every pass cuts the matrix to blocks anew there, and a step moves 45
-    words a weight on a v5e instead of 35.
-    """
-    return jax.lax.platform_dependent(
-        tree, cuda=jax.lax.optimization_barrier, default=lambda x: x
-    )

@@ -18,7 +18,7 @@ from lowrank_optax._src.linalg.lapack import eigh, inverse_root
 from lowrank_optax._src.linalg.products import (
     at_least_float32,
     gram,
-    made_once,
+    kept_apart,
     magnitude,
     matmul,
     of_unit_length,
@@ -170,7 +170,7 @@ def lifted(y: Float[Array, "*b m k"]) -> Float[Array, "*b m k"]:
     a column in float32), and of next to none where it is a rounding error. Squares of
     y must be in the range of floats.
     """
-    y = made_once(y)
+    y = kept_apart(y)
     square, k = gram(y), y.shape[-1]
     # Columns below are the rounding errors of the largest, and stay as short.
     noise = (26 * _eps(y)) ** 2 * _longest(square)

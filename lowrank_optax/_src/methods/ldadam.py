@@ -142,9 +142,10 @@ class LDAdam:
         """``A B^T P``: one block power step from the old basis, with B = B(A, M)."""
         mu_hat = state.mu / self._correction(step, grad.array.dtype)
         a, old = self._terms(grad, state), state.basis
-        # B^T P and B (B^T P) by their products; B is not formed. P^T P = 1, or near it
-        # where P is stored in bytes: what matters here is its range.
-        z = self.rho * mu_hat + (1 - self.rho) * sum(x.project(old) for x in a)
+        # B^T P and B (B^T P) by their products; B is not formed. P^T P = 1 and, as
+        # `update` leaves it, P^T E = 0; or near it where P is stored in bytes, but here
+        # the range is what matters.
+        z = self.rho * mu_hat + (1 - self.rho) * grad.project(old)
         z = linalg.near_one(z)
         y = self.rho * matmul(old, matmul(mu_hat, z.mT))
         return None, y + (1 - self.rho) * sum(x.sketch(z) for x in a)

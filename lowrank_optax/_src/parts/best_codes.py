@@ -9,7 +9,7 @@ from jaxtyping import Array
 from lowrank_optax._src import linalg
 from lowrank_optax._src.linalg import matmul
 from lowrank_optax._src.linalg.meshes import at_once
-from lowrank_optax._src.linalg.products import made_once, of_unit_length
+from lowrank_optax._src.linalg.products import kept_apart, of_unit_length
 from lowrank_optax._src.linalg.thin import Arrays, Stacks, across
 from lowrank_optax._src.parts.factors import LowRankCode
 
@@ -54,7 +54,7 @@ def best_codes(
     codes, finite = _codes(y, turns, units, vectors, right)
     if leaf is not None:
         # As stacks, or each new factor would be copied to its old place.
-        pairs = list(zip(made_once(left), right, strict=True))
+        pairs = list(zip(kept_apart(left), right, strict=True))
         codes = _accept(codes, finite, pairs, stacks.owners(leaf))
     factors = (stacks.unstack(list(x)) for x in zip(*codes, strict=True))
     return list(map(LowRankCode, *factors))
@@ -136,7 +136,7 @@ def _with_spare(rights: Arrays, norms: Arrays, olds: Arrays) -> list[Array]:
     squares = at_once(map(_squares, spares))
     for right, norm, x, square in zip(rights, norms, spares, squares, strict=True):
         spare = of_unit_length(x, square)
-        found.append(made_once(jnp.where(norm > 0, right, spare)))
+        found.append(kept_apart(jnp.where(norm > 0, right, spare)))
     return found
 
 

@@ -14,7 +14,7 @@ from lowrank_optax._src.linalg import matmul, random
 from lowrank_optax._src.linalg.meshes import at_once
 from lowrank_optax._src.linalg.products import (
     Lying,
-    made_once,
+    kept_apart,
     near_one,
     power_of_two,
 )
@@ -113,7 +113,7 @@ class LowRank:
                 for i, x in zip(same, rights, strict=True)
             ]
             omegas = _beside_signs(stacks.stack(seeds), stacks.stack(rights), size)
-            drawn |= zip(same, made_once(stacks.unstack(omegas)), strict=True)
+            drawn |= zip(same, kept_apart(stacks.unstack(omegas)), strict=True)
         return list(drawn.values())
 
     def prepare(
