@@ -67,6 +67,18 @@ def test_equal_bytes_has_another_rank_and_the_same_rates():
     assert study.expected(("mlorc_adamw", "adamw")) == 4 + 2 * (4 + 2) + 2
 
 
+def test_a_ladder_whose_best_is_at_its_end_is_named():
+    chosen, names = protocol(most=4), ("adamw", "galore_adamw", "lion")
+
+    def falling(trial):  # the lower the rate, the better, but for GaLore
+        return loss(trial) if trial.method == "galore_adamw" else trial.rate
+
+    losses = carried_out(protocol(most=4), names[:2], falling)
+    assert Study(chosen, losses).at_an_edge(names) == ["adamw", "galore_adamw"]
+    losses = carried_out(protocol(), names[:2], falling)
+    assert Study(protocol(), losses).at_an_edge(names) == ["adamw"]
+
+
 def test_a_ladder_on_which_everything_diverges_ends():
     losses = carried_out(protocol(most=5), ("adamw",), lambda trial: math.nan)
     assert 5 < len(losses) < 20

@@ -197,6 +197,18 @@ class Study:
         dense, rate = best(self.dense_ladder(method)), best(self.rate_ladder(method))
         return [Trial(method, rank, dense, rate, seed) for seed in self.protocol.seeds]
 
+    def at_an_edge(self, methods: Sequence[str]) -> list[str]:
+        """Those whose best rate is the first or the last of their ladders."""
+        found = []
+        for method in methods:
+            try:
+                rates = self.rate_ladder(method)
+            except Missing:
+                continue
+            if best(rates) in (min(rates), max(rates)):
+                found.append(method)
+        return found
+
     def expected(self, methods: Sequence[str]) -> int:
         """About how many trials there are in all: ladders as short as they may be."""
         counts, seeds = self.protocol, len(self.protocol.seeds)
