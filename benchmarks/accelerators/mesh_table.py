@@ -71,6 +71,9 @@ _WHY = """
 - MLorc has five collectives a leaf on split rows and eight on both axes: its factors
   and sketches are gathered for the products with G and V, leaf by leaf, as those of all
   leaves together would be held at the same time.
+  On both axes XLA splits the sketch of M over eight devices and that of V over four, so
+  that no collective serves both. Sketches that were to be whole on each device from the
+  start had G and V gathered for them (45 million numbers a leaf).
 - Bases and moments of leaves that have a time of their own (Q-GaLore, AdaRankGrad) are
   not tied to their places: where decoded 8-bit moments are whole on each device (11008
   has 43 blocks of 256), XLA gathered the gradient of one leaf of seven for them at each
