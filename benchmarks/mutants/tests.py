@@ -36,7 +36,7 @@ _TESTS = {
     "leaves/context": "matrix warnings accumulate",
     "leaves/default": "default_matrices matrix",
     "leaves/fields": "around project sharding boxes",
-    "leaves/keys": "random paths calls",
+    "leaves/keys": "keys random paths calls",
     "leaves/matrix": "matrix project",
     "leaves/names": "default_matrices matrix",
     "leaves/paths": "paths matrix project",
