@@ -25,6 +25,15 @@ class Aim(NamedTuple):
 
 _ORDINARY = "temporaries_without_refresh_mib"
 _FOR_MANY = ("i3s_adamw", "golore_adamw", "galore_plus_adamw", "adarankgrad_adamw")
+_RENEWED = (
+    "galore_adamw",
+    "adarankgrad_adamw",
+    "galore_plus_adamw",
+    "galore_staggered",
+    "golore_adamw",
+    "ldadamw",
+    "q_galore_adamw_8bit",
+)
 AIMS = (
     Aim("galore_adamw", "words", 3.7, 4.2),
     Aim("galore_adamw", _ORDINARY, 32.0, 32.0),
@@ -47,6 +56,10 @@ AIMS = (
     Aim("adam_mini", "temporaries_mib", _LEAF, _LEAF),
     Aim("flora", _ORDINARY, _LEAF, _LEAF),
     Aim("q_galore_adamw_8bit", _ORDINARY, _LEAF, _LEAF),
+    # 20 launches a leaf and 60, at rank above 16 25 and 100; at a refresh 60 and 100.
+    *(Aim(case, "launches", 200.0, None) for case in ("mlorc_adamw", "mlorc_lion")),
+    *(Aim(case, "launches", 275.0, None) for case in ("galore_adamw", "ldadamw")),
+    *(Aim(case, "launches_refresh", 520.0, None) for case in _RENEWED),
     Aim("galore_adamw", "compile ratio", 6.0, None),
     Aim("mlorc_adamw", "compile ratio", 6.0, 8.0),
 )
@@ -58,6 +71,8 @@ _NAMES = {
     "words_refresh": "words of a refresh",
     "temporaries_mib": "temporaries",
     _ORDINARY: "temporaries without a refresh",
+    "launches": "launches",
+    "launches_refresh": "launches of a refresh",
     "compile ratio": "compile time, to `optax.adamw`'s",
 }
 
@@ -172,6 +187,7 @@ def _cells(
     found, unit = reached(rows, aim, target), _UNITS.get(aim.count, "")
     if found is None:
         return [f"{most:g} {unit}".strip(), "not counted"]
-    text = f"{found:.3g}" if unit else f"{found:.2f}"
+    whole = unit or found == round(found)
+    text = f"{found:.{3 + (found >= 1000)}g}" if whole else f"{found:.2f}"
     text = f"{text} {unit}".strip()
     return [f"{most:g} {unit}".strip(), f"**{text}**" if found > 1.01 * most else text]

@@ -349,10 +349,10 @@ def _entries_of_product(left, right, row, col):
 
 
 def _largest_entries(basis, moment, count):
-    """Where ``|basis @ moment|`` is largest, a few of its rows at a time."""
+    """Where ``|basis @ moment|`` is largest, an eighth of its rows at a time, or more."""
     *batch, m, _ = basis.shape
     n = moment.shape[-1]
-    rows = -(-count // n)  # so that a block is about as large as what is kept
+    rows = max(-(-m // 8), -(-count // n))  # a block is no less than what is kept
     blocks = -(-m // rows)
     pad = [(0, 0)] * len(batch) + [(0, blocks * rows - m), (0, 0)]
     padded = jnp.pad(basis, pad)
