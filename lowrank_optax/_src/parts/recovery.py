@@ -349,7 +349,7 @@ def _entries_of_product(left, right, row, col):
 
 
 def _largest_entries(basis, moment, count):
-    """Where ``|basis @ moment|`` is largest, an eighth of its rows at a time, or more."""
+    """Where ``|basis @ moment|`` is largest, an eighth of its rows at a time."""
     *batch, m, _ = basis.shape
     n = moment.shape[-1]
     rows = max(-(-m // 8), -(-count // n))  # a block is no less than what is kept
