@@ -101,10 +101,10 @@ _TRIED = """
   are read and written. What is over 5 words are thin arrays, 1/32 of a word each time:
   the two parts that XLA makes the projection in, the projection, two moments and the
   direction, which are looked at before they are accepted: 15 times in all.
-- **Temporaries** that are missed by a tenth, and by 7 MiB for MLorc's kernels on a v5e,
-  are a leaf and thin arrays beside it (8-bit AdamW's kernels on a v5e, Flora, MLorc),
-  or thin arrays alone (GaLore, MLorc's kernels): projections in their parts, and the
-  sums that each program of a kernel leaves.
+- **Temporaries** that are missed by a tenth are a leaf and thin arrays beside it (8-bit
+  AdamW's kernels on a v5e, Flora, MLorc), or thin arrays alone (GaLore, MLorc's
+  kernels): projections in their parts, and the sums that each program of a kernel
+  leaves.
 - **flora**: Adafactor's update is written, as a product takes one operand, and the
   momentum is written for its clip. A clip by the Gram matrix of the projection moves
   2.8 words less, and Adafactor's factors could be multiplied into the projection:
