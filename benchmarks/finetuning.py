@@ -235,21 +235,11 @@ def main(settings: Settings) -> None:
         f"**Not complete**: at least {missing} trials are missing." if missing else "",
         _about(s, tuning),
         table(found, tuning.job.settings.chosen_task.scores),
-        _edges(study.at_an_edge(s.methods), protocol.most),
         "## Ladders",
         f"Least validation loss by m, seed {protocol.tuning_seed}:",
         ladders(study, results.all, list(tuned)),
     ]
     write_record(s.name, s, found, "\n\n".join(filter(None, parts)), s.out)
-
-
-def _edges(methods: list[str], rungs: int) -> str:
-    if not methods:
-        return ""
-    return (
-        f"Of {', '.join(methods)} the best m is the first or the last of {rungs} rates,"
-        " so that the task does not say which is best."
-    )
 
 
 def _about(s: Settings, tuning: Finetuning) -> str:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from benchmarks.accelerators.targets import devices
 from benchmarks.layerwise import ordinary
-from benchmarks.record import RECORDS, known_figures, write_record
+from benchmarks.record import RECORDS, known_figures, line, write_record
 from examples.common.files import read_object, write_json
 from examples.common.mesh import AXES, Placement, laid
 from examples.llama.config import CONFIGS
@@ -127,7 +127,14 @@ def _table(figures: list[dict[str, Any]]) -> str:
         sizes = [x[name] for name in ("weights", "state", "total", "compiled")]
         case = ", ".join(f"{name} {value}" for name, value in x["case"].items())
         cells = [case, *(f"{size / 2**30:.2f}" for size in sizes)]
-        lines.append(f"| {' | '.join(cells)} | {x['total'] / x['compiled']:.3f} |")
+        lines.append(line([*cells, f"{x['total'] / x['compiled']:.3f}"]))
+    lines.append("")
+    if earlier := sum("seconds" not in x for x in figures):
+        lines.append(
+            f"{earlier} of these were compiled before this script was written, in the"
+            " same way, and are known to 0.1 MiB."
+        )
+    lines.append("Of per-layer updates on a mesh there is no figure.")
     return "\n".join(lines)
 
 

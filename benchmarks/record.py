@@ -65,6 +65,11 @@ def written(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
     return shown + (f" ± {half:.{digits}f}" if math.isfinite(half) else "")
 
 
+def line(cells: Sequence[str]) -> str:
+    """A row of a table in Markdown."""
+    return "| " + " | ".join(cells) + " |"
+
+
 def about(doc: str | None) -> str:
     """What a module's docstring says behind its title and its command."""
     assert doc
@@ -75,6 +80,13 @@ def known_figures(name: str, out: Path) -> dict[str, Any]:
     """What a record has of an earlier run, to go on from."""
     path = out / f"{name}.json"
     return json.loads(path.read_text())["figures"] if path.exists() else {}
+
+
+def _kept(settings: Any) -> dict[str, str]:
+    """Settings as a record has them: where files lie on a machine changes no figure."""
+    given = dataclasses.asdict(settings).items()
+    kept = {k: str(v) for k, v in given if not isinstance(v, Path) and k != "out"}
+    return {k: Path(v).name if Path(v).is_absolute() else v for k, v in kept.items()}
 
 
 def write_record(
@@ -92,8 +104,7 @@ def write_record(
     directory = out or RECORDS
     directory.mkdir(parents=True, exist_ok=True)
     about = machine()
-    kept = {k: str(v) for k, v in dataclasses.asdict(settings).items() if k != "out"}
-    record = {"machine": about, "settings": kept, "figures": figures}
+    record = {"machine": about, "settings": _kept(settings), "figures": figures}
     (directory / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     facts = ", ".join(f"{k} {v}" for k, v in about.items())
     (directory / f"{name}.md").write_text(f"# {name}\n\n{facts}\n\n{text}\n")

@@ -4,12 +4,14 @@ import argparse
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 
 from benchmarks.comparison import record
 from benchmarks.comparison.__main__ import QUICK, main
 from benchmarks.comparison.protocol import METHODS, Protocol, Study, Trial
+from benchmarks.record import write_record
 from examples.common import methods
 
 
@@ -76,7 +78,24 @@ def test_a_ladder_whose_best_is_at_its_end_is_named():
     losses = carried_out(protocol(most=4), names[:2], falling)
     assert Study(chosen, losses).at_an_edge(names) == ["adamw", "galore_adamw"]
     losses = carried_out(protocol(), names[:2], falling)
-    assert Study(protocol(), losses).at_an_edge(names) == ["adamw"]
+    study = Study(protocol(), losses)
+    assert study.at_an_edge(names) == ["adamw"]
+    results = {trial: {"validation_loss": x} for trial, x in losses.items()}
+    *_, last = record.ladders(study, results, names).splitlines()
+    assert last == "Best at an end of 9 rates: adamw."
+
+
+def test_a_record_has_no_path_of_a_machine(tmp_path):
+    @dataclasses.dataclass
+    class Settings:
+        model: str = str(tmp_path / "MiniLM")
+        task: str = "small/task"
+        out: Path | None = None
+        runs: Path = tmp_path / "runs"
+
+    write_record("x", Settings(), {}, "", tmp_path)
+    kept = json.loads((tmp_path / "x.json").read_text())["settings"]
+    assert kept == {"model": "MiniLM", "task": "small/task"}
 
 
 def test_a_ladder_on_which_everything_diverges_ends():

@@ -445,3 +445,22 @@ def test_galore_plus_adamw_is_its_parts():
             "frozen": -0.1 * d["frozen"],
         }
         assert_close(u, expected)
+
+
+@pytest.mark.parametrize("layers", [1, 32])
+def test_the_choice_of_entries_looks_at_an_eighth_of_a_matrix_at_once(layers):
+    """Of a stack too, where that of each would be an eighth of the stack."""
+    m = n = 256
+    recovery = lro.SparseResidual(1 / m, warmup=1)
+    age, empty = jnp.ones(layers, jnp.int32), jnp.zeros((layers, n))
+    state = _state(recovery, n, age, empty)
+    given = jnp.ones((layers, m, 2)), jnp.ones((layers, 2, n)), state
+
+    def choose(basis, moment, state):
+        return recovery.observe(basis, {"0/mu": moment}, {"0/mu": "first"}, state)
+
+    usage = jax.jit(choose).lower(*given).compile().memory_analysis()
+    looked_at = max(m * n // 8, layers * n) + layers * n  # beside what is kept
+    thin = layers * (2 * m + 2 * n + 2 * n)
+    # Sizes and places, each also sorted, of four bytes.
+    assert usage.temp_size_in_bytes < 1.5 * 4 * (4 * looked_at + thin)

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from benchmarks.record import line
+
 Row = Mapping[str, float]
 _LEAF = 172.0  # MiB of the largest matrix of LLaMA-7B
 
@@ -100,7 +102,7 @@ _TRIED = """
   lengths of its columns, which make the limiter's norm, and for the update; the weights
   are read and written. What is over 5 words are thin arrays, 1/32 of a word each time:
   the two parts that XLA makes the projection in, the projection, two moments and the
-  direction, which are looked at before they are accepted: 15 times in all.
+  direction, which are looked at before they are accepted: some 15 times in all.
 - **Temporaries** that are missed by a tenth are a leaf and thin arrays beside it (8-bit
   AdamW's kernels on a v5e, Flora, MLorc), or thin arrays alone (GaLore, MLorc's
   kernels): projections in their parts, and the sums that each program of a kernel
@@ -111,11 +113,11 @@ _TRIED = """
   neither is written yet, as both would tie the two transformations together.
 - **Launches of a refresh**: a basis of rank 128 takes fifteen calls of cuSOLVER and
   cuBLAS, as many for all leaves that are renewed at once. Where each leaf has a time of
-  its own (AdaRankGrad, Q-GaLore, `Staggered`), it has calls of its own. GaLore+ sorts
-  the entries of its residual in eight blocks, 66 launches a leaf (in blocks of 50 rows
-  it had 656). So each leaf has calls of its own with
+  its own (AdaRankGrad, Q-GaLore, `Staggered`), it has calls of its own. So it has with
   GoLore, whose conditional of the subspace would keep copies of the gradients of all
   leaves that are renewed at once (481 MiB instead of 184, for 425 launches of 886).
+  GaLore+ sorts the entries of its residual in eight blocks, 64 launches a leaf; in
+  blocks of 50 rows there were 656.
 - **Launches of MLorc**: 15 a leaf, and 170 for what all have in common, 48 of them a
   Jacobi iteration. Of the 15, six lift the two sketches of a leaf, so that the second
   product is precise: a Gram matrix, an elimination and its application. That cannot
@@ -152,16 +154,14 @@ _TRIED = """
 
 def section(rows: Mapping[tuple[str, ...], Row]) -> str:
     """The aims beside what is reached, and what was tried where they are missed."""
-    lines = [
-        "| | | H100: aim | reached | v5e: aim | reached |",
-        "|---|---|---|---|---|---|",
-    ]
+    head = ("", "", "H100: aim", "reached", "v5e: aim", "reached")
+    lines = [line(head), "|" + "---|" * len(head)]
     for aim in AIMS:
         name = aim.case if aim.tier == "xla" else f"{aim.case}, {aim.tier}"
         cells = [name, _NAMES[aim.count]]
         for target, most in (("h100", aim.h100), ("v5e", aim.v5e)):
-            cells += ["", ""] if most is None else _cells(rows, aim, target, most)
-        lines.append("| " + " | ".join(cells) + " |")
+            cells += _cells(aim.count, most, reached(rows, aim, target))
+        lines.append(line(cells))
     return "\n".join([_ABOUT, *lines, _TRIED])
 
 
@@ -170,26 +170,24 @@ def reached(rows: Mapping[tuple[str, ...], Row], aim: Aim, target: str) -> float
     for shapes in _SHAPES[target]:
         where = (target, shapes, "float32")
         row = rows.get((aim.case, *where, aim.tier), {})
-        if aim.count != "compile ratio":
+        adamw = rows.get(("optax.adamw", *where, "xla"), {})
+        found = row.get(aim.count)
+        if aim.count == "compile ratio" and "compile_s" in row and "compile_s" in adamw:
+            found = row["compile_s"] / adamw["compile_s"]
+        elif aim.count == _ORDINARY and found is None:
             # A program that has no refresh is the one without it.
-            whole = row.get("temporaries_mib") if aim.count == _ORDINARY else None
-            found = row.get(aim.count)
-            found = whole if found is None else found
-        else:
-            base = rows.get(("optax.adamw", *where, "xla"), {}).get("compile_s")
-            found = row["compile_s"] / base if base and "compile_s" in row else None
+            found = row.get("temporaries_mib")
         if found is not None:
             return found
     return None
 
 
-def _cells(
-    rows: Mapping[tuple[str, ...], Row], aim: Aim, target: str, most: float
-) -> Sequence[str]:
-    found, unit = reached(rows, aim, target), _UNITS.get(aim.count, "")
+def _cells(count: str, most: float | None, found: float | None) -> Sequence[str]:
+    if most is None:
+        return "", ""
+    unit = f" {_UNITS[count]}" if count in _UNITS else ""
     if found is None:
-        return [f"{most:g} {unit}".strip(), "not counted"]
-    whole = unit or found == round(found)
-    text = f"{found:.{3 + (found >= 1000)}g}" if whole else f"{found:.2f}"
-    text = f"{text} {unit}".strip()
-    return [f"{most:g} {unit}".strip(), f"**{text}**" if found > 1.01 * most else text]
+        return f"{most:g}{unit}", "not counted"
+    digits = ".2f" if "words" in count else ".4g" if found >= 1000 else ".3g"
+    text = f"{found:{digits}}{unit}"
+    return f"{most:g}{unit}", f"**{text}**" if found > 1.01 * most else text

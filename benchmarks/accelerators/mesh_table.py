@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accelerators.table import line, versions
-from benchmarks.record import RECORDS
+from benchmarks.accelerators.table import versions
+from benchmarks.record import RECORDS, line
 
 RECORD = RECORDS / "meshes.json"
 

@@ -1,7 +1,7 @@
 """The rows that were counted: kept as JSON, one a line, and written out for people."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
@@ -12,6 +12,7 @@ from benchmarks.accelerators import aims
 from benchmarks.accelerators.cases import CASES
 from benchmarks.accelerators.measure import Row
 from benchmarks.accelerators.targets import TARGETS
+from benchmarks.record import line
 
 RECORD = Path(__file__).parents[1] / "records" / "accelerators.json"
 DTYPES = ("float32", "bfloat16")
@@ -171,11 +172,6 @@ def markdown(table: Table) -> str:
 
 def _known(row: Row | None) -> bool:
     return bool(row) and "words" in row
-
-
-def line(cells: Sequence[str]) -> str:
-    """A row of a table."""
-    return "| " + " | ".join(cells) + " |"
 
 
 def _cells(key: Key, row: Row) -> list[str]:

@@ -110,7 +110,10 @@ def table(found: Mapping[str, Row], references: Mapping[str, Row]) -> str:
 
 
 def ladders(study: Study, results: Results, methods: Sequence[str]) -> str:
-    """The losses on the tuning seed by rate, those of ladders under way included."""
+    """The losses on the tuning seed by rate, those of ladders under way included.
+
+    And whose best rate may not be the best there is, as it is at a ladder's end.
+    """
     tuning = [x for x in results if x.seed == study.protocol.tuning_seed]
     lines = []
     for method in methods:
@@ -123,6 +126,9 @@ def ladders(study: Study, results: Results, methods: Sequence[str]) -> str:
             )
             shown = ", ".join(f"{rate:g} {loss:.3f}" for rate, loss in rungs)
             lines.append(f"- {method}, d {dense:g}: {shown}")
+    if edges := study.at_an_edge(methods):
+        rungs = study.protocol.most
+        lines += ["", f"Best at an end of {rungs} rates: {', '.join(edges)}."]
     return "\n".join(lines) or "None is there yet."
 
 

@@ -73,7 +73,7 @@ def matrix_keys(
 def matrix_keys_each(
     seeds: Sequence[Seed], step: jax.Array, batches: Sequence[tuple[int, ...]]
 ) -> list[jax.Array]:
-    """`matrix_keys` of leaves of one transformation, in a launch for all on GPU."""
+    """`matrix_keys` of leaves of one transformation, those of all leaves at once."""
     if not seeds:
         return []
     names = jnp.array([seed.name for seed in seeds])

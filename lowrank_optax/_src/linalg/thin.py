@@ -135,17 +135,17 @@ def places(numbers: list[int], count: jax.Array | None) -> Sequence[jax.Array | 
     def known(count):
         return tuple(jnp.uint32(i) for i in numbers)
 
+    def zero(count):  # which is not known here
+        return jnp.minimum(count, 0).astype(jnp.uint32)
+
     def moved(count):
-        zero = jnp.minimum(count, 0).astype(jnp.uint32)  # which is not known here
-        return tuple(x + zero for x in known(count))
+        return tuple(x + zero(count) for x in known(count))
 
     def looped(count):
-        zero = jnp.minimum(count, 0).astype(jnp.uint32)
-
         def step(_, values):
-            return tuple(x + zero for x in values)
+            return tuple(x + zero(count) for x in values)
 
-        return jax.lax.fori_loop(jnp.uint32(0), 1 + zero, step, known(count))
+        return jax.lax.fori_loop(jnp.uint32(0), 1 + zero(count), step, known(count))
 
     # On GPU, a loop of unknown length would wait for the host.
     return jax.lax.platform_dependent(count, cpu=looped, cuda=moved, default=known)

@@ -349,10 +349,14 @@ def _entries_of_product(left, right, row, col):
 
 
 def _largest_entries(basis, moment, count):
-    """Where ``|basis @ moment|`` is largest, an eighth of its rows at a time."""
+    """Where ``|basis @ moment|`` is largest, some of its rows at a time.
+
+    They have m n / 8 numbers, of all matrices of a stack together, or as many as are
+    kept.
+    """
     *batch, m, _ = basis.shape
     n = moment.shape[-1]
-    rows = max(-(-m // 8), -(-count // n))  # a block is no less than what is kept
+    rows = max(-(-m // (8 * math.prod(batch))), -(-count // n))
     blocks = -(-m // rows)
     pad = [(0, 0)] * len(batch) + [(0, blocks * rows - m), (0, 0)]
     padded = jnp.pad(basis, pad)
