@@ -1,7 +1,7 @@
 """The one-matrix engine: what a rule is given, and where its state is kept."""
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -177,7 +177,6 @@ class RowMomentumInStages:
 
     calls: list = dataclasses.field(default_factory=list, hash=False, compare=False)
     seen: bool = False
-    dense: ClassVar[bool] = False
 
     def init(self, view):
         return RowMomentum().init(view)
@@ -189,6 +188,9 @@ class RowMomentumInStages:
     def start(self, keys, states, count):
         self.calls.append(("start", len(keys), len(states)))
         return [state.rows for state in states]
+
+    def dense(self, grad, given):
+        return False
 
     def sums(self, step, grad, state, given):
         self.calls.append("sums")

@@ -1,6 +1,7 @@
 """Small factorizations in plain arithmetic, against float64 NumPy.
 
 Accelerators run them; on CPU, where LAPACK stands for some, they are called directly.
+In three forms: a loop, its steps written out, and GPU's kernels, interpreted.
 """
 
 import functools
@@ -8,9 +9,11 @@ import functools
 import hypothesis
 import hypothesis.strategies as st
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lowrank_optax._src.kernels import small as kernels
 from lowrank_optax._src.linalg import small
 
 WIDTHS = range(1, small.WIDEST + 1)
@@ -66,8 +69,24 @@ SYMMETRIC = {
 }
 
 
-jacobi_eigh = jax.jit(small.jacobi_eigh, static_argnames="unroll")
-inverse_cholesky = jax.jit(small.inverse_cholesky, static_argnames=("least", "unroll"))
+KERNEL = "kernel"
+
+
+@functools.partial(jax.jit, static_argnames="form")
+def jacobi_eigh(a, form="loop"):
+    if form == KERNEL:
+        return kernels.jacobi_eigh(jnp.asarray(a), True)
+    return small.jacobi_eigh(a, unroll=form == "unrolled")
+
+
+@functools.partial(jax.jit, static_argnames=("least", "form"))
+def inverse_cholesky(gram, least=0.0, form="unrolled"):
+    if form == KERNEL:
+        return kernels.inverse_cholesky(jnp.asarray(gram), least, True)
+    return small.inverse_cholesky(gram, least, unroll=form == "unrolled")
+
+
+on_all = pytest.mark.parametrize("form", ["loop", KERNEL])
 
 
 def exactly(matrices):
@@ -79,9 +98,9 @@ def exactly(matrices):
 # Eigendecompositions
 
 
-def check_eigh(matrices, unroll=False, atol=3e-6):
+def check_eigh(matrices, form="loop", atol=3e-6):
     single, wide = exactly(matrices)
-    values, vectors = jacobi_eigh(single, unroll=unroll)
+    values, vectors = jacobi_eigh(single, form)
     assert values.dtype == vectors.dtype == np.float32
     values, vectors = (np.asarray(x, np.float64) for x in (values, vectors))
     assert values.shape == wide.shape[:-1] and vectors.shape == wide.shape
@@ -95,44 +114,52 @@ def check_eigh(matrices, unroll=False, atol=3e-6):
     assert np.all(np.abs(error) <= 2 * atol * size[..., None])
 
 
+@on_all
 @pytest.mark.parametrize("k", WIDTHS)
-def test_eigh(k):
+def test_eigh(k, form):
     """All cases of a width in one call, as the matrices of a model are."""
-    check_eigh(np.concatenate([case(k) for case in SYMMETRIC.values()]))
+    check_eigh(np.concatenate([case(k) for case in SYMMETRIC.values()]), form)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 7])
 def test_eigh_unrolled(k):
-    check_eigh(np.concatenate([case(k) for case in SYMMETRIC.values()]), unroll=True)
+    matrices = np.concatenate([case(k) for case in SYMMETRIC.values()])
+    check_eigh(matrices, "unrolled")
 
 
 @hypothesis.settings(max_examples=60)
 @hypothesis.given(
-    st.integers(0, 10**6), st.sampled_from([2, 5, 16]), st.floats(0, 8), st.booleans()
+    st.integers(0, 10**6),
+    st.sampled_from([(2, "loop"), (5, KERNEL), (16, "loop"), (16, KERNEL)]),
+    st.floats(0, 8),
+    st.booleans(),
 )
-def test_eigh_of_any_spectrum(seed, k, grade, signs):
+def test_eigh_of_any_spectrum(seed, kind, grade, signs):
+    k, form = kind
     rng = np.random.default_rng(seed)
     values = 10.0 ** -(grade * rng.uniform(size=k))
     if signs:
         values *= rng.choice([-1.0, 0.0, 1.0], k)
-    check_eigh(spectrum(values, seed))
+    check_eigh(spectrum(values, seed), form)
 
 
+@on_all
 @pytest.mark.parametrize("k", [3, 8, 16])
-def test_small_eigenvalues_of_graded_matrices_have_their_own_precision(k):
+def test_small_eigenvalues_of_graded_matrices_have_their_own_precision(k, form):
     single, wide = exactly(grading(k)[:, None] * definite(k) * grading(k))
-    values = np.asarray(jacobi_eigh(single)[0], np.float64)
+    values = np.asarray(jacobi_eigh(single, form)[0], np.float64)
     exact = np.linalg.eigvalsh(wide)[..., ::-1]
     assert exact[0, -1] < 1e-6 * exact[0, 0]
     np.testing.assert_allclose(values, exact, rtol=1e-4)
 
 
+@on_all
 @pytest.mark.parametrize("k", [1, 2, 5, 16])
-def test_eigenvalues_that_are_not_numbers_stay_in_their_matrix(k):
+def test_eigenvalues_that_are_not_numbers_stay_in_their_matrix(k, form):
     a = np.float32(symmetric(k))
     a[1, 0, k - 1] = a[1, k - 1, 0] = np.nan
-    values, vectors = jacobi_eigh(a)
-    alone = jacobi_eigh(a[::2])
+    values, vectors = jacobi_eigh(a, form)
+    alone = jacobi_eigh(a[::2], form)
     for i in (0, 2):
         np.testing.assert_array_equal(values[i], alone[0][i // 2])
         np.testing.assert_array_equal(vectors[i], alone[1][i // 2])
@@ -142,13 +169,14 @@ def test_eigenvalues_that_are_not_numbers_stay_in_their_matrix(k):
 # Inverses
 
 
-FORMS = [(k, False) for k in WIDTHS] + [(k, True) for k in (1, 2, 3, 5, 8, 16)]
+FORMS = [(k, form) for form in ("loop", KERNEL) for k in WIDTHS]
+FORMS += [(k, "unrolled") for k in (1, 2, 3, 5, 8, 16)]
 
 
-@pytest.mark.parametrize(("k", "unroll"), FORMS)
-def test_inverses_whiten(k, unroll):
+@pytest.mark.parametrize(("k", "form"), FORMS)
+def test_inverses_whiten(k, form):
     single, wide = exactly(np.concatenate([definite(k), 3 * definite(k, seed=5)]))
-    t = np.asarray(inverse_cholesky(single, unroll=unroll), np.float64)
+    t = np.asarray(inverse_cholesky(single, form=form), np.float64)
     eye = np.broadcast_to(np.eye(k), wide.shape)
     np.testing.assert_allclose(t.mT @ wide @ t, eye, rtol=0, atol=1e-4)
     # The inverse itself, to the precision that the condition leaves.
@@ -158,23 +186,25 @@ def test_inverses_whiten(k, unroll):
     np.testing.assert_allclose(t, exact, rtol=1e-3, atol=1e-4)
 
 
+@on_all
 @pytest.mark.parametrize("k", [2, 5, 16])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_inverses_of_graded_matrices(k, reverse):
+def test_inverses_of_graded_matrices(k, reverse, form):
     d = grading(k)[:: -1 if reverse else 1]
     single, wide = exactly(d[:, None] * definite(k) * d)
-    t = np.asarray(inverse_cholesky(single), np.float64)
+    t = np.asarray(inverse_cholesky(single, form=form), np.float64)
     # Columns of very unequal size are whitened as well as equal ones.
     eye = np.broadcast_to(np.eye(k), wide.shape)
     np.testing.assert_allclose(t.mT @ wide @ t, eye, rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize("form", ["unrolled", KERNEL])
 @pytest.mark.parametrize("rank", [0, 1, 3, 7, 8])
-def test_what_depends_on_others_is_dropped(rank):
+def test_what_depends_on_others_is_dropped(rank, form):
     y = normal(3, 20, 8) @ np.eye(8) if rank == 8 else None
     y = normal(3, 20, rank) @ normal(3, rank, 8, seed=1) if y is None else y
     single, wide = exactly(y.mT @ y)
-    t = np.asarray(inverse_cholesky(single, least=1e-2), np.float64)
+    t = np.asarray(inverse_cholesky(single, 1e-2, form), np.float64)
     assert np.all(np.isfinite(t))
     used = np.any(t != 0, axis=-2)
     np.testing.assert_array_equal(used.sum(-1), rank)
@@ -186,24 +216,28 @@ def test_what_depends_on_others_is_dropped(rank):
     )
 
 
-def test_the_first_of_dependent_columns_is_kept():
+@pytest.mark.parametrize("form", ["unrolled", KERNEL])
+def test_the_first_of_dependent_columns_is_kept(form):
     a = np.float32(np.diag([1.0, 4.0, 0.1, 4.0])[None])
     a[0, 1, 3] = a[0, 3, 1] = 4.0  # the last depends on the second
-    t = np.asarray(inverse_cholesky(a, least=0.2))[0]
+    t = np.asarray(inverse_cholesky(a, 0.2, form))[0]
     np.testing.assert_allclose(t, np.diag([1, 0.5, 0, 0]), atol=1e-6)
 
 
+@pytest.mark.parametrize("form", ["unrolled", KERNEL])
 @pytest.mark.parametrize("k", [1, 2, 5, 16])
-def test_inverses_of_zero_are_zero(k):
-    np.testing.assert_array_equal(inverse_cholesky(np.zeros((2, k, k), np.float32)), 0)
+def test_inverses_of_zero_are_zero(k, form):
+    zero = np.zeros((2, k, k), np.float32)
+    np.testing.assert_array_equal(inverse_cholesky(zero, form=form), 0)
 
 
+@pytest.mark.parametrize("form", ["unrolled", KERNEL])
 @pytest.mark.parametrize("k", [1, 2, 5, 16])
-def test_inverses_that_are_not_numbers_stay_in_their_matrix(k):
+def test_inverses_that_are_not_numbers_stay_in_their_matrix(k, form):
     a = np.float32(definite(k))
     a[1, k // 2] = a[1, :, k // 2] = np.nan  # as in the Gram matrix of a bad column
-    t = np.asarray(inverse_cholesky(a))
-    np.testing.assert_array_equal(t[::2], inverse_cholesky(a[::2]))
+    t = np.asarray(inverse_cholesky(a, form=form))
+    np.testing.assert_array_equal(t[::2], inverse_cholesky(a[::2], form=form))
     assert not np.all(np.isfinite(t[1] @ a[1]))
 
 
@@ -217,3 +251,16 @@ def test_a_matrix_is_factored_alone_as_among_others(function):
         alone = jax.tree.leaves(function(a[i : i + 1]))
         for x, y in zip(together, alone, strict=True):
             np.testing.assert_allclose(x[i], y[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [3, 8])
+def test_kernels_have_the_derivatives_of_plain_arithmetic(k):
+    a, change = np.float32(definite(k)), np.float32(symmetric(k, seed=3))
+    for function in (jacobi_eigh, functools.partial(inverse_cholesky, least=1e-2)):
+        plain, kernel = (
+            jax.jvp(functools.partial(function, form=form), (a,), (change,))[1]
+            for form in ("unrolled", KERNEL)
+        )
+        for x, y in zip(*map(jax.tree.leaves, (plain, kernel)), strict=True):
+            assert np.any(y != 0)
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)

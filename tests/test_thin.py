@@ -6,7 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank_optax._src.linalg.thin import Stacks, across, each, places
+from lowrank_optax._src.linalg.thin import (
+    Stacks,
+    across,
+    as_parts,
+    each,
+    each_of_some,
+    places,
+)
 
 # Some alone, some of one shape, with and without batch axes.
 SHAPES = [(6, 3), (2, 6, 3), (5, 3), (6, 3), (2, 2, 5, 3), (1, 6, 3), (4, 2), (5, 3)]
@@ -111,6 +118,36 @@ def test_each_is_the_function_of_each(shapes):
     for found in transformed(lambda count: each(double, problems, count)):
         expected = [2 * x - row for x, row in problems]
         assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("shapes", [[], [(4, 2)], SHAPES])
+def test_each_of_some_makes_several_of_each(shapes):
+    problems = [(x, x[..., :1, :]) for x in arrays(shapes)]
+
+    def some(x, row):
+        return x - row, 3 * row, jnp.max(x, axis=-1, keepdims=True)
+
+    for found in transformed(lambda count: each_of_some(some, problems, count)):
+        assert len(found) == len(problems)
+        for mine, problem in zip(found, problems, strict=True):
+            assert_equal(mine, some(*problem))
+
+
+def test_on_gpu_parts_are_of_copies_that_are_kept_apart():
+    given = arrays()
+
+    def parts(count):
+        return as_parts(given, count)
+
+    allowed = [jax.export.DisabledSafetyCheck.platform()]
+    for platform, stacks in (("cuda", 3), ("tpu", 0)):
+        exported = jax.export.export(
+            jax.jit(parts), platforms=[platform], disabled_checks=allowed
+        )(jnp.int32(1))
+        text = exported.mlir_module()
+        # One of each shape; without a barrier, XLA would read the arrays themselves.
+        assert text.count("stablehlo.optimization_barrier") == stacks
+        assert_equal(exported.call(jnp.int32(1)), given)
 
 
 def test_each_calls_once_a_shape():

@@ -28,6 +28,7 @@ _TESTS = {
     "kernels/int8": "kernels quantize",
     "kernels/mlorc": "kernels",
     "kernels/plan": "kernels",
+    "kernels/small": "small kernels",
     "kernels/tiles": "kernels",
     "kernels/tpu": "kernels",
     "leaves/attention": "default_matrices matrix",

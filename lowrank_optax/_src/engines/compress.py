@@ -275,9 +275,9 @@ class _Compression:
         inner = ByLeaves(
             self.inner, leaves.layout, treedef, shapes, grads, weights, extra
         )
-        order = Order(dense=bool(leaves.coded))
+        order, dense = Order(), bool(leaves.coded)
         for group in inner.groups:
-            before = leaves.decoded(order.start({i: old[i] for i in group}))
+            before = leaves.decoded(order.start({i: old[i] for i in group}, dense))
             seen = {i: grads[i] for i in group}
             seen_weights = {} if weights is None else {i: weights[i] for i in group}
             directions, found = inner.step(seen, before, seen_weights)

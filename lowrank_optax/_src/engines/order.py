@@ -20,20 +20,21 @@ class Order:
     as the second moment of MLorc is, XLA's GPU backend makes those of several leaves in
     one launch: 521 MiB instead of 192 for a layer of LLaMA-7B. An order must not wait
     for an update either: it would be stored (364 MiB, and a word more).
-
-    Args:
-      dense: whether leaves have such a temporary.
     """
 
-    def __init__(self, dense: bool = False) -> None:
+    def __init__(self) -> None:
         self._last: list[jax.Array] = []
-        self._dense = dense
 
-    def start(self, tree: Any) -> Any:
-        """The leaf's arrays and keys; they wait for the last `end`."""
+    def start(self, tree: Any, dense: bool = False) -> Any:
+        """The leaf's arrays and keys; they wait for the last `end`.
+
+        Args:
+          tree: the arrays.
+          dense: whether the leaf has such a temporary.
+        """
         if not self._last:
             return tree
-        return jax.tree.map(lambda x: wait(x, self._last, self._dense), tree)
+        return jax.tree.map(lambda x: wait(x, self._last, dense), tree)
 
     def end(self, tree: Any) -> None:
         """The leaf has ended once these arrays are known."""

@@ -196,15 +196,19 @@ class _Leafwise:
 
     def _staged(self, rule: StagedRule, views, grads, step, old, keys) -> Any:
         """Thin and wide stages in turn; an order among the wide ones."""
-        order, out = Order(rule.dense), {}
+        order, out = Order(), {}
         states = list(old.values())
         given = rule.start(list(keys.values()), states, step)
+        wide = zip(views.items(), given, strict=True)
+        dense = {i: rule.dense(v.lying(grads[i]), own) for (i, v), own in wide}
         for k, (_, finish) in enumerate(rule.stages):
             found = {}
             for (i, v), own in zip(views.items(), given, strict=True):
                 with jax.named_scope(v.path):
-                    parts, state = (rule, k, nameless(v)), order.start(old[i])
-                    out[i], found[i] = _wide(parts, step, grads[i], state, own)
+                    parts, state = (rule, k, nameless(v)), order.start(old[i], dense[i])
+                    direction, found[i] = _wide(parts, step, grads[i], state, own)
+                if direction is not None:
+                    out[i] = direction
                 order.end(found[i])
             given = finish(list(found.values()), states, step) if found else []
         return out, dict(zip(views, given, strict=True))
@@ -253,7 +257,7 @@ def _wide(parts, step, grad, state, given):
     rule, k, view = parts
     wide, _ = rule.stages[k]
     direction, found = wide(step, view.lying(grad), state, given)
-    if direction is not None:  # which the last stage makes
+    if direction is not None:  # which one of the stages makes
         direction = view.leaf(direction.matrix)
     return direction, found
 

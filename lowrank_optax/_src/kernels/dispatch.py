@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Literal, TypeVar, get_args
 
 import jax
+import jax.numpy as jnp
 
 from lowrank_optax._src.leaves.warn import warn
 from lowrank_optax._src.linalg.meshes import split_axes
@@ -104,6 +105,35 @@ def by_platform(run: Callable[[str, bool], T], plain: Callable[[], T]) -> T:
     # With "pallas", kernels are not silently left out: Pallas says what is wrong.
     default = plain if _tier.value == "auto" else kernels["tpu"]
     return jax.lax.platform_dependent(**kernels, default=default)
+
+
+def on_gpu(
+    kernel: Callable[[jax.Array, bool], T],
+    cpu: Callable[[jax.Array], T],
+    plain: Callable[[jax.Array], T],
+    small: jax.Array,
+) -> T:
+    """What is made of small matrices, by a kernel for GPU where kernels are wanted.
+
+    Args:
+      kernel: takes matrices in float32, and whether it is interpreted.
+      cpu, plain: take them without kernels, on CPU and elsewhere.
+      small: the matrices. Where XLA would have to partition the kernel, it is not used.
+    """
+    if _tier.value == "auto":
+        wanted = jax.default_backend() == "gpu" and _on_one_device()
+    else:
+        wanted = _tier.value in ("pallas", "interpret cuda") and not split_axes(small)
+    if not wanted or small.dtype != jnp.float32:
+        return jax.lax.platform_dependent(small, cpu=cpu, default=plain)
+    if _tier.value == "interpret cuda":
+        return kernel(small, True)
+    cuda = functools.partial(_compiled, kernel)
+    return jax.lax.platform_dependent(small, cpu=cpu, cuda=cuda, default=plain)
+
+
+def _compiled(kernel: Callable[[jax.Array, bool], T], small: jax.Array) -> T:
+    return kernel(small, False)
 
 
 def warn_of_xla(platform: str, name: str, shape: tuple[int, ...]) -> None:

@@ -6,19 +6,18 @@ so that it is never stored. The update is left to XLA, which adds it to the weig
 the pass that makes it.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from lowrank_optax._src.kernels.dispatch import by_platform
 from lowrank_optax._src.kernels.tiles import Pass, dot, product
 from lowrank_optax._src.linalg import Lying
 from lowrank_optax._src.linalg.products import OUTER_MAX_RANK
-from lowrank_optax._src.parts.best_codes import Sketch
 from lowrank_optax._src.parts.factors import LowRankCode, clamp_negative
-from lowrank_optax._src.parts.low_rank import LowRank, scaled
+from lowrank_optax._src.parts.low_rank import LowRank
 
 Array = jax.Array
 
@@ -44,39 +43,35 @@ def suits(
     )
 
 
-def adam_sketches(
-    decays: Sequence[Any],
-    grad: Lying,
-    olds: Sequence[LowRankCode],
-    given: tuple[Sequence[Array], Array, Array, Array],
-    scale: Callable[[Array], tuple[Array, Sequence[Array]]],
-    plain: Callable[[], tuple[list[Sketch], Array]],
-) -> tuple[list[Sketch], Array]:
-    """`sketches` of ``b1 L R + (1 - b1) s G`` and V, the former before `with_kept`; s.
+def adam_pass(
+    product: str,
+    both: tuple[Lying, Lying],
+    second: LowRankCode,
+    given: tuple[ArrayLike, Array, Array],
+    thin: Sequence[Array],
+) -> list[Array]:
+    """Products of G and V with a thin matrix each, in a pass over G.
 
     Args:
-      decays: b1 and b2.
-      grad: G.
-      olds: the codes of both moments.
-      given: Omega of each moment, ``L R Omega`` of the first one, and of the second one
-        `negative_mean` and the most that G may add to an entry.
-      scale: s, and the sizes of both moments, by ``G Omega``.
-      plain: makes both without kernels.
+      product: "sketch" or "project", see `Lying`.
+      both: G and V; the latter for what is compiled without kernels.
+      second: the old code of V.
+      given: b2, `negative_mean` and the most that G may add to an entry of V.
+      thin: what they are multiplied with.
     """
-    (b1, b2), (omegas, kept, zeta, most) = decays, given
+    (grad, _), (b2, zeta, most) = both, given
+    over = {"sketch": SKETCHES, "project": PROJECTIONS}[product]
     # Back in the leaf's dtype: XLA cancels both casts, and moves what the leaf holds.
     # 1 - 0.999 has four digits in float32, if 0.999 is rounded to it before.
-    source = grad.matrix.astype(grad.dtype), *olds[1], zeta, b2, 1 - b2, most
+    source = grad.matrix.astype(grad.dtype), *second, zeta, b2, 1 - b2, most
 
-    def passes(*on):
-        g_omega, v_omega = SKETCHES(*on, *source, *omegas, turned=grad.turned)
-        small, sizes = scale(g_omega)
-        ys = [b1 * kept + (1 - b1) * small * g_omega, v_omega]
-        ys = scaled(ys, omegas, olds, sizes)
-        g_z, v_z = PROJECTIONS(*on, *source, *ys, turned=grad.turned)
-        return list(zip(ys, (small * g_z, v_z), strict=True)), small
+    def run(*on):
+        return over(*on, *source, *thin, turned=grad.turned)
 
-    return by_platform(passes, plain)
+    def plain():
+        return [getattr(x, product)(y) for x, y in zip(both, thin, strict=True)]
+
+    return by_platform(run, plain)
 
 
 def mlorc_sketches(g, left, right, zeta, b2, fresh, most, mu_omega, nu_omega):

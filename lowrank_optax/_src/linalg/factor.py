@@ -7,14 +7,14 @@ float32 at least, at the highest matmul precision.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lowrank_optax._src.linalg import meshes, random, small, thin
-from lowrank_optax._src.linalg.lapack import eigh, inverse_root
+from lowrank_optax._src.linalg.lapack import eigh, inverse_cholesky, inverse_root
 from lowrank_optax._src.linalg.products import (
     at_least_float32,
     gram,
@@ -204,7 +204,7 @@ def whitening(square: Float[Array, "b k k"]) -> Float[Array, "b k k"]:
     square of what is new in one. That is 1e-2 at least, and one if none is faint.
     """
     if square.shape[-1] <= small.WIDEST:
-        return _by_unrolling(small.inverse_cholesky, square, _FAINT)
+        return inverse_cholesky(square, _FAINT)
     # An eigendecomposition has errors of the size of the longest column: to one size.
     diagonal = jnp.diagonal(square, axis1=-2, axis2=-1)
     used = diagonal > _FAINT
@@ -213,15 +213,6 @@ def whitening(square: Float[Array, "b k k"]) -> Float[Array, "b k k"]:
     keep = values > 0.1
     root = jnp.where(keep, jax.lax.rsqrt(jnp.where(keep, values, 1.0)), 0.0)
     return unit[..., None] * vectors * root[..., None, :]
-
-
-def _by_unrolling(inverse: Callable[..., Array], square: Array, least: float) -> Array:
-    """An inverse of small matrices, on CPU in a loop, which costs less to compile."""
-    return jax.lax.platform_dependent(
-        square,
-        cpu=lambda x: inverse(x, least, unroll=False),
-        default=lambda x: inverse(x, least),
-    )
 
 
 def range_basis(a: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:

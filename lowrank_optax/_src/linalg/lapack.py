@@ -1,5 +1,6 @@
 """Factorizations of square matrices: small ones here, wider ones by a library."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lowrank_optax._src.kernels import dispatch
 from lowrank_optax._src.linalg import meshes, small
 from lowrank_optax._src.linalg.products import matmul
 
@@ -51,8 +53,8 @@ def eigh(a: Float[Array, "*b r r"]) -> tuple[Array, Array]:
         return _library_eigh(a)
     flat = a.reshape(-1, *a.shape[-2:])
     # LAPACK is at hand on CPU, and costs no compilation.
-    values, vectors = jax.lax.platform_dependent(
-        flat, cpu=_library_eigh, default=small.jacobi_eigh
+    values, vectors = dispatch.on_gpu(
+        _jacobi_kernel, _library_eigh, small.jacobi_eigh, flat
     )
     return values.reshape(a.shape[:-1]), vectors.reshape(a.shape)
 
@@ -87,12 +89,39 @@ def inverse_root(gram: Float[Array, "*b r r"]) -> Float[Array, "*b r r"]:
     if gram.shape[-1] > small.WIDEST:
         return _library_inverse_root(gram)
     flat = gram.reshape(-1, *gram.shape[-2:])
-    inverse = jax.lax.platform_dependent(
-        flat,
-        cpu=_library_inverse_root,
-        default=lambda x: small.inverse_cholesky(x).mT,
+    upper = inverse_cholesky(flat, 0.0, lambda x: _library_inverse_root(x).mT)
+    return upper.mT.reshape(gram.shape)
+
+
+def inverse_cholesky(
+    gram: Float[Array, "b k k"],
+    least: float,
+    cpu: Callable[[Array], Array] | None = None,
+) -> Float[Array, "b k k"]:
+    """`small.inverse_cholesky`, on each platform as it is fastest there.
+
+    Args:
+      gram, least: see there.
+      cpu: on CPU; by default the same in a loop, which costs less to compile.
+    """
+    return dispatch.on_gpu(
+        functools.partial(_elimination_kernel, least=least),
+        cpu or (lambda x: small.inverse_cholesky(x, least, unroll=False)),
+        lambda x: small.inverse_cholesky(x, least),
+        gram,
     )
-    return inverse.reshape(gram.shape)
+
+
+def _elimination_kernel(gram: Array, interpret: bool, least: float) -> Array:
+    from lowrank_optax._src.kernels import small as kernels  # where Pallas is wanted
+
+    return kernels.inverse_cholesky(gram, least, interpret)
+
+
+def _jacobi_kernel(a: Array, interpret: bool) -> tuple[Array, Array]:
+    from lowrank_optax._src.kernels import small as kernels
+
+    return kernels.jacobi_eigh(a, interpret)
 
 
 @one_by_one

@@ -1,7 +1,7 @@
 """LDAdam (Robert et al. 2024): Adam in a subspace that turns at every step."""
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +115,6 @@ class LDAdam:
     rho: Any
     eps: Any
     error_feedback: bool
-    dense: ClassVar[bool] = False
 
     @property
     def state_sizes(self):  # without the error, which the paper keeps in the gradient
@@ -137,6 +136,9 @@ class LDAdam:
 
     def start(self, keys, states, count):
         return [None] * len(states)
+
+    def dense(self, grad, given):
+        return False
 
     def sketch(self, step, grad, state, given):
         """``A B^T P``: one block power step from the old basis, with B = B(A, M)."""

@@ -9,7 +9,7 @@ the others beyond their laws, or lacks itself, it may say: see `compatible`.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -240,7 +240,7 @@ class StagedRule(Protocol):
     other. Each wide stage comes with the thin one behind it:
 
     * wide ``(step, grad, state, given) -> (update, found)`` of one matrix, with
-      ``grad`` and the update as `Lying`, the update None but in the last;
+      ``grad`` and the update as `Lying`, the update None in all but one of them;
     * thin ``(found, states, count) -> given``, lists with an entry for each matrix; the
       last gives the next states. Law: these are finite where the old ones are, as a
       leaf whose new state is not keeps the old one.
@@ -249,9 +249,12 @@ class StagedRule(Protocol):
     @property
     def stages(self) -> tuple[tuple[Callable[..., Any], Callable[..., Any]], ...]: ...
 
-    # Whether a wide stage makes a matrix of full size and reads it twice: leaves are
-    # then taken one after the other, see `Order`.
-    dense: ClassVar[bool]
+    def dense(self, grad: Lying, given: Any) -> bool:
+        """Whether a wide stage makes a matrix of full size and reads it twice.
+
+        Such leaves are taken one after the other, see `Order`. ``given`` as by `start`.
+        """
+        ...
 
     def init(self, view: MatrixView) -> NamedTuple:
         """As of `Rule`."""

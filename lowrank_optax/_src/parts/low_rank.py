@@ -1,7 +1,8 @@
 """MLorc's compression: a matrix of state as two thin factors, renewed at every step."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -77,7 +78,7 @@ class LowRank:
 
     def encode(self, key, x, old):
         (omega,) = self.draw([key], [old], None)
-        (sketch,) = sketches([self], [omega], [Lying(x, False)], [old], [None])
+        (sketch,) = sketches([self], [omega], [Lying(x, False)], [old], None)
         (code,) = best_codes([sketch], [old], None, None)
         return code
 
@@ -126,22 +127,38 @@ class LowRank:
     def mean_square(self, a: Lying, sketch: Array | None, old: LowRankCode) -> Array:
         """That of the entries of each matrix, (*b, 1, 1), about, by ``A Omega``.
 
+        Where no random columns are drawn, A itself is looked at.
+        """
+        weights = self.weights(sketch, old)
+        if sketch is None or weights is None:
+            return jnp.mean(a.array * a.array, axis=(-2, -1), keepdims=True)
+        return weighted_square(sketch, weights)
+
+    def weights(self, sketch: Array | None, old: LowRankCode) -> Array | None:
+        """(*b, 1, k), of the squares of ``A Omega`` in `mean_square`; None where none.
+
         Of random columns each is an estimate of ``|A|^2``. Where there is a warm start,
         the old right factors have their own parts of it, and the random columns beside
-        them the rest. Where none are drawn, A itself is looked at.
+        them the rest.
         """
         if sketch is None or not self.oversample:
-            return jnp.mean(a.array * a.array, axis=(-2, -1), keepdims=True)
+            return None
         k, (r, n) = sketch.shape[-1], old.right.shape[-2:]
-        weights = np.full(k, 1 / k)
+        weights = np.full((1, k), 1 / k)
         if self.warm_start:
-            weights = np.where(np.arange(k) < r, 1.0, n / max(k - r, 1))
-        weights = (weights / (old.left.shape[-2] * n)).astype(sketch.dtype)
-        return jnp.sum(sketch * sketch * weights, axis=(-2, -1), keepdims=True)
+            weights = np.where(np.arange(k) < r, 1.0, n / max(k - r, 1))[None]
+        weights = weights / (old.left.shape[-2] * n)
+        batch = sketch.shape[:-2]
+        return jnp.broadcast_to(weights.astype(sketch.dtype), (*batch, 1, k))
 
     def _size(self, old: LowRankCode) -> int:
         r, n = old.right.shape[-2:]
         return min(r + self.oversample, old.left.shape[-2], n)
+
+
+def weighted_square(sketch: Array, weights: Array) -> Array:
+    """The sum of the squares of ``A Omega``, see `LowRank.weights`."""
+    return jnp.sum(sketch * sketch * weights, axis=(-2, -1), keepdims=True)
 
 
 def sketches(
@@ -149,57 +166,24 @@ def sketches(
     omegas: Sequence[Array | None],
     matrices: "Sequence[Lying | Average]",
     olds: Sequence[LowRankCode],
-    sizes: Sequence[Array | None],
+    sizes: Sequence[Array] | None,
 ) -> list[Sketch]:
     """Both products of each matrix of a leaf, with what was drawn for it.
 
-    ``y`` spans the sketch, nearly orthonormal already. The second products are as
-    precise as the smallest direction needs them then; with the sketch itself, all would
-    be near that with the leading one, and the others lost among its rounding errors.
-    Those of an `Average` lack what `with_kept` adds. For ``sizes`` see `scaled`.
+    Those of an `Average` lack what `with_kept` adds. For ``sizes`` see `lifted_each`.
     """
-    ys = [_range(*x) for x in zip(codecs, omegas, matrices, olds, strict=True)]
-    ys = scaled(ys, omegas, olds, sizes)
-    zs = [
-        x.last(y) if isinstance(x, Average) else x.project(y)
-        for y, x in zip(ys, matrices, strict=True)
-    ]
-    return list(zip(ys, zs, strict=True))
+    ys = list(map(first_product, codecs, omegas, matrices, olds))
+    ys = lifted_each(ys, olds, sizes, None)
+    return list(zip(ys, map(second_product, matrices, ys), strict=True))
 
 
-def scaled(
-    ys: Sequence[Array],
-    omegas: Sequence[Array | None],
-    olds: Sequence[LowRankCode],
-    sizes: Sequence[Array | None],
-) -> list[Array]:
-    """First products ``A Omega``, ready for the second ones with A.
-
-    Args:
-      ys: the products.
-      omegas, olds: what was drawn, and the codes before.
-      sizes: of the entries of each A, (*b, 1, 1), to some powers of ten; where it is
-        None, the product is looked at, which takes launches, and a sum over a mesh.
-    """
-    found = dict(enumerate(ys))
-    drawn = [i for i, omega in enumerate(omegas) if omega is not None]
-    for i in drawn:
-        y, size = ys[i], sizes[i]
-        found[i] = near_one(y) if size is None else y * power_of_two(size)[0]
-    # Where no column is spare, the faint directions count too.
-    spare = {i: ys[i].shape[-1] > olds[i].right.shape[-2] for i in drawn}
-    for ready, wanted in ((linalg.lifted, True), (linalg.range_basis, False)):
-        own = [i for i in drawn if spare[i] == wanted]
-        found |= zip(own, each(ready, [(found[i],) for i in own], None), strict=True)
-    return list(found.values())
-
-
-def _range(
+def first_product(
     codec: LowRank,
     omega: Array | None,
     x: "Lying | Average",
     old: LowRankCode,
 ) -> Array:
+    """``A Omega``, after power iterations if there are any; one where Omega is None."""
     if omega is None:
         *batch, m, _ = old.left.shape
         return jnp.broadcast_to(jnp.eye(m, dtype=old.left.dtype), (*batch, m, m))
@@ -208,6 +192,46 @@ def _range(
         z = x.project(linalg.range_basis(y)).mT
         y = x.sketch(linalg.range_basis(z).mT)
     return y
+
+
+def second_product(x: "Lying | Average", y: Array) -> Array:
+    """``y^T A``; of an `Average` without what `with_kept` adds."""
+    return x.last(y) if isinstance(x, Average) else x.project(y)
+
+
+def lifted_each(
+    ys: Sequence[Array],
+    olds: Sequence[LowRankCode],
+    sizes: Sequence[Array] | None,
+    count: Array | None,
+) -> list[Array]:
+    """First products ``A Omega``, ready for the second ones with A.
+
+    They span the same, nearly orthonormal already. The second products are as precise
+    as the smallest direction needs them then; with ``A Omega`` itself, all would be
+    near that with the leading one, and the others lost among its rounding errors.
+
+    Args:
+      ys: the products; where all was drawn that there is, they remain as they are.
+      olds: the codes before.
+      sizes: of the entries of each A, (*b, 1, 1), to some powers of ten; where it is
+        None, the products are looked at, which takes launches, and a sum over a mesh.
+      count: see `thin.places`.
+    """
+    found = dict(enumerate(ys))
+    drawn = [i for i, y in enumerate(ys) if y.shape[-1] < y.shape[-2]]
+    # Where no column is spare, the faint directions count too.
+    spare = {i: ys[i].shape[-1] > olds[i].right.shape[-2] for i in drawn}
+    for ready, wanted in ((linalg.lifted, True), (linalg.range_basis, False)):
+        own = [i for i in drawn if spare[i] == wanted]
+        given = [(ys[i], *([] if sizes is None else [sizes[i]])) for i in own]
+        made = each(functools.partial(_ready, ready), given, count)
+        found |= zip(own, made, strict=True)
+    return list(found.values())
+
+
+def _ready(ready: Callable[[Array], Array], y: Array, *size: Array) -> Array:
+    return ready(y * power_of_two(*size)[0] if size else near_one(y))
 
 
 def _beside_signs(seeds: Arrays, rights: Arrays, count: int) -> list[Array]:
