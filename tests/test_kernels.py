@@ -149,6 +149,42 @@ def test_small_matrices_of_all_leaves_are_factored_at_once_on_gpu(make):
     assert not set(found) & set(OF_SMALL)
 
 
+@pytest.mark.parametrize(
+    "tx",
+    [
+        lro.galore_adamw(1.0, rank=4, update_every=2, matrices=ALL),
+        lro.i3s_adamw(1.0, rank=4, update_every=2, matrices=ALL),
+        lro.ldadamw(1.0, rank=4, matrices=ALL),
+        lro.mlorc_lion(1.0, 2, matrices=ALL),
+    ],
+    ids=["galore", "i3s", "ldadam", "lion"],
+)
+def test_small_matrices_of_any_method_are_factored_alike_by_kernels(tx):
+    params = random_like({"w": (24, 40), "x": (2, 30, 24)}, 0)
+    grads = [random_like(params, seed) for seed in range(3)]
+
+    def steps(grads):
+        update, state, found = jax.jit(tx.update), tx.init(params), []
+        for g in grads:
+            direction, state = update(g, state, params)
+            found.append(direction)
+        return found
+
+    with lro.kernels.dispatch("xla"):
+        expected = steps(grads)
+    with interpreted("cuda"):
+        names = names_of_kernels(tx.update, grads[0], tx.init(params), params)
+        found = steps(grads)
+        several = jax.vmap(lambda g: tx.update(g, tx.init(params), params)[0])(
+            jax.tree.map(lambda *x: jnp.stack(x), *grads)
+        )
+    assert set(names) & set(OF_SMALL)
+    for x, y in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        assert relative(x, y) < 1e-4
+    for x, y in zip(*map(jax.tree.leaves, (several, expected[0])), strict=True):
+        assert relative(x[0], y) < 1e-4
+
+
 def test_a_shape_without_tiles_is_left_to_xla_and_named():
     tx, params = lro.adamw_8bit(1.0, block=100), {"w": jnp.ones((24, 256))}
     with interpreted("tpu"):
