@@ -9,10 +9,12 @@ weight and both moments read and written). On a GPU or TPU the steps are timed t
 turns, beside `optax.adamw`.
 """
 
+import contextlib
+import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,10 +189,49 @@ def time_steps(settings: Settings) -> list[dict[str, Any]]:
     ]
 
 
-def text_of(counted: list[dict[str, Any]], timed: list[dict[str, Any]]) -> str:
+def differences(
+    shapes: Mapping[str, tuple[int, int]],
+    tiers: Sequence[Callable[[], contextlib.AbstractContextManager[None]]],
+    steps: int = 3,
+) -> dict[str, float]:
+    """Of each method, how far the last updates of two tiers are from each other.
+
+    Relative to their norm, the largest of all matrices, after ``steps`` steps.
+    """
+    key = iter(jax.random.split(jax.random.key(0), steps * len(shapes)))
+    grads = [
+        {name: jax.random.normal(next(key), shape) for name, shape in shapes.items()}
+        for _ in range(steps)
+    ]
+
+    def last(tx, tier):
+        with tier():
+            update, state = jax.jit(tx.update), jax.jit(tx.init)(grads[0])
+            for g in grads:
+                found, state = update(g, state, g)
+        return found
+
+    def distance(x, y):
+        return float(jnp.linalg.norm(x - y) / jnp.linalg.norm(x))
+
+    found = {}
+    lion = {"MLorc-Lion": lambda r: lro.mlorc_lion(1e-3, r)}  # its small matrices
+    for name, make in {**METHODS, **lion}.items():
+        expected, got = (last(make(4), tier) for tier in tiers)
+        found[name] = max(distance(expected[k], got[k]) for k in shapes)
+    return found
+
+
+def text_of(
+    counted: list[dict[str, Any]],
+    timed: list[dict[str, Any]],
+    apart: Mapping[str, float],
+) -> str:
     lines = []
     if timed:
         base = timed[0]["step_s"]
+        each = ", ".join(f"{name} {x:.1e}" for name, x in apart.items())
+        lines += [f"Updates of both tiers, relative difference: {each}.", ""]
         lines += ["| step of one layer of each shape | tier | ms | / adamw |"]
         lines += ["|---|---|---|---|"]
         for x in timed:
@@ -217,7 +258,8 @@ def text_of(counted: list[dict[str, Any]], timed: list[dict[str, Any]]) -> str:
         "zeta, which is made from the factors alone, are not. Of a step, XLA's part is "
         "counted too: 3 words, and for MLorc 4 more at a rank above "
         f"{OUTER_MAX_RANK}, where it stores the products of both moments' factors. The "
-        "ratio is that of the step to the 7 words of AdamW.",
+        "ratio is that of the step to the 7 words of AdamW. Of MLorc's kernels on GPU, "
+        "three factor small matrices, those of all leaves at once; they have no tiles.",
         "",
         "| method | layer | for | kernels | tiles | fast memory, KiB "
         "| words of the kernels | of a step | / AdamW |",
@@ -240,9 +282,13 @@ def text_of(counted: list[dict[str, Any]], timed: list[dict[str, Any]]) -> str:
 def main(settings: Settings) -> None:
     """Count, time where there is a device, and write the record."""
     counted = count(settings)
-    timed = time_steps(settings) if jax.default_backend() in ("gpu", "tpu") else []
-    figures = {"counted": counted, "timed": timed}
-    write_record("kernels", settings, figures, text_of(counted, timed), settings.out)
+    timed, apart = [], {}
+    if jax.default_backend() in ("gpu", "tpu"):
+        tiers = [functools.partial(lro.kernels.dispatch, x) for x in ("xla", "pallas")]
+        apart, timed = differences(LAYERS, tiers), time_steps(settings)
+    figures = {"counted": counted, "timed": timed, "differences": apart}
+    text = text_of(counted, timed, apart)
+    write_record("kernels", settings, figures, text, settings.out)
 
 
 if __name__ == "__main__":

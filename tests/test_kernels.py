@@ -17,7 +17,7 @@ from jax.extend import core
 from running import random_like
 
 import lowrank_optax as lro
-from benchmarks.kernels import moved
+from benchmarks.kernels import differences, moved
 from lowrank_optax._src.kernels import int8, mlorc
 from lowrank_optax._src.kernels.dispatch import interpreted
 
@@ -407,6 +407,13 @@ def test_numbers_may_be_traced(name):
             assert relative(jnp.matmul(*code), jnp.matmul(*fixed)) < 1e-5
         else:
             assert relative(code.largest, fixed.largest) < 1e-5
+
+
+def test_what_is_compared_on_a_device_is_alike():
+    tiers = functools.partial(lro.kernels.dispatch, "xla"), lambda: interpreted("cuda")
+    found = differences({"a": (24, 256), "b": (256, 24)}, tiers)
+    assert len(found) == 3 and all(0 <= x < 1e-3 for x in found.values())
+    assert any(x > 0 for x in found.values())
 
 
 # What is stored

@@ -28,11 +28,12 @@ def dispatch(tier: Tier) -> contextlib.AbstractContextManager[None]:
 
     Args:
       tier: "pallas" for the kernels, on GPU (by Triton) and TPU, where a pass has one
-        that fits its shapes. "xla" for none. "auto", the default, for the kernels where
-        XLA can take them: on one device, and within a `jax.shard_map` or `jax.pmap`,
-        as it cannot partition a kernel over several. They move less memory than its
-        loops for a layer of LLaMA-7B, by the counts of the compilers for H100 and TPU
-        v5e. On a mesh, "pallas" can be chosen within those two only.
+        that fits its shapes, and on GPU for small matrices. "xla" for none. "auto", the
+        default, for the kernels where XLA can take them: on one device, and within a
+        `jax.shard_map` or `jax.pmap`, as it cannot partition a kernel over several.
+        They move less memory than its loops for a layer of LLaMA-7B, in fewer launches,
+        by the counts of the compilers for H100 and TPU v5e. On a mesh, "pallas" can be
+        chosen within those two only.
 
     Returns:
       A context manager.
