@@ -177,8 +177,8 @@ def _store(ref: Any, x: Array, k: int) -> None:
 
 def _inside(tile: tuple[int, ...], k: int) -> tuple[tuple[Any, ...], Array | None]:
     """The slices of a tile, and which of its numbers are there; None for all."""
-    at = tuple(pl.ds(0, size) for size in tile)
     if tile[-1] == k:
-        return at, None
+        return tuple(pl.ds(0, size) for size in tile), None
+    origin = 0 * pl.program_id(0)  # see `gpu.Access`
     row, column = (jax.lax.broadcasted_iota(jnp.int32, tile, i) for i in (0, 1))
-    return at, (row < k) & (column < k)
+    return tuple(pl.ds(origin, size) for size in tile), (row < k) & (column < k)
