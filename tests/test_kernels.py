@@ -185,6 +185,60 @@ def test_small_matrices_of_any_method_are_factored_alike_by_kernels(tx):
         assert relative(x[0], y) < 1e-4
 
 
+@pytest.mark.parametrize("warm_start", [True, False])
+def test_rank_one_without_oversampling_has_no_weights_of_squares(warm_start):
+    tx = lro.mlorc_adamw(1.0, 1, oversample=0, warm_start=warm_start)
+    params = random_like({"w": (24, 40), "x": (24, 40)}, 0)
+
+    def last():
+        update, state = jax.jit(tx.update), tx.init(params)
+        for seed in range(3):
+            found, state = update(random_like(params, seed), state, params)
+        return found
+
+    with lro.kernels.dispatch("xla"):
+        expected = last()
+    with interpreted("cuda"):
+        found = last()
+    for name, x in found.items():
+        assert relative(x, expected[name]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["galore", "lion", "adam"])
+def test_kernels_are_taken_within_a_shard_map_that_checks_what_varies(name):
+    tx = {
+        "galore": lro.galore_adamw(1.0, rank=4),
+        "lion": lro.mlorc_lion(1.0, 2),
+        "adam": lro.mlorc_adamw(1.0, 2),
+    }[name]
+    grads = random_like({"w": (2, 24, 40)}, 0)
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.sharding.PartitionSpec("d")
+
+    def step(grads):
+        mean = jax.tree.map(lambda x: jax.lax.pmean(x[0], "d"), grads)
+        return tx.update(mean, tx.init(mean), mean)[0]
+
+    none = jax.sharding.PartitionSpec()
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=split, out_specs=none)
+    with interpreted("cuda"):
+        assert names_of_kernels(mapped, grads)
+    with lro.kernels.dispatch("pallas"):
+        assert names_of_kernels(mapped, grads)
+
+
+def test_auto_leaves_old_gpus_to_xla(on_a_gpu, monkeypatch):
+    tx, params = lro.galore_adamw(1.0, rank=4), {"w": jnp.ones((24, 40))}
+    state = tx.init(params)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    for capability, kernels in (("7.5", False), ("8.0", True), ("gfx942", True)):
+        device = type("Device", (), {"compute_capability": capability})()
+        monkeypatch.setattr(jax, "local_devices", lambda device=device: [device])
+        jax.clear_caches()
+        names = names_of_kernels(tx.update, params, state, params)
+        assert bool(names) == kernels, capability
+
+
 def test_a_shape_without_tiles_is_left_to_xla_and_named():
     tx, params = lro.adamw_8bit(1.0, block=100), {"w": jnp.ones((24, 256))}
     with interpreted("tpu"):
@@ -481,7 +535,8 @@ def test_methods_lower_on_shapes_of_llama_7b(name, rank, platform):
     tx = METHODS[name](rank)
     dtypes = {"attention": jnp.float32, "up": jnp.bfloat16, "down": jnp.bfloat16}
     params = {k: jax.ShapeDtypeStruct(s, dtypes[k]) for k, s in LLAMA_7B.items()}
-    unchecked = [jax.export.DisabledSafetyCheck.custom_call(CALLS["cuda"])]
+    allowed = CALLS["cuda"], "LayoutConstraint"
+    unchecked = list(map(jax.export.DisabledSafetyCheck.custom_call, allowed))
     # On a machine without one, jax 0.12 asks which GPU it lowers for.
     h100 = jax.sharding.AbstractDevice("NVIDIA H100", num_cores=132, platform="gpu")
     auto = jax.sharding.AxisType.Auto

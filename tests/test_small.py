@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from lowrank_optax._src.kernels import small as kernels
-from lowrank_optax._src.linalg import small
+from lowrank_optax._src.linalg import lapack, small
 
 WIDTHS = range(1, small.WIDEST + 1)
 
@@ -84,6 +84,10 @@ def inverse_cholesky(gram, least=0.0, form="unrolled"):
     if form == KERNEL:
         return kernels.inverse_cholesky(jnp.asarray(gram), least, True)
     return small.inverse_cholesky(gram, least, unroll=form == "unrolled")
+
+
+def kernel_eigh(a):
+    return kernels.jacobi_eigh(a, True)
 
 
 on_all = pytest.mark.parametrize("form", ["loop", KERNEL])
@@ -199,16 +203,17 @@ def test_inverses_of_graded_matrices(k, reverse, form):
 
 
 @pytest.mark.parametrize("form", ["unrolled", KERNEL])
-@pytest.mark.parametrize("rank", [0, 1, 3, 7, 8])
-def test_what_depends_on_others_is_dropped(rank, form):
-    y = normal(3, 20, 8) @ np.eye(8) if rank == 8 else None
-    y = normal(3, 20, rank) @ normal(3, rank, 8, seed=1) if y is None else y
+@pytest.mark.parametrize(("k", "rank"), [*((8, r) for r in (0, 1, 3, 7, 8)), (5, 2)])
+def test_what_depends_on_others_is_dropped(k, rank, form):
+    y = normal(3, 20, k)
+    if rank < k:
+        y = normal(3, 20, rank) @ normal(3, rank, k, seed=1)
     single, wide = exactly(y.mT @ y)
     t = np.asarray(inverse_cholesky(single, 1e-2, form), np.float64)
     assert np.all(np.isfinite(t))
     used = np.any(t != 0, axis=-2)
     np.testing.assert_array_equal(used.sum(-1), rank)
-    expected = np.eye(8) * used[:, None]
+    expected = np.eye(k) * used[:, None]
     np.testing.assert_allclose(t.mT @ wide @ t, expected, rtol=0, atol=1e-2)
     # What is kept spans all.
     np.testing.assert_allclose(
@@ -242,7 +247,13 @@ def test_inverses_that_are_not_numbers_stay_in_their_matrix(k, form):
 
 
 @pytest.mark.parametrize(
-    "function", [jacobi_eigh, functools.partial(inverse_cholesky, least=0.25)]
+    "function",
+    [
+        jacobi_eigh,
+        functools.partial(inverse_cholesky, least=0.25),
+        functools.partial(jacobi_eigh, form=KERNEL),
+        functools.partial(inverse_cholesky, least=0.25, form=KERNEL),
+    ],
 )
 def test_a_matrix_is_factored_alone_as_among_others(function):
     a = np.float32(definite(6))
@@ -254,13 +265,29 @@ def test_a_matrix_is_factored_alone_as_among_others(function):
 
 
 @pytest.mark.parametrize("k", [3, 8])
-def test_kernels_have_the_derivatives_of_plain_arithmetic(k):
+def test_the_kernel_of_inverses_has_the_derivative_of_plain_arithmetic(k):
     a, change = np.float32(definite(k)), np.float32(symmetric(k, seed=3))
-    for function in (jacobi_eigh, functools.partial(inverse_cholesky, least=1e-2)):
-        plain, kernel = (
-            jax.jvp(functools.partial(function, form=form), (a,), (change,))[1]
-            for form in ("unrolled", KERNEL)
-        )
-        for x, y in zip(*map(jax.tree.leaves, (plain, kernel)), strict=True):
-            assert np.any(y != 0)
-            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    plain, kernel = (
+        jax.jvp(lambda x, form=form: inverse_cholesky(x, 1e-2, form), (a,), (change,))
+        for form in ("unrolled", KERNEL)
+    )
+    assert np.any(kernel[1] != 0)
+    np.testing.assert_allclose(plain[1], kernel[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("find", [lapack._jacobi_eigh, kernel_eigh])
+@pytest.mark.parametrize("case", ["definite", "zero", "ones", "half the rank"])
+def test_derivatives_of_eigendecompositions_on_accelerators(case, find):
+    a, weight = np.float32(SYMMETRIC[case](4)), jnp.asarray(definite(4, seed=7))
+
+    def measure(find, a):
+        """What does not depend on signs, nor on which vectors equal values have."""
+        values, vectors = find((a + a.mT) / 2)
+        smooth = (vectors * (values / (1 + values**2))[:, None]) @ vectors.mT
+        return jnp.sum(weight * smooth)
+
+    found = jax.grad(functools.partial(measure, find))(a)
+    expected = jax.grad(functools.partial(measure, lapack._library_eigh))(a)
+    assert np.all(np.isfinite(found)) and np.any(found != 0)
+    if case == "definite":
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)

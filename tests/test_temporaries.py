@@ -14,7 +14,6 @@ METHODS = {
     "galore_adamw": lambda: lro.galore_adamw(1e-3, rank=4),
     "ldadamw": lambda: lro.ldadamw(1e-3, rank=4),
     "mlorc_adamw": lambda: lro.mlorc_adamw(1e-3),
-    "mlorc_lion": lambda: lro.mlorc_lion(1e-3),
     "cast": lambda: lro.compress_state(
         optax.adam(1e-3), {"mu": lro.Cast(jnp.bfloat16), "nu": lro.Cast(jnp.bfloat16)}
     ),

@@ -11,7 +11,7 @@ from lowrank_optax._src.linalg.thin import (
     across,
     as_parts,
     each,
-    each_of_some,
+    each_of_several,
     places,
 )
 
@@ -121,13 +121,13 @@ def test_each_is_the_function_of_each(shapes):
 
 
 @pytest.mark.parametrize("shapes", [[], [(4, 2)], SHAPES])
-def test_each_of_some_makes_several_of_each(shapes):
+def test_each_of_several_makes_several_of_each(shapes):
     problems = [(x, x[..., :1, :]) for x in arrays(shapes)]
 
     def some(x, row):
         return x - row, 3 * row, jnp.max(x, axis=-1, keepdims=True)
 
-    for found in transformed(lambda count: each_of_some(some, problems, count)):
+    for found in transformed(lambda count: each_of_several(some, problems, count)):
         assert len(found) == len(problems)
         for mine, problem in zip(found, problems, strict=True):
             assert_equal(mine, some(*problem))

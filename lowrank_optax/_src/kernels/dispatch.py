@@ -30,7 +30,8 @@ def dispatch(tier: Tier) -> contextlib.AbstractContextManager[None]:
       tier: "pallas" for the kernels, on GPU (by Triton) and TPU, where a pass has one
         that fits its shapes, and on GPU for small matrices. "xla" for none. "auto", the
         default, for the kernels where XLA can take them: on one device, and within a
-        `jax.shard_map` or `jax.pmap`, as it cannot partition a kernel over several.
+        `jax.shard_map` or `jax.pmap`, as it cannot partition a kernel over several. A
+        GPU must be an Ampere or newer, as Triton wants it.
         They move less memory than its loops for a layer of LLaMA-7B, in fewer launches,
         by the counts of the compilers for H100 and TPU v5e. On a mesh, "pallas" can be
         chosen within those two only.
@@ -69,7 +70,7 @@ def active(grad: jax.Array) -> bool:
       ValueError: if they are where XLA would have to partition them.
     """
     if _tier.value == "auto":
-        return jax.default_backend() in ("gpu", "tpu") and _on_one_device()
+        return _on_one("gpu", "tpu")
     axes = split_axes(grad)
     if _tier.value != "xla" and axes:
         raise ValueError(
@@ -82,14 +83,25 @@ def active(grad: jax.Array) -> bool:
     return _tier.value != "xla"
 
 
-def _on_one_device() -> bool:
-    """Whether what is being traced is a program of one device, with nothing to split.
+def _on_one(*backends: str) -> bool:
+    """Whether it is a program of one device that is traced, with nothing to split.
 
     Shardings of arguments are not known when tracing: a process of several devices may
     split anything, but for what is inside of `jax.shard_map`.
     """
+    if jax.default_backend() not in backends:
+        return False
     inside = jax.sharding.get_abstract_mesh().are_all_axes_manual
-    return inside or jax.device_count() == 1
+    return (inside or jax.device_count() == 1) and _takes_kernels(
+        jax.local_devices()[0]
+    )
+
+
+@functools.cache
+def _takes_kernels(device: jax.Device) -> bool:
+    """Triton takes GPUs since Ampere: no V100, and no T4."""
+    major = str(getattr(device, "compute_capability", "")).partition(".")[0]
+    return not major.isdigit() or int(major) >= 8
 
 
 def by_platform(run: Callable[[str, bool], T], plain: Callable[[], T]) -> T:
@@ -122,10 +134,10 @@ def on_gpu(
       small: the matrices. Where XLA would have to partition the kernel, it is not used.
     """
     if _tier.value == "auto":
-        wanted = jax.default_backend() == "gpu" and _on_one_device()
+        wanted = _on_one("gpu")
     else:
         wanted = _tier.value in ("pallas", "interpret cuda") and not split_axes(small)
-    if not wanted or small.dtype != jnp.float32:
+    if not wanted or not small.size or small.dtype != jnp.float32:
         return jax.lax.platform_dependent(small, cpu=cpu, default=plain)
     if _tier.value == "interpret cuda":
         return kernel(small, True)

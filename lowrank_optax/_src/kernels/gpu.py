@@ -120,9 +120,9 @@ def walk(
             access.store(ref, axes, here, x)
 
     # Of each sum, a part from each program that shares the walk.
-    parts = [
-        jax.ShapeDtypeStruct((batch, shares, *x.shape[1:]), x.dtype) for x in shapes
-    ]
+    parts = jax.eval_shape(
+        lambda xs: [jnp.repeat(x[:, None], shares, axis=1) for x in xs], shapes
+    )
     results = pl.pallas_call(
         kernel,
         grid=(batch, cut.steps(outer), shares),

@@ -1,11 +1,12 @@
 """Factorizations of small matrices on GPU, each in one launch: a program a matrix.
 
-XLA makes some fifty launches of the same rounds in `linalg.small`, which is what TPUs
-run, and takes their arithmetic, written out, seconds to compile. A matrix stays in the
-registers of its program here, as a tile of a power of two, which Triton wants.
+Of the same arithmetic in `linalg.small`, which is what TPUs run, XLA makes some fifty
+launches, and takes seconds to compile it. Here a matrix stays in the registers of its
+program, as a tile of a power of two, which Triton wants.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,18 +17,20 @@ from jax.experimental.pallas import triton
 from lowrank_optax._src.kernels.gpu import matrix_of
 from lowrank_optax._src.kernels.plan import next_power_of_two
 from lowrank_optax._src.linalg import small
+from lowrank_optax._src.linalg.lapack import eigh_derivative
 
 Array = jax.Array
 
-_LEAST = 4  # a round-robin of one pair is none
+_LEAST = 4  # of two indices there is one pair, and no order of rounds
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def inverse_cholesky(gram: Array, least: float, interpret: bool) -> Array:
     """`linalg.small.inverse_cholesky`."""
     kernel = functools.partial(_eliminate, k=gram.shape[-1], least=least)
-    (found,) = _each_matrix(kernel, interpret, gram, [gram.shape])
-    return found
+    # By JAX, so that they vary within a `jax.shard_map` as the matrices do.
+    outs = jax.eval_shape(lambda x: [x], gram)
+    return _each_matrix(kernel, "eliminate", interpret, gram, outs)[0]
 
 
 @inverse_cholesky.defjvp
@@ -38,22 +41,26 @@ def _inverse_cholesky_derivative(least, _, primals, tangents):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def jacobi_eigh(a: Array, interpret: bool) -> tuple[Array, Array]:
     """`linalg.small.jacobi_eigh`."""
-    b, k, _ = a.shape
-    kernel = functools.partial(_diagonalize, k=k)
-    values, vectors = _each_matrix(kernel, interpret, a, [(b, 1, k), a.shape])
+    kernel = functools.partial(_diagonalize, k=a.shape[-1])
+    outs = jax.eval_shape(lambda x: [x[:, :1], x], a)
+    values, vectors = _each_matrix(kernel, "diagonalize", interpret, a, outs)
     return values[:, 0], vectors
 
 
 @jacobi_eigh.defjvp
-def _jacobi_eigh_derivative(_, primals, tangents):
-    return jax.jvp(small.jacobi_eigh, primals, tangents)
+def _jacobi_eigh_derivative(interpret, primals, tangents):
+    find = functools.partial(jacobi_eigh, interpret=interpret)
+    return eigh_derivative(find)(primals, tangents)
 
 
 def _each_matrix(
-    kernel: functools.partial[None], interpret: bool, a: Array, shapes: list[Any]
+    kernel: Callable[..., None],
+    name: str,
+    interpret: bool,
+    a: Array,
+    outs: Sequence[jax.ShapeDtypeStruct],
 ) -> list[Array]:
     """A kernel's results ``(b, ., k)``, which is given one matrix of (b, k, k)."""
-    outs = [jax.ShapeDtypeStruct(shape, a.dtype) for shape in shapes]
     wide = a.shape[-1] > 8
     return pl.pallas_call(
         kernel,
@@ -63,7 +70,7 @@ def _each_matrix(
         out_shape=outs,
         compiler_params=triton.CompilerParams(num_warps=4 if wide else 1),
         interpret=interpret,
-        name=kernel.func.__name__.strip("_"),
+        name=name,
     )(a)
 
 

@@ -87,12 +87,8 @@ class Pass:
             warn_of_xla(platform, self.tile.__name__, arrays[0].shape[1:])
             return self.at_once(*arrays)
         walk = gpu.walk if platform == "cuda" else tpu.walk
-        shapes = [
-            jax.ShapeDtypeStruct(
-                (len(arrays[0]), *(sizes[a] for a in axes)), jnp.float32
-            )
-            for axes in self.outs
-        ]
+        # By JAX, so that they vary within a `jax.shard_map` as the operands do.
+        shapes = jax.eval_shape(self.at_once, *arrays)
         return walk(cut, interpret, self.tile, self.ins, arrays, self.outs, shapes)
 
     def at_once(self, *arrays: Array) -> list[Array]:

@@ -53,9 +53,7 @@ def eigh(a: Float[Array, "*b r r"]) -> tuple[Array, Array]:
         return _library_eigh(a)
     flat = a.reshape(-1, *a.shape[-2:])
     # LAPACK is at hand on CPU, and costs no compilation.
-    values, vectors = dispatch.on_gpu(
-        _jacobi_kernel, _library_eigh, small.jacobi_eigh, flat
-    )
+    values, vectors = dispatch.on_gpu(_jacobi_kernel, _library_eigh, _jacobi_eigh, flat)
     return values.reshape(a.shape[:-1]), vectors.reshape(a.shape)
 
 
@@ -65,22 +63,33 @@ def _descending_eigh(a: Array) -> tuple[Array, Array]:
     return jnp.flip(values, -1), jnp.flip(vectors, -1)
 
 
-@_descending_eigh.defjvp
-def _eigh_derivative(primals, tangents):
-    """As usual, but that vectors of equal values do not turn towards one another.
+def eigh_derivative(find: Callable[[Array], tuple[Array, Array]]) -> Callable[..., Any]:
+    """The derivative of an eigendecomposition, for `jax.custom_jvp`.
 
-    A matrix of low rank has the value zero many times, where the usual one divides by
-    the differences.
+    As usual, but that vectors of equal values do not turn towards one another. A matrix
+    of low rank has the value zero many times, where the usual one divides by the
+    differences.
     """
-    values, vectors = _descending_eigh(*primals)
-    change = matmul(vectors.mT, matmul(tangents[0], vectors))
-    change = (change + change.mT) / 2
-    gap = values[..., None, :] - values[..., :, None]
-    turn = jnp.where(gap != 0, change / jnp.where(gap != 0, gap, 1.0), 0.0)
-    moved = jnp.diagonal(change, axis1=-2, axis2=-1), matmul(vectors, turn)
-    return (values, vectors), moved
+
+    def derivative(primals, tangents):
+        values, vectors = find(*primals)
+        change = matmul(vectors.mT, matmul(tangents[0], vectors))
+        change = (change + change.mT) / 2
+        gap = values[..., None, :] - values[..., :, None]
+        turn = jnp.where(gap != 0, change / jnp.where(gap != 0, gap, 1.0), 0.0)
+        moved = jnp.diagonal(change, axis1=-2, axis2=-1), matmul(vectors, turn)
+        return (values, vectors), moved
+
+    return derivative
 
 
+@jax.custom_jvp
+def _jacobi_eigh(a: Array) -> tuple[Array, Array]:
+    return small.jacobi_eigh(a)
+
+
+_descending_eigh.defjvp(eigh_derivative(_descending_eigh))
+_jacobi_eigh.defjvp(eigh_derivative(_jacobi_eigh))
 _library_eigh = one_by_one(_descending_eigh)
 
 

@@ -80,6 +80,22 @@ def as_stored(x: Array) -> Array:
     return jax.lax.platform_dependent(x, tpu=row_major, default=lambda x: x)
 
 
+def by_columns(y: Array) -> Array:
+    """``y``, (*b, m, k), on a TPU with its columns close in memory.
+
+    Rows of eight numbers are padded to 128 there, and a sketch is sixteen times as
+    large: kernels write it so, and those of all leaves wait for one another.
+    """
+    if split_axes(y):
+        return y
+    *batch, m, k = range(y.ndim)
+
+    def columns(y):
+        return with_layout_constraint(y, Layout((*batch, k, m)))
+
+    return jax.lax.platform_dependent(y, tpu=columns, default=lambda y: y)
+
+
 def wide(dtype: DTypeLike) -> np.dtype:
     """float32, or the dtype where it is wider."""
     # JAX promotes floats of eight bits to nothing.

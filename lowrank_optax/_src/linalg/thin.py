@@ -7,6 +7,7 @@ them grows with the number of leaves then.
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import numpy as np
 from lowrank_optax._src.linalg.meshes import at_once, split_axes
 
 Arrays = Sequence[jax.Array]
+T = TypeVar("T")
 
 
 class Stacks:
@@ -70,10 +72,10 @@ def each(
     count: jax.Array | None,
 ) -> list[jax.Array]:
     """``function`` of the arrays of each problem, of a whole stack in one call."""
-    return [x for (x,) in each_of_some(lambda *x: (function(*x),), problems, count)]
+    return [x for (x,) in each_of_several(lambda *x: (function(*x),), problems, count)]
 
 
-def each_of_some(
+def each_of_several(
     function: Callable[..., tuple[jax.Array, ...]],
     problems: Sequence[Arrays],
     count: jax.Array | None,
@@ -86,20 +88,22 @@ def each_of_some(
     return list(zip(*map(stacks.unstack, found), strict=True))
 
 
-def as_parts(arrays: Arrays, count: jax.Array | None) -> list[jax.Array]:
+def as_parts(tree: T, count: jax.Array | None) -> T:
     """The same arrays; on GPU as parts of copies that are made before all else.
 
     Where an array is read by what need not come before what overwrites it, XLA copies
     it, each array in a launch of its own: 29 of 238 for MLorc-AdamW on a layer of
     LLaMA-7B. Of stacks there are four, most of which are wanted anyway.
     """
+    arrays, structure = jax.tree.flatten(tree)
 
     def copied(*arrays):
         return each(jax.lax.optimization_barrier, [(x,) for x in arrays], count)
 
-    return jax.lax.platform_dependent(
+    parts = jax.lax.platform_dependent(
         *arrays, cuda=copied, default=lambda *arrays: list(arrays)
     )
+    return structure.unflatten(parts)
 
 
 def across(

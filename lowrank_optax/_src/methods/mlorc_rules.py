@@ -4,14 +4,14 @@ import dataclasses
 import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from lowrank_optax._src.kernels.dispatch import active
 from lowrank_optax._src.leaves import saving
-from lowrank_optax._src.linalg.thin import as_parts, each, each_of_some
+from lowrank_optax._src.linalg.products import by_columns
+from lowrank_optax._src.linalg.thin import as_parts, each, each_of_several
 from lowrank_optax._src.parts.best_codes import best_codes
 from lowrank_optax._src.parts.bounds import cut_off, most_of_square, scale_down
 from lowrank_optax._src.parts.factors import (
@@ -53,31 +53,42 @@ class Given(NamedTuple):
       kept: ``L R Omega`` of the first one.
       zeta: `negative_mean` of the second one.
       most: that G may add to an entry of V.
-      read: the old codes, for the update, see `as_parts`.
+      old: the codes before, for the update, see `as_parts`.
     """
 
     omegas: tuple[Array | None, Array | None]
     kept: Array | None
     zeta: Array
     most: Array
-    read: MLorcAdamState
+    old: MLorcAdamState
 
 
 class Sketched(NamedTuple):
     """Products of both moments, M and V.
 
     Attributes:
-      given: see there; None where nothing is waited for.
-      ys, zs: see `Sketch`. While ``zs`` are None, ``ys`` are ``G Omega`` and
-        ``V Omega``, of which `lift` makes them.
-      small: the scale of G, which bounds M; before that, what tells the mean square
-        of G: `LowRank.weights`, or it itself.
+      ys, zs: see `Sketch`. Of kernels, which store no V, first ``ys`` are ``G Omega``
+        and ``V Omega``, and ``zs`` None; `lift` makes of them what the second products
+        are taken with.
+      given: see there; None where all is known.
+      square: the mean square of G, where ``G Omega`` does not tell it.
+      small: the scale of G, which bounds M; None where it is not known.
     """
 
-    given: Given | None
     ys: tuple[Array, ...]
-    zs: tuple[Array, ...] | None
+    zs: tuple[Array, ...] | None = None
+    given: Given | None = None
+    square: Array | None = None
+    small: Array | None = None
+
+
+class First(NamedTuple):
+    """``M Omega``, and what else is known by ``G Omega``, see `MLorcAdam.sketch`."""
+
+    of_m: Array
     small: Array
+    size_of_m: Array
+    size_of_v: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +118,7 @@ class MLorcAdam:
         pairs = zip(omegas, self.nu.draw(keys, nus, count), strict=True)
         zeta = each(negative_mean, nus, count)
         most = each(functools.partial(self._most, count), nus, count)
-        arrays, tree = jax.tree.flatten(states)
-        read = jax.tree.unflatten(tree, as_parts(arrays, count))
-        return list(map(Given, pairs, kept, zeta, most, read))
+        return list(map(Given, pairs, kept, zeta, most, as_parts(states, count)))
 
     def dense(self, grad, given):  # V
         return not self._by_kernels(grad, given.omegas)
@@ -122,57 +131,53 @@ class MLorcAdam:
         """All, while V is there; by kernels, which store no V, the first products."""
         v, omegas = self._second_moment(grad, state.nu, given), given.omegas
         if self._by_kernels(grad, omegas):
-            ys = self._pass("sketch", grad, v, state, given, omegas)
-            told = self.mu.weights(ys[0], state.mu)
-            if told is None:
-                told = self.mu.mean_square(grad, None, state.mu)
-            return None, Sketched(given, tuple(ys), None, told)
+            found = self._pass("sketch", grad, v, state, given, omegas)
+            ys = tuple(map(by_columns, found))
+            told = self.mu.weights(ys[0], state.mu) is not None
+            square = None if told else self.mu.mean_square(grad, None, state.mu)
+            return None, Sketched(ys, given=given, square=square)
         new = None if omegas[0] is None else grad.sketch(omegas[0])
         square = self.mu.mean_square(grad, new, state.mu)
         small, *sizes = self._scale(square, given.most)
         m = Average(self.b1, state.mu, grad, given.kept, new, small)
         found = sketches((self.mu, self.nu), omegas, (m, v), state, sizes)
-        ys, zs = zip(*found, strict=True)
         direction = self._direction(step, grad, state.mu, v, small)
-        return direction, Sketched(None, ys, zs, small)
+        ys, zs = zip(*found, strict=True)
+        return direction, Sketched(ys, zs)
 
     def lift(self, found, states, count):
         """The first products that wait for it, of all matrices in common."""
         waiting = [i for i, x in enumerate(found) if x.zs is None]
-        given = [found[i].given for i in waiting]
-        news, of_v = ([found[i].ys[k] for i in waiting] for k in (0, 1))
-        told = [found[i].small for i in waiting]
-        problems = [
-            (new, x.kept, x.most, t)
-            for new, x, t in zip(news, given, told, strict=True)
-        ]
-        made = each_of_some(self._first, problems, count)
-        ys = [y for (m, *_), v in zip(made, of_v, strict=True) for y in (m, v)]
-        sizes = [size for _, _, *both in made for size in both]
-        olds = [code for i in waiting for code in states[i]]
-        ys = lifted_each(ys, olds, sizes, count)
-        ready = {
-            i: Sketched(x, (m, v), None, small)
-            for i, x, m, v, (_, small, *_) in zip(
-                waiting, given, ys[::2], ys[1::2], made, strict=True
-            )
-        }
-        return [ready.get(i, x) for i, x in enumerate(found)]
+        problems = []
+        for i in waiting:
+            (new, _), given, square = found[i].ys, found[i].given, found[i].square
+            if square is None:
+                square = self.mu.weights(new, states[i].mu)
+            problems.append((new, given.kept, given.most, square))
+        firsts = [First(*x) for x in each_of_several(self._first, problems, count)]
+        of_v = [found[i].ys[1] for i in waiting]
+        ys = [y for x, v in zip(firsts, of_v, strict=True) for y in (x.of_m, v)]
+        sizes = [size for x in firsts for size in (x.size_of_m, x.size_of_v)]
+        ys = lifted_each(ys, [old for i in waiting for old in states[i]], sizes, count)
+        ready = list(found)
+        for k, i in enumerate(waiting):
+            both = by_columns(ys[2 * k]), by_columns(ys[2 * k + 1])
+            ready[i] = Sketched(both, given=found[i].given, small=firsts[k].small)
+        return ready
 
     def _first(self, new, kept, most, told):
-        """``M Omega``, the scale of G, and the sizes of M and V."""
-        seen = told.shape[-1] == new.shape[-1]
-        square = weighted_square(new, told) if seen else told
+        """Of ``G Omega``; ``told`` is the mean square of G, or what it is told by."""
+        square = weighted_square(new, told) if self.mu.oversample else told
         small, *sizes = self._scale(square, most)
-        return self.b1 * kept + (1 - self.b1) * small * new, small, *sizes
+        return First(self.b1 * kept + (1 - self.b1) * small * new, small, *sizes)
 
     def update(self, step, grad, state, found):
-        given, ys, zs, small = found
-        if zs is not None:
-            return None, tuple(zip(ys, zs, strict=True))
-        v = self._second_moment(grad, given.read.nu, given)
+        given, ys, small = found.given, found.ys, found.small
+        if found.zs is not None:
+            return None, tuple(zip(ys, found.zs, strict=True))
+        v = self._second_moment(grad, given.old.nu, given)
         of_g, of_v = self._pass("project", grad, v, state, given, ys)
-        direction = self._direction(step, grad, given.read.mu, v, small)
+        direction = self._direction(step, grad, given.old.mu, v, small)
         return direction, ((ys[0], small * of_g), (ys[1], of_v))
 
     def _second_moment(self, grad, old, given):
@@ -240,27 +245,25 @@ class MLorcLion:
 
     def start(self, keys, states, count):
         omegas, kept = self.mu.prepare(keys, [s.mu for s in states], count)
-        arrays, tree = jax.tree.flatten(states)
-        read = jax.tree.unflatten(tree, as_parts(arrays, count))
-        return list(zip(omegas, kept, read, strict=True))
+        return list(zip(omegas, kept, as_parts(states, count), strict=True))
 
     def dense(self, grad, given):
         return False
 
     def sketch(self, step, grad, state, given):
-        omega, kept, read = given
+        omega, kept, old = given
         new = None if omega is None else grad.sketch(omega)
         m = Average(self.b2, state.mu, grad, kept, new)
-        return None, (first_product(self.mu, omega, m, state.mu), read)
+        return None, (first_product(self.mu, omega, m, state.mu), old)
 
     def lift(self, found, states, count):
-        ys, read = zip(*found, strict=True)
+        ys, olds = zip(*found, strict=True)
         ys = lifted_each(ys, [state.mu for state in states], None, count)
-        return list(zip(ys, read, strict=True))
+        return list(zip(ys, olds, strict=True))
 
     def update(self, step, grad, state, given):
-        y, read = given
-        kept = low_rank_product(read.mu, grad.turned)
+        y, old = given
+        kept = low_rank_product(old.mu, grad.turned)
         c = self.b1 * kept + (1 - self.b1) * grad.array
         z = Average(self.b2, state.mu, grad).last(y)
         return grad.of(jnp.sign(c)), (y, z)

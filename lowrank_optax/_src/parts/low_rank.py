@@ -172,7 +172,8 @@ def sketches(
 
     Those of an `Average` lack what `with_kept` adds. For ``sizes`` see `lifted_each`.
     """
-    ys = list(map(first_product, codecs, omegas, matrices, olds))
+    given = zip(codecs, omegas, matrices, olds, strict=True)
+    ys = [first_product(*x) for x in given]
     ys = lifted_each(ys, olds, sizes, None)
     return list(zip(ys, map(second_product, matrices, ys), strict=True))
 
