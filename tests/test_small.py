@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank_optax._src.kernels import small as kernels
-from lowrank_optax._src.linalg import lapack, small
+from lowrank_optax._src.linalg import lapack, small, small_gpu
 
 WIDTHS = range(1, small.WIDEST + 1)
 
@@ -75,19 +74,19 @@ KERNEL = "kernel"
 @functools.partial(jax.jit, static_argnames="form")
 def jacobi_eigh(a, form="loop"):
     if form == KERNEL:
-        return kernels.jacobi_eigh(jnp.asarray(a), True)
+        return small_gpu.jacobi_eigh(jnp.asarray(a), True)
     return small.jacobi_eigh(a, unroll=form == "unrolled")
 
 
 @functools.partial(jax.jit, static_argnames=("least", "form"))
 def inverse_cholesky(gram, least=0.0, form="unrolled"):
     if form == KERNEL:
-        return kernels.inverse_cholesky(jnp.asarray(gram), least, True)
+        return small_gpu.inverse_cholesky(jnp.asarray(gram), least, True)
     return small.inverse_cholesky(gram, least, unroll=form == "unrolled")
 
 
 def kernel_eigh(a):
-    return kernels.jacobi_eigh(a, True)
+    return small_gpu.jacobi_eigh(a, True)
 
 
 on_all = pytest.mark.parametrize("form", ["loop", KERNEL])

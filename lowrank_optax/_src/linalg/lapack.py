@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lowrank_optax._src.kernels import dispatch
 from lowrank_optax._src.linalg import meshes, small
 from lowrank_optax._src.linalg.products import matmul
+from lowrank_optax._src.linalg.tier import on_gpu
 
 
 def one_by_one(function: Callable[[Array], Any]) -> Callable[[Array], Any]:
@@ -53,7 +53,7 @@ def eigh(a: Float[Array, "*b r r"]) -> tuple[Array, Array]:
         return _library_eigh(a)
     flat = a.reshape(-1, *a.shape[-2:])
     # LAPACK is at hand on CPU, and costs no compilation.
-    values, vectors = dispatch.on_gpu(_jacobi_kernel, _library_eigh, _jacobi_eigh, flat)
+    values, vectors = on_gpu(_jacobi_kernel, _library_eigh, _jacobi_eigh, flat)
     return values.reshape(a.shape[:-1]), vectors.reshape(a.shape)
 
 
@@ -113,7 +113,7 @@ def inverse_cholesky(
       gram, least: see there.
       cpu: on CPU; by default the same in a loop, which costs less to compile.
     """
-    return dispatch.on_gpu(
+    return on_gpu(
         functools.partial(_elimination_kernel, least=least),
         cpu or (lambda x: small.inverse_cholesky(x, least, unroll=False)),
         lambda x: small.inverse_cholesky(x, least),
@@ -122,15 +122,15 @@ def inverse_cholesky(
 
 
 def _elimination_kernel(gram: Array, interpret: bool, least: float) -> Array:
-    from lowrank_optax._src.kernels import small as kernels  # where Pallas is wanted
+    from lowrank_optax._src.linalg import small_gpu  # where Pallas is wanted
 
-    return kernels.inverse_cholesky(gram, least, interpret)
+    return small_gpu.inverse_cholesky(gram, least, interpret)
 
 
 def _jacobi_kernel(a: Array, interpret: bool) -> tuple[Array, Array]:
-    from lowrank_optax._src.kernels import small as kernels
+    from lowrank_optax._src.linalg import small_gpu
 
-    return kernels.jacobi_eigh(a, interpret)
+    return small_gpu.jacobi_eigh(a, interpret)
 
 
 @one_by_one

@@ -252,7 +252,7 @@ class StagedRule(Protocol):
     def dense(self, grad: Lying, given: Any) -> bool:
         """Whether a wide stage makes a matrix of full size and reads it twice.
 
-        Such leaves are taken one after the other, see `Order`. ``given`` as by `start`.
+        Such leaves are taken one after the other. ``given`` is what `start` made.
         """
         ...
 

@@ -14,8 +14,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from lowrank_optax._src.kernels.gpu import matrix_of
-from lowrank_optax._src.kernels.plan import next_power_of_two
 from lowrank_optax._src.linalg import small
 from lowrank_optax._src.linalg.lapack import eigh_derivative
 
@@ -65,13 +63,21 @@ def _each_matrix(
     return pl.pallas_call(
         kernel,
         grid=(len(a),),
-        in_specs=[matrix_of(a)],
-        out_specs=[matrix_of(x) for x in outs],
+        in_specs=[_matrix_of(a)],
+        out_specs=[_matrix_of(x) for x in outs],
         out_shape=outs,
         compiler_params=triton.CompilerParams(num_warps=4 if wide else 1),
         interpret=interpret,
         name=name,
     )(a)
+
+
+def _matrix_of(stack: Any) -> pl.BlockSpec:
+    return pl.BlockSpec((None, *stack.shape[1:]), lambda b: (b, 0, 0))
+
+
+def _tile(k: int) -> int:
+    return max(_LEAST, 1 << (k - 1).bit_length())
 
 
 def _eliminate(gram_ref, out_ref, *, k, least):
@@ -147,7 +153,7 @@ def _rotate(a: Array, v: Array) -> tuple[Array, Array]:
 
 
 def _places(k: int) -> tuple[Array, Array]:
-    size = next_power_of_two(k, _LEAST)
+    size = _tile(k)
     shape = (size, size)
     return (
         jax.lax.broadcasted_iota(jnp.int32, shape, 0),
@@ -171,7 +177,7 @@ def _upright(x: Array) -> Array:
 
 def _load(ref: Any, k: int) -> Array:
     """A matrix with zeros around it."""
-    size = next_power_of_two(k, _LEAST)
+    size = _tile(k)
     at, inside = _inside((size, size), k)
     zero = None if inside is None else jnp.zeros([], ref.dtype)
     return triton.load(ref.at[at], mask=inside, other=zero)
