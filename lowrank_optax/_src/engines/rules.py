@@ -199,8 +199,8 @@ class _Leafwise:
         order, out = Order(), {}
         states = list(old.values())
         given = rule.start(list(keys.values()), states, step)
-        wide = zip(views.items(), given, strict=True)
-        dense = {i: rule.dense(v.lying(grads[i]), own) for (i, v), own in wide}
+        each = zip(views, given, strict=True)
+        dense = {i: rule.dense(grads[i], own) for i, own in each}
         for k, (_, finish) in enumerate(rule.stages):
             found = {}
             for (i, v), own in zip(views.items(), given, strict=True):

@@ -9,7 +9,7 @@ import jax
 
 from lowrank_optax._src.leaves.warn import warn
 from lowrank_optax._src.linalg.meshes import split_axes
-from lowrank_optax._src.linalg.tier import chosen, on_one
+from lowrank_optax._src.linalg.tier import chosen, wanted
 
 Tier = Literal["auto", "xla", "pallas"]
 T = TypeVar("T")
@@ -26,11 +26,11 @@ def dispatch(tier: Tier) -> contextlib.AbstractContextManager[None]:
       tier: "pallas" for the kernels, on GPU (by Triton) and TPU, where a pass has one
         that fits its shapes, and on GPU for small matrices. "xla" for none. "auto", the
         default, for the kernels where XLA can take them: on one device, and within a
-        `jax.shard_map` or `jax.pmap`, as it cannot partition a kernel over several. A
-        GPU must be an Ampere or newer, as Triton wants it.
-        They move less memory than its loops for a layer of LLaMA-7B, in fewer launches,
-        by the counts of the compilers for H100 and TPU v5e. On a mesh, "pallas" can be
-        chosen within those two only.
+        `jax.shard_map` or `jax.pmap`, as it cannot partition a kernel over several; a
+        GPU must be an Ampere or newer, as Triton wants it. They move less memory than
+        its loops for a layer of LLaMA-7B, in fewer launches, by the counts of the
+        compilers for H100 and TPU v5e. On a mesh, "pallas" can be chosen within those
+        two only.
 
     Returns:
       A context manager.
@@ -65,10 +65,8 @@ def active(grad: jax.Array) -> bool:
     Raises:
       ValueError: if they are where XLA would have to partition them.
     """
-    if chosen.value == "auto":
-        return on_one("gpu", "tpu")
     axes = split_axes(grad)
-    if chosen.value != "xla" and axes:
+    if chosen.value not in ("auto", "xla") and axes:
         raise ValueError(
             f"Cannot use Pallas kernels for a gradient of shape {grad.shape} on a mesh "
             f"with the axes {', '.join(axes)}: XLA cannot partition a kernel, and "
@@ -76,7 +74,7 @@ def active(grad: jax.Array) -> bool:
             "jax.shard_map over these axes, or choose "
             'lowrank_optax.kernels.dispatch("auto") or "xla".'
         )
-    return chosen.value != "xla"
+    return wanted("gpu", "tpu")
 
 
 def by_platform(run: Callable[[str, bool], T], plain: Callable[[], T]) -> T:

@@ -15,8 +15,9 @@ from jax.experimental.pallas import triton
 
 from lowrank_optax._src.kernels.adam import renewed, step_in_blocks
 from lowrank_optax._src.kernels.dispatch import by_platform, warn_of_xla
-from lowrank_optax._src.kernels.plan import BUDGET, next_power_of_two
+from lowrank_optax._src.kernels.plan import BUDGET
 from lowrank_optax._src.kernels.tiles import flat
+from lowrank_optax._src.linalg.small import next_power_of_two
 from lowrank_optax._src.parts import int8_map
 
 Array = jax.Array

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from lowrank_optax._src.kernels.dispatch import by_platform
 from lowrank_optax._src.kernels.tiles import Pass, dot, product
 from lowrank_optax._src.linalg import Lying
-from lowrank_optax._src.linalg.products import OUTER_MAX_RANK
+from lowrank_optax._src.linalg.products import OUTER_MAX_RANK, wide
 from lowrank_optax._src.parts.factors import LowRankCode, clamp_negative
 from lowrank_optax._src.parts.low_rank import LowRank
 
@@ -23,23 +23,17 @@ Array = jax.Array
 
 
 def suits(
-    grad: Lying, codecs: Sequence[LowRank], omegas: Sequence[Array | None]
+    grad: Array, codecs: Sequence[LowRank], omegas: Sequence[Array | None]
 ) -> bool:
     """Whether the passes apply: one product with each moment, then one with its sketch.
 
     Args:
-      grad: (*batch, m, n).
+      grad: of which they are, in any order.
       codecs, omegas: of each moment, and what they drew.
     """
-    m, n = grad.matrix.shape[-2:]
-    thin = max(codec.rank for codec in codecs) <= OUTER_MAX_RANK
-    return (
-        grad.array.dtype == jnp.float32
-        and thin
-        and all(
-            codec.power_iters == 0 and omega is not None and omega.shape[-2] < min(m, n)
-            for codec, omega in zip(codecs, omegas, strict=True)
-        )
+    return wide(grad.dtype) == jnp.float32 and all(
+        codec.rank <= OUTER_MAX_RANK and codec.power_iters == 0 and omega is not None
+        for codec, omega in zip(codecs, omegas, strict=True)
     )
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from lowrank_optax._src.linalg.products import OUTER_MAX_RANK
+from lowrank_optax._src.linalg.small import next_power_of_two
 
 Array = jax.Array
 
@@ -22,10 +23,6 @@ _TILES = {
     "tpu": ((256, 512), (128, 512), (128, 256), (128, 128)),
 }
 _VALUES = 6  # whole tiles of float32 that a pass keeps besides its operands, at most
-
-
-def next_power_of_two(size: int, least: int = 1) -> int:
-    return max(least, 1 << (size - 1).bit_length())
 
 
 @dataclasses.dataclass(frozen=True)

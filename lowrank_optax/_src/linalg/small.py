@@ -21,6 +21,10 @@ WIDEST = 16
 _BY_NUMBERS = 8
 
 
+def next_power_of_two(size: int, least: int = 1) -> int:
+    return max(least, 1 << (size - 1).bit_length())
+
+
 # Compiled, so that JAX traces its hundreds of operations once for a shape, and not in
 # each program that may run on an accelerator.
 @functools.partial(jax.jit, static_argnames=("least", "unroll"))
@@ -117,17 +121,21 @@ def jacobi_eigh(
         a = jnp.pad(a, [(0, 0), (0, 1), (0, 1)])
     size = a.shape[-1]
     eye = jnp.broadcast_to(jnp.eye(size, dtype=a.dtype), a.shape)
-    sweeps = 6 if k <= 8 else 8  # to 1e-6 for any matrix; most need two fewer
     # Some rounds in the body spare a GPU the launches that count a loop's steps.
     rows = jax.lax.fori_loop(
         0,
-        sweeps * (size - 1),
+        rounds(size),
         lambda _, rows: _rotate(rows),
         jnp.concatenate([a, eye], axis=1),
         unroll=min(7, size - 1) if unroll else 1,
     )
     a, v = rows[:, :size], rows[:, size:]
     return _descending(jnp.diagonal(a, axis1=-2, axis2=-1), v, k)
+
+
+def rounds(size: int) -> int:
+    """Of Jacobi's rotations: to 1e-6 for any matrix; most need two sweeps fewer."""
+    return (6 if size <= 8 else 8) * (size - 1)
 
 
 def _descending(values: Array, v: Array, k: int) -> tuple[Array, Array]:

@@ -76,10 +76,6 @@ def _matrix_of(stack: Any) -> pl.BlockSpec:
     return pl.BlockSpec((None, *stack.shape[1:]), lambda b: (b, 0, 0))
 
 
-def _tile(k: int) -> int:
-    return max(_LEAST, 1 << (k - 1).bit_length())
-
-
 def _eliminate(gram_ref, out_ref, *, k, least):
     """Gauss's elimination on the columns of ``(gram, 1)``: the lower half becomes T."""
     row, column = _places(k)
@@ -109,7 +105,7 @@ def _diagonalize(a_ref, values_ref, vectors_ref, *, k):
     size = len(row)
     a = _load(a_ref, k)
     start = a, jnp.where(row == column, 1.0, 0.0).astype(a.dtype)
-    rounds = (6 if size <= 8 else 8) * (size - 1)
+    rounds = small.rounds(size)
     a, v = jax.lax.fori_loop(0, rounds, lambda _, both: _rotate(*both), start)
     # Rows that were added are eigenvectors of their own, and come last.
     added = _sum(jnp.where(row >= k, jnp.abs(v), 0.0), 0) > 0.5
@@ -153,7 +149,7 @@ def _rotate(a: Array, v: Array) -> tuple[Array, Array]:
 
 
 def _places(k: int) -> tuple[Array, Array]:
-    size = _tile(k)
+    size = small.next_power_of_two(k, _LEAST)
     shape = (size, size)
     return (
         jax.lax.broadcasted_iota(jnp.int32, shape, 0),
@@ -177,7 +173,7 @@ def _upright(x: Array) -> Array:
 
 def _load(ref: Any, k: int) -> Array:
     """A matrix with zeros around it."""
-    size = _tile(k)
+    size = small.next_power_of_two(k, _LEAST)
     at, inside = _inside((size, size), k)
     zero = None if inside is None else jnp.zeros([], ref.dtype)
     return triton.load(ref.at[at], mask=inside, other=zero)

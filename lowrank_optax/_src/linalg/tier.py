@@ -1,6 +1,5 @@
 """Whether kernels are wanted, and those of small matrices where they are."""
 
-import functools
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -17,23 +16,23 @@ T = TypeVar("T")
 chosen = jax.make_user_context(default_value="auto")
 
 
-def on_one(*backends: str) -> bool:
-    """Whether it is a program of one device that is traced, with nothing to split.
+def wanted(*backends: str) -> bool:
+    """Whether kernels are wanted by what is chosen, or, with "auto", on these backends.
 
-    Shardings of arguments are not known when tracing: a process of several devices may
-    split anything, but for what is inside of `jax.shard_map`.
+    There, for a program of one device, with nothing to split. Shardings of arguments
+    are not known when tracing: a process of several devices may split anything, but for
+    what is inside of `jax.shard_map`.
     """
+    if chosen.value != "auto":
+        return chosen.value != "xla"
     if jax.default_backend() not in backends:
         return False
     inside = jax.sharding.get_abstract_mesh().are_all_axes_manual
-    return (inside or jax.device_count() == 1) and _takes_kernels(
-        jax.local_devices()[0]
-    )
+    return (inside or jax.device_count() == 1) and _is_new(jax.local_devices()[0])
 
 
-@functools.cache
-def _takes_kernels(device: jax.Device) -> bool:
-    """Triton takes GPUs since Ampere: no V100, and no T4."""
+def _is_new(device: jax.Device) -> bool:
+    """Whether Triton takes it: of CUDA's since Ampere, no V100, and no T4."""
     major = str(getattr(device, "compute_capability", "")).partition(".")[0]
     return not major.isdigit() or int(major) >= 8
 
@@ -51,17 +50,10 @@ def on_gpu(
       cpu, plain: take them without kernels, on CPU and elsewhere.
       small: the matrices. Where XLA would have to partition the kernel, it is not used.
     """
-    if chosen.value == "auto":
-        wanted = on_one("gpu")
-    else:
-        wanted = chosen.value in ("pallas", "interpret cuda") and not split_axes(small)
-    if not wanted or not small.size or small.dtype != jnp.float32:
-        return jax.lax.platform_dependent(small, cpu=cpu, default=plain)
-    if chosen.value == "interpret cuda":
-        return kernel(small, True)
-    cuda = functools.partial(_compiled, kernel)
-    return jax.lax.platform_dependent(small, cpu=cpu, cuda=cuda, default=plain)
-
-
-def _compiled(kernel: Callable[[jax.Array, bool], T], small: jax.Array) -> T:
-    return kernel(small, False)
+    kernels = {}
+    suits = small.size and small.dtype == jnp.float32 and not split_axes(small)
+    if suits and wanted("gpu") and chosen.value != "interpret tpu":
+        if chosen.value == "interpret cuda":
+            return kernel(small, True)
+        kernels["cuda"] = lambda small: kernel(small, False)
+    return jax.lax.platform_dependent(small, cpu=cpu, default=plain, **kernels)

@@ -130,7 +130,7 @@ class MLorcAdam:
     def sketch(self, step, grad, state, given):
         """All, while V is there; by kernels, which store no V, the first products."""
         v, omegas = self._second_moment(grad, state.nu, given), given.omegas
-        if self._by_kernels(grad, omegas):
+        if self._by_kernels(grad.array, omegas):
             found = self._pass("sketch", grad, v, state, given, omegas)
             ys = tuple(map(by_columns, found))
             told = self.mu.weights(ys[0], state.mu) is not None
@@ -211,7 +211,7 @@ class MLorcAdam:
         return small, jnp.sqrt(size) / jnp.sqrt(1 - self.b2), size
 
     def _by_kernels(self, grad, omegas):
-        if not active(grad.array):
+        if not active(grad):
             return False
         from lowrank_optax._src.kernels import mlorc
 
@@ -265,8 +265,7 @@ class MLorcLion:
         y, old = given
         kept = low_rank_product(old.mu, grad.turned)
         c = self.b1 * kept + (1 - self.b1) * grad.array
-        z = Average(self.b2, state.mu, grad).last(y)
-        return grad.of(jnp.sign(c)), (y, z)
+        return grad.of(jnp.sign(c)), (y, grad.project(y))
 
     def finish(self, found, states, count):
         old = [state.mu for state in states]

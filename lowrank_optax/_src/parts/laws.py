@@ -249,10 +249,11 @@ class StagedRule(Protocol):
     @property
     def stages(self) -> tuple[tuple[Callable[..., Any], Callable[..., Any]], ...]: ...
 
-    def dense(self, grad: Lying, given: Any) -> bool:
+    def dense(self, grad: Array, given: Any) -> bool:
         """Whether a wide stage makes a matrix of full size and reads it twice.
 
-        Such leaves are taken one after the other. ``given`` is what `start` made.
+        Such leaves are taken one after the other. ``grad`` is the leaf's own, of which
+        no number may be looked at, and ``given`` what `start` made.
         """
         ...
 

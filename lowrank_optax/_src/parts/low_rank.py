@@ -175,7 +175,11 @@ def sketches(
     given = zip(codecs, omegas, matrices, olds, strict=True)
     ys = [first_product(*x) for x in given]
     ys = lifted_each(ys, olds, sizes, None)
-    return list(zip(ys, map(second_product, matrices, ys), strict=True))
+    zs = [
+        x.last(y) if isinstance(x, Average) else x.project(y)
+        for x, y in zip(matrices, ys, strict=True)
+    ]
+    return list(zip(ys, zs, strict=True))
 
 
 def first_product(
@@ -193,11 +197,6 @@ def first_product(
         z = x.project(linalg.range_basis(y)).mT
         y = x.sketch(linalg.range_basis(z).mT)
     return y
-
-
-def second_product(x: "Lying | Average", y: Array) -> Array:
-    """``y^T A``; of an `Average` without what `with_kept` adds."""
-    return x.last(y) if isinstance(x, Average) else x.project(y)
 
 
 def lifted_each(
