@@ -147,12 +147,12 @@ _TRIED = """
 - **adamw_8bit, XLA on TPU**: a scale reaches its block only by moving the matrix to
   another layout, several times: 33 words. So it goes in a loop over some rows, which
   fit the chip's memory, and writes the update: 7 words, and one leaf of temporaries.
-- **Compile time of MLorc on an H100**: 17 s for seven leaves by XLA on two quiet cores,
-  where `optax.adamw` takes 0.6 and GaLore 9. A kernel costs 60 ms, and there are 150. A
-  third is XLA's choice of fusions among 7,500 operations, 4,400 of them in eliminations
-  that are written out number by number. Row by row there are 81 more launches, and the
-  time was 19 s. With kernels for small matrices it is 16 s beside 25, of one run with
-  other work on the machine (MLorc-Lion 10 beside 13), and was 35 before.
+- **Compile time of MLorc-AdamW on an H100**, seven leaves, two quiet cores: 17 s by
+  XLA and 11 with kernels, which was 20; MLorc-Lion 10 and 7, which was 18. There,
+  `optax.adamw` takes 0.5, and GaLore 10. A kernel costs 60 ms, and XLA's tier has 148.
+  A third is XLA's choice of fusions among 7,500 operations, 4,400 of them in eight
+  eliminations that are written out number by number; kernels of small matrices have
+  none. Row by row there are 81 more launches, and the time was 19 s.
 - **Compile time** beside `optax.adamw` of the same row: what is compiled once for equal
   shapes by the tracer is compiled by XLA for each leaf. On a TPU, a gradient's product
   at the highest precision takes it three to eight seconds of a processor (0.3 at the
