@@ -64,24 +64,43 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("few")
 
-# Laws that every method is tried with are kept by code that all methods share: of the
-# tests of a law in these files, one in so many runs where nobody says, each with other
-# methods than the law before. GitHub's workflow tries them all.
+# Of the tests of a law in these files, one in so many runs where nobody says, each with
+# other methods or shapes than the law before: what keeps it is code that all share.
+# GitHub's workflow tries them all, and what is marked as long.
 _SAMPLED = {
-    "test_any_params.py": 6,
-    "test_average.py": 4,
-    "test_boxes.py": 6,
-    "test_calls.py": 8,
-    "test_common.py": 6,
-    "test_faults.py": 4,
-    "test_layerwise.py": 4,
-    "test_notebooks.py": 2,
-    "test_sharding.py": 4,
-    "test_signatures.py": 2,
-    "test_subspace.py": 4,
-    "test_two_rates.py": 4,
+    "test_accumulate.py": 2,
+    "test_any_params.py": 8,
+    "test_around.py": 2,
+    "test_average.py": 6,
+    "test_boxes.py": 8,
+    "test_calls.py": 12,
+    "test_codec.py": 2,
+    "test_common.py": 10,
+    "test_compositions.py": 2,
+    "test_diagnostics.py": 2,
+    "test_example_checkpoints.py": 2,
+    "test_faults.py": 8,
+    "test_i3s.py": 2,
+    "test_kernels.py": 2,
+    "test_layerwise.py": 6,
+    "test_linalg.py": 3,
+    "test_mlorc.py": 2,
+    "test_notebooks.py": 4,
+    "test_paths.py": 2,
+    "test_plan.py": 3,
+    "test_project.py": 2,
+    "test_q_galore.py": 2,
+    "test_quantize.py": 2,
+    "test_renew.py": 2,
+    "test_roles.py": 2,
+    "test_sharding.py": 6,
+    "test_signatures.py": 4,
+    "test_small.py": 3,
+    "test_subspace.py": 8,
+    "test_temporaries.py": 2,
+    "test_two_rates.py": 6,
 }
-_FEW = 6  # a law with fewer tests is none of all methods
+_FEW = 4  # a law with fewer tests is none of many methods
 
 
 def pytest_addoption(parser):
@@ -99,6 +118,11 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.addinivalue_line(
+        "markers",
+        "long: of a kind that shorter tests keep too; left out of a run of the whole "
+        "suite, unless --sample 1 asks for all.",
+    )
     if path := config.getoption("--contract"):
         from contract import Contract  # imports the library: after the flags are set
 
@@ -107,12 +131,14 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     """Leaves out all but a sample of the common tests, the same at every run."""
-    asked, laws = config.getoption("sample"), collections.defaultdict(list)
-    for item in items:
-        if item.path.name in _SAMPLED:
-            laws[item.path.name, item.originalname].append(item)
+    asked = config.getoption("sample")
     whole = len(items) > 3000  # else it was asked for a few
-    out = []
+    brief = whole and asked != 1
+    out = [t for t in items if brief and t.get_closest_marker("long")]
+    laws = collections.defaultdict(list)
+    for item in items:
+        if item.path.name in _SAMPLED and item not in out:
+            laws[item.path.name, item.originalname].append(item)
     for number, ((file, _), tests) in enumerate(laws.items()):
         every = min(asked or (_SAMPLED[file] if whole else 1), len(tests))
         if len(tests) >= _FEW:
@@ -141,6 +167,17 @@ def compile_once():
     with tempfile.TemporaryDirectory() as folder:
         jax.config.update("jax_compilation_cache_dir", folder)
         yield
+
+
+def pytest_sessionstart():
+    """Make Python look for garbage less often, and not among what is imported.
+
+    It took an eighth of the time, as tracing allocates much and frees nearly all of it
+    by itself.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 _tests_run = itertools.count(1)

@@ -34,6 +34,7 @@ def test_differences_are_paired_by_seed():
     assert row.split()[5] == "2" and row.endswith("+0.100 ± 0.000 |")
 
 
+@pytest.mark.long
 def test_a_run_takes_what_is_there_and_goes_on(tmp_path):
     settings = ablations.Settings(
         variants=("uniform_adamw",),

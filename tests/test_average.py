@@ -154,6 +154,7 @@ def test_between_refreshes_coefficients_alone_are_exchanged():
     assert count(ours, True) == thin + 4 * 64 * 96
 
 
+@pytest.mark.long
 def test_a_llama_trains_with_the_losses_of_one_device():
     config = LlamaConfig(
         vocab_size=64,

@@ -397,6 +397,7 @@ def train_map(directory, stop_at=None):
     return train(task, tx, timetable, probe, directory, "relora", stop)
 
 
+@pytest.mark.long
 def test_a_stopped_run_of_relora_resumes_bit_for_bit(tmp_path):
     expected = train_map(tmp_path / "whole")
     with pytest.raises(Interrupted, match="after step 8"):

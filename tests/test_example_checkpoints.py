@@ -253,7 +253,8 @@ def test_metrics_that_were_changed_are_refused(edit, copy):
 def test_writes_that_outlast_a_failed_one_say_nothing(tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(sys, "unraisablehook", told.append)
-    with ocp.CheckpointManager(tmp_path / "run") as manager:
+    at_once = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    with ocp.CheckpointManager(tmp_path / "run", options=at_once) as manager:
         for step in (1, 2):
             with full_disk(1000), pytest.raises(OSError, match="Cannot write"):
                 save(manager, step, {"x": START})

@@ -705,6 +705,7 @@ def test_seeds_differ_and_their_mean_is_reported(whole):
     assert " ± " in (whole / "report.md").read_text()
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_and_stopped_ends_the_same(
     whole, problems, tmp_path, monkeypatch
 ):
@@ -848,6 +849,7 @@ def test_a_damaged_run_is_refused_in_one_line(spoil, said, whole, tmp_path):
 # Per-layer updates
 
 
+@pytest.mark.long
 def test_layerwise_takes_the_ordinary_steps_and_resumes(
     weights, problems, tmp_path, monkeypatch
 ):

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 
+import pytest
+
 from benchmarks import finetuning
 from benchmarks.comparison.protocol import Protocol, Study, Trial
 
@@ -57,6 +59,7 @@ def test_scores_are_paired_with_those_of_full_finetuning():
     assert not list(study.missing(settings.methods))
 
 
+@pytest.mark.long
 def test_a_run_goes_on_from_what_is_there(tmp_path, capsys):
     settings = finetuning.Settings(
         methods=("adamw",),

@@ -90,6 +90,24 @@ def result_of(out):
     return result
 
 
+# On a mesh
+
+
+def test_two_devices_take_the_steps_of_one(inputs, tmp_path):
+    losses = {}
+    for name, mesh in (("one", []), ("two", ["--mesh", "model=2"])):
+        out = tmp_path / name
+        asked = ["--methods", "mlorc_adamw", "--epochs", "1", *mesh]
+        assert main(flags(inputs, out, *asked)) == 0
+        found = sorted(out.glob("*/lr-*/metrics.jsonl"))
+        losses[name] = [[r["loss"] for r in read_metrics(x)[1:]] for x in found]
+        device = json.loads((out / "result.json").read_text())["device"]
+        assert ("2 x" in device and "mesh model=2" in device) == (name == "two")
+    assert [len(steps) for steps in losses["one"]] == [3]
+    for one, two in zip(*losses.values(), strict=True):
+        assert one == pytest.approx(two, rel=1e-4)
+
+
 # A finished run
 
 
@@ -193,6 +211,7 @@ def files(folder):
     return {x.relative_to(folder) for x in folder.rglob("*") if x.is_file()}
 
 
+@pytest.mark.long
 def test_a_run_that_crashes_anywhere_ends_as_one_that_does_not(
     finished, inputs, tmp_path, monkeypatch
 ):
@@ -217,6 +236,7 @@ def test_a_run_that_crashes_anywhere_ends_as_one_that_does_not(
     assert files(out / "lora") == files(finished / "lora")
 
 
+@pytest.mark.long
 def test_a_run_killed_while_it_saves_and_stopped_goes_on(
     finished, inputs, tmp_path, monkeypatch, capsys
 ):
@@ -566,6 +586,7 @@ def test_a_damaged_base_of_a_run_is_refused(made, tmp_path, capsys):
     assert len(lines) == 1 and f"{tensors} is not as it was written" in lines[0]
 
 
+@pytest.mark.long
 def test_making_it_goes_on_too_after_a_stop_and_crashes(
     made, tmp_path, monkeypatch, capsys
 ):

@@ -397,6 +397,7 @@ def test_a_damaged_run_is_refused_in_one_line(spoil, said, smoke, tmp_path, caps
     assert contents(out) == before
 
 
+@pytest.mark.long
 def test_one_flipped_bit_does_not_change_the_results(smoke, tmp_path, capsys):
     out = shutil.copytree(smoke, tmp_path / "run")
     flip(largest(out / "mlorc_adamw" / "checkpoints" / str(STEPS)))
@@ -407,6 +408,7 @@ def test_one_flipped_bit_does_not_change_the_results(smoke, tmp_path, capsys):
         assert metrics_of(out, method) == metrics_of(smoke, method)
 
 
+@pytest.mark.long
 def test_a_full_disk_is_one_line_and_the_run_goes_on_later(smoke, tmp_path, capsys):
     out = shutil.copytree(smoke, tmp_path / "run")
     shutil.rmtree(out / "adamw")

@@ -186,6 +186,7 @@ def test_the_report_has_tables_and_plots(finished):
         assert str(finished / f"{name}.png") in printed.read_text()
 
 
+@pytest.mark.long
 def test_a_stopped_run_goes_on(finished, flags, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     at_call(monkeypatch, Encoded, "training_batch", 4, stop)

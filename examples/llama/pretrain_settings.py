@@ -30,7 +30,7 @@ class Pretrain(Devices):
     date; with --resume, the latest there."""
     resume: bool = False
     """Continue the run in --out with the settings it was started with."""
-    steps: int = 300
+    steps: int = 240
     """Optimizer steps of each method."""
     batch_size: int = 8
     """Sequences in a batch."""

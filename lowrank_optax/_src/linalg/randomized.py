@@ -179,8 +179,8 @@ def randomized_svd(
       key: for the sketch; one, or one for each matrix.
       a: ``(*batch, m, n)``.
       rank: at most ``min(m, n)`` are returned.
-      oversample: p.
-      power_iters: q.
+      oversample: p, columns of the sketch beyond the rank.
+      power_iters: q, rounds of power iteration.
 
     Returns:
       ``(u, s, vt)`` of shapes ``(*batch, m, r)``, ``(*batch, r)``, ``(*batch, r, n)``.

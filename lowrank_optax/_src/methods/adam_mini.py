@@ -132,7 +132,8 @@ def adam_mini(
     Args:
       learning_rate: a float or a schedule.
       b1, b2, eps: of Adam-mini.
-      weight_decay, mask: decoupled, times the learning rate.
+      weight_decay: decoupled, times the learning rate.
+      mask: which leaves decay, as in `optax.add_decayed_weights`.
       matrices, key: see `scale_by_adam_mini`.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -169,7 +170,8 @@ def galore_adam_mini(
       learning_rate: a float or a schedule.
       rank, update_every, scale: r, T and alpha, as in `galore_adamw`.
       b1, b2, eps: of Adam-mini.
-      weight_decay, mask: decoupled, on the full weights, times the learning rate.
+      weight_decay: decoupled, on the full weights, times the learning rate.
+      mask: which leaves decay, as in `optax.add_decayed_weights`.
       subspace, transfer, side, matrices, key: see `galore_project`.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro

@@ -146,7 +146,8 @@ def adarankgrad_adamw(
       max_rank: the largest rank, and that of the memory.
       scale: of projected matrices, as in `galore_adamw`.
       b1, b2, eps: of Adam.
-      weight_decay, mask: decoupled, on the full weights, times the learning rate.
+      weight_decay: decoupled, on the full weights, times the learning rate.
+      mask: which leaves decay, as in `optax.add_decayed_weights`.
       min_rank, max_residual_energy, max_interval, min_interval, measure: see
         `adaptive_rank`.
       transfer, recovery, side, matrices, key: see `adaptive_rank`.

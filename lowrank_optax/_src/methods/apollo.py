@@ -45,16 +45,17 @@ def apollo_scale(
 
     Args:
       inner: such as ``optax.scale_by_adam()``.
-      rank: r.
+      rank: r, the number of columns of a basis.
       per: a factor for each "channel" (index of the side that is not projected), or for
         the "tensor".
       limiter: the factor by which the norm of the scaled gradient may grow from one
         step to the next; None for none.
       update_every: T; the first update always draws.
       subspace: the projection; ``TopSingular()`` is the paper's variant with SVD.
-      scale: s. The factors are about ``sqrt(r / m)`` of those of full-rank Adam, m the
-        projected side, so ``sqrt(m / r)`` makes up for it. The paper's alpha stands
-        under a root: s = 1 for APOLLO, ``128 ** 0.5`` for APOLLO-Mini.
+      scale: s, of the updates. Their factors are about ``sqrt(r / m)`` of those of
+        full-rank Adam, m the projected side, so ``sqrt(m / r)`` makes up for it. The
+        paper's alpha stands under a root: s = 1 for APOLLO, ``128 ** 0.5`` for
+        APOLLO-Mini.
       side, matrices, key: see `project_gradients`.
 
     Returns:
@@ -118,7 +119,8 @@ def apollo_adamw(
       rank, update_every, scale: r (a quarter of the width in the paper), T and s.
       b1, b2, eps: of Adam.
       per, limiter, subspace: see `apollo_scale`.
-      weight_decay, mask: decoupled, on the full weights, times the learning rate.
+      weight_decay: decoupled, on the full weights, times the learning rate.
+      mask: which leaves decay, as in `optax.add_decayed_weights`.
       side, matrices, key: see `project_gradients`.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro

@@ -41,7 +41,7 @@ def fira_project(
 
     Args:
       inner: such as ``optax.scale_by_adam()``.
-      rank: r.
+      rank: r, the number of columns of a basis.
       limiter, reference: see `FiraResidual`.
       update_every: T; the first update always refreshes.
       subspace: which subspace; ``ImportanceSampled()`` makes this Fira-I3S.
@@ -113,7 +113,8 @@ def fira_adamw(
         with alpha 0.25 up to 350M parameters, 0.0625 beyond.
       b1, b2, eps: of Adam.
       limiter, reference, subspace, transfer: see `fira_project`.
-      weight_decay, mask: decoupled, on the full weights, times the learning rate.
+      weight_decay: decoupled, on the full weights, times the learning rate.
+      mask: which leaves decay, as in `optax.add_decayed_weights`.
       side, matrices, key: see `project_gradients`.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro

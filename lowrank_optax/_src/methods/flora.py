@@ -39,7 +39,7 @@ def flora_project(
 
     Args:
       inner: an optimizer with momentum, such as ``optax.ema(0.9, debias=False)``.
-      rank: r.
+      rank: r, the number of columns of a basis.
       update_every: T; the first update always draws. Each drawing adds noise of
         ``m / r`` times the momentum's square, m the projected side: it should be far
         longer than the momentum remembers.
@@ -105,7 +105,8 @@ def flora(
       b1: decay of the momentum, an average of Adafactor's updates.
       decay_rate: of the second moment, ``1 - t^-decay_rate``.
       clipping_threshold: on the root mean square of each matrix' update; None for none.
-      weight_decay, mask: decoupled, on the full weights, times the learning rate.
+      weight_decay: decoupled, on the full weights, times the learning rate.
+      mask: which leaves decay, as in `optax.add_decayed_weights`.
       side, matrices, key: see `project_gradients`.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro

@@ -36,7 +36,7 @@ def galore_project(
 
     Args:
       inner: such as ``optax.scale_by_adam()``.
-      rank: r.
+      rank: r, the number of columns of a basis.
       update_every: T; the first update always refreshes.
       subspace: how the singular vectors are found.
       transfer: the papers keep the moments; `Rotate` carries them to the new basis.

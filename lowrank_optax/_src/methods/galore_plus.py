@@ -59,7 +59,7 @@ def galore_plus_project(
 
     Args:
       inner: such as ``optax.scale_by_adam()``; it must have a first moment.
-      rank: r.
+      rank: r, the number of columns of a basis.
       b1, b2, eps: of the residual's Adam, best those of the inner optimizer.
       num_heads: heads of kernels of two axes, or a pair for queries and keys; others
         have an axis that counts them. None counts such a kernel as one head.
@@ -179,7 +179,8 @@ def galore_plus_adamw(
       b1, b2, eps: of Adam, that of the residual included.
       num_heads, density, warmup, residual_scale: see `galore_plus_project`.
       subspace, transfer: see `galore_plus_project`.
-      weight_decay, mask: decoupled, on the full weights, times the learning rate.
+      weight_decay: decoupled, on the full weights, times the learning rate.
+      mask: which leaves decay, as in `optax.add_decayed_weights`.
       side, matrices, key: see `project_gradients`.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro

@@ -41,13 +41,13 @@ def golore_project(
 
     Args:
       inner: such as ``optax.scale_by_adam()``, ``optax.trace(0.9)``.
-      rank: r.
+      rank: r, the number of columns of a basis.
       switch_step: k0, such as 80% of the training steps; it acts from the next
         refresh on.
       update_every: T; the first update always refreshes.
       subspace: the one before the switch.
       transfer: the paper projects the momentum to the new basis.
-      scale: s.
+      scale: s, a factor of the updates of matrices.
       side, matrices, key: see `project_gradients`.
 
     Returns:
@@ -109,7 +109,8 @@ def golore_adamw(
       switch_step: the subspaces are random from this step on; the paper chooses 80% of
         the training steps.
       subspace, transfer: see `golore_project`.
-      weight_decay, mask: decoupled, on the full weights, times the learning rate.
+      weight_decay: decoupled, on the full weights, times the learning rate.
+      mask: which leaves decay, as in `optax.add_decayed_weights`.
       side, matrices, key: see `project_gradients`.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro

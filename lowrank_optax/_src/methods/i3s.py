@@ -41,7 +41,7 @@ def i3s_subspace(
 
     Args:
       inner: such as ``optax.scale_by_adam()``, ``lro.scale_by_adafactor()``.
-      rank: r.
+      rank: r, the number of columns of a basis.
       update_every: T; the first update always refreshes (I3-1).
       transfer: the paper keeps the moments (I3-2); `Rotate` carries them to the new
         basis, which differs from the old one far more than GaLore's does.
@@ -107,11 +107,11 @@ def hybrid_subspace(
 
     Args:
       inner: such as ``optax.ema(0.9, debias=False)``.
-      rank: r.
+      rank: r, the number of columns of a basis.
       leading: r0, at most r.
       update_every: T; the first update always refreshes (I3-1).
       transfer: the paper projects the momentum (line 6).
-      scale: s.
+      scale: s, a factor of the updates of matrices.
       side, matrices, key: see `project_gradients`.
 
     Returns:
@@ -171,7 +171,8 @@ def i3s_adamw(
       learning_rate: a float or a schedule.
       rank, update_every, scale: r, T and alpha, as in `galore_adamw`.
       b1, b2, eps: of Adam.
-      weight_decay, mask: decoupled, on the full weights, times the learning rate.
+      weight_decay: decoupled, on the full weights, times the learning rate.
+      mask: which leaves decay, as in `optax.add_decayed_weights`.
       transfer, recovery: see `i3s_subspace`.
       side, matrices, key: see `project_gradients`.
 

@@ -231,9 +231,10 @@ def ldadamw(
 
     Args:
       learning_rate: a float or a schedule.
-      rank, b1, b2, eps, rho, error_feedback: of the method.
-      weight_decay, mask: decoupled, on the full weights, times the learning rate.
-      matrices, key: see `scale_by_ldadam`.
+      rank, b1, b2, eps, rho, error_feedback: see `scale_by_ldadam`.
+      weight_decay: decoupled, on the full weights, times the learning rate.
+      mask: which leaves decay, as in `optax.add_decayed_weights`.
+      matrices, key: see there.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro
     >>> tx = lro.ldadamw(1e-3, rank=2)

@@ -38,7 +38,7 @@ def mlorc_compress(
 
     Args:
       inner: such as ``optax.trace(0.9)``, ``optax.scale_by_lion()``.
-      rank: r.
+      rank: r, the width of the thin arrays.
       fields: names of the state fields to compress; by default all those known as
         first (``mu``, ``trace``, ...) or second moments (``nu``, ...), the latter
         non-negative; a warning names what is of unknown role in a state of other
@@ -99,7 +99,7 @@ def mlorc_scale_by_adam(
     Leaves that are not matrices get Adam.
 
     Args:
-      rank: r.
+      rank: r, the width of the thin arrays.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added outside of the root, after the bias correction.
@@ -177,7 +177,7 @@ def mlorc_scale_by_lion(
     Leaves that are not matrices get Lion.
 
     Args:
-      rank: r.
+      rank: r, the width of the thin arrays.
       b1, b2: the two decays.
       oversample, power_iters, warm_start: the sketch, see `LowRank`. The paper's code
         has 0, 0, False here.
@@ -225,9 +225,10 @@ def mlorc_adamw(
 
     Args:
       learning_rate: a float or a schedule.
-      rank, b1, b2, eps: of the method.
-      oversample, power_iters, warm_start, compress: see `mlorc_scale_by_adam`.
-      weight_decay, mask: decoupled, on the full weights, times the learning rate.
+      rank, b1, b2, eps, oversample, power_iters, warm_start, compress: see
+        `mlorc_scale_by_adam`.
+      weight_decay: decoupled, on the full weights, times the learning rate.
+      mask: which leaves decay, as in `optax.add_decayed_weights`.
       matrices, key: see `project_gradients`.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -268,9 +269,9 @@ def mlorc_lion(
 
     Args:
       learning_rate: a float or a schedule.
-      rank, b1, b2: of the method.
-      oversample, power_iters, warm_start: see `mlorc_scale_by_lion`.
-      weight_decay, mask: decoupled, on the full weights, times the learning rate.
+      rank, b1, b2, oversample, power_iters, warm_start: see `mlorc_scale_by_lion`.
+      weight_decay: decoupled, on the full weights, times the learning rate.
+      mask: which leaves decay, as in `optax.add_decayed_weights`.
       matrices, key: see `project_gradients`.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro

@@ -47,7 +47,7 @@ def q_galore_project(
 
     Args:
       inner: such as ``optax.scale_by_adam()``.
-      rank: r.
+      rank: r, the number of columns of a basis.
       bits: of the basis, 4 (see `PackedInt4`) or 8 (see `BlockInt8`).
       update_every: T, the period at the start; the first update always refreshes.
       threshold, max_stretch: of the lazy renewal, see `WhenDrifted`.
@@ -122,7 +122,8 @@ def q_galore_adamw_8bit(
       b1, b2, eps: of Adam; the paper's script has b2 = 0.95.
       bits, threshold, max_stretch, subspace, transfer: see `q_galore_project`.
       block: of the moments, see `quantize_state`.
-      weight_decay, mask: decoupled, on the full weights, times the learning rate.
+      weight_decay: decoupled, on the full weights, times the learning rate.
+      mask: which leaves decay, as in `optax.add_decayed_weights`.
       side, matrices, key: see `project_gradients`.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro

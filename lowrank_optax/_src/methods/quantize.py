@@ -104,7 +104,8 @@ def adamw_8bit(
     Args:
       learning_rate: a float or a schedule.
       b1, b2, eps: of Adam.
-      weight_decay, mask: decoupled, times the learning rate.
+      weight_decay: decoupled, times the learning rate.
+      mask: which leaves decay, as in `optax.add_decayed_weights`.
       block, key: see `quantize_state`.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro
@@ -142,7 +143,8 @@ def galore_adamw_8bit(
       learning_rate: a float or a schedule.
       rank, update_every, scale: r, T and alpha, as in `galore_adamw`.
       b1, b2, eps: of Adam.
-      weight_decay, mask: decoupled, on the full weights, times the learning rate.
+      weight_decay: decoupled, on the full weights, times the learning rate.
+      mask: which leaves decay, as in `optax.add_decayed_weights`.
       subspace, transfer, side, matrices, key: see `galore_project`.
       block: see `quantize_state`.
 
@@ -196,7 +198,8 @@ def adarankgrad_adamw_8bit(
       max_rank: the largest rank, and that of the memory.
       scale: of projected matrices, as in `galore_adamw`.
       b1, b2, eps: of Adam.
-      weight_decay, mask: decoupled, on the full weights, times the learning rate.
+      weight_decay: decoupled, on the full weights, times the learning rate.
+      mask: which leaves decay, as in `optax.add_decayed_weights`.
       min_rank, max_residual_energy, max_interval, min_interval, measure: see
         `adaptive_rank`.
       transfer, recovery, side, matrices, key: see `adaptive_rank`.

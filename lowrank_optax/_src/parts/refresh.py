@@ -23,7 +23,7 @@ class Every:
     """Every leaf at steps 0, T, 2T, ..., as the papers have it.
 
     Args:
-      update_every: T.
+      update_every: T, in steps.
 
     >>> import optax, lowrank_optax as lro
     >>> every = lro.Every(500)
@@ -63,7 +63,7 @@ class Staggered:
     The step time stays flat where `Every` has one long step in T.
 
     Args:
-      update_every: T.
+      update_every: T, in steps.
 
     >>> import optax, lowrank_optax as lro
     >>> one_by_one = lro.Staggered(500)
