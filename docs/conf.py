@@ -83,6 +83,8 @@ html_theme_options = {
     "path_to_docs": "docs",
     "use_repository_button": True,
     "use_edit_page_button": True,
+    # Sources of pages are not copied.
+    "use_download_button": False,
     "show_toc_level": 2,
     "show_navbar_depth": 1,
     # The side bar has the search.
@@ -131,7 +133,13 @@ def missing(app, env, node, content):
     return None
 
 
+def skip(app, what, name, obj, skip, options):
+    """Fields of a NamedTuple, whose docstring says what they are."""
+    return True if str(obj.__doc__).startswith("Alias for field") else None
+
+
 def setup(app):
+    app.connect("autodoc-skip-member", skip)
     app.connect("autodoc-process-signature", signature)
     app.connect("missing-reference", missing)
     tables.write(HERE / "_generated")
