@@ -7,12 +7,12 @@ code decides is typed into a page.
 import tomllib
 from pathlib import Path
 
-from benchmarks.faults import table as faults_table
 from tables import (
     choice,
     contract,
     counts,
     equality,
+    faults,
     losses,
     memory,
     methods,
@@ -20,7 +20,7 @@ from tables import (
     papers,
     speed,
 )
-from tables.records import ROOT, record
+from tables.records import ROOT
 
 
 def repository() -> str:
@@ -31,7 +31,6 @@ def repository() -> str:
 
 def _texts() -> dict[str, str]:
     pages = dict.fromkeys(x.page for x in methods.METHODS if x.page)
-    faults = faults_table(record("faults")["figures"])
     return {
         "methods": methods.table(),
         **{f"facts_{page}": methods.facts(page) for page in pages},
@@ -62,7 +61,8 @@ def _texts() -> dict[str, str]:
         "papers_gap": papers.gap(),
         "papers_galore_plus": papers.table(papers.GALORE_PLUS),
         "papers_adarankgrad": papers.table(papers.ADARANKGRAD),
-        "faults": faults[faults.index("\n| ") + 1 :],
+        "faults": faults.table(),
+        "faults_reasons": faults.reasons(),
     }
 
 

@@ -1,13 +1,13 @@
 """How far steps on a mesh are from those of one device, from the record."""
 
-from tables.records import record, rows
+from tables.records import named, record, rows
 
 
 def table() -> str:
     """Of each optimizer: its rounding floor, and the largest errors of the meshes."""
     lines = [
         (
-            f"`{name}`" if ", " not in name else name,
+            named(name),
             f"{x['floor']:.0e}",
             f"{max(x['errors'].values()):.0e}",
             f"{x['state_bytes_of_8'] / x['state_bytes']:.1%}",

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 
 from benchmarks.record import interval
 from tables.plots import Plot
-from tables.records import made_on, record, rows
+from tables.records import made_on, named, record, rows
 
 Methods = dict[str, dict[str, Any]]
 """Rank, losses by seed and bytes of the matrices' state of each method."""
@@ -73,10 +73,9 @@ def task() -> str:
     lines = []
     for name, run in found["runs"].items():
         f1 = run["scores"]["f1"]
-        method, comma, note = name.partition(",")
         lines.append(
             (
-                f"`{method}`{comma}{note}",
+                named(name),
                 str(run["rank"] or ""),
                 f"{run['learning_rate']:g}",
                 f"{100 * f1['mean']:.2f} ± {100 * f1['spread']:.2f}",

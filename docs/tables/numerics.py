@@ -1,6 +1,6 @@
 """How far updates are from those in float64, from the record."""
 
-from tables.records import record, rows
+from tables.records import named, record, rows
 
 
 def table() -> str:
@@ -10,7 +10,7 @@ def table() -> str:
     head = ("", *(f"{kind}, {float(c):,.0f}" for kind, c in columns))
     lines = (
         (
-            f"`{name.removesuffix(', XLA')}`",
+            named(name.removesuffix(", XLA")),
             *(f"{own[kind][c]:.0e}" for kind, c in columns),
         )
         for name, own in found.items()

@@ -19,6 +19,12 @@ def rows(head: Sequence[str], lines: Iterable[Sequence[str]], figures: bool) -> 
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, dashes, *lines))
 
 
+def named(name: str) -> str:
+    """A record's name of a run: the factory as code, and how it is set."""
+    factory, comma, how = name.partition(",")
+    return f"`{factory}`{comma}{how}"
+
+
 def made_on(machine: dict[str, Any]) -> str:
     """When and with what a record was made."""
     versions = ", ".join(f"{x} {machine[x]}" for x in ("jax", "optax") if x in machine)
