@@ -122,7 +122,9 @@ def _all(*parts: Callable[[], tuple[str, str]]) -> tuple[str, str]:
 
 
 def _one_moment() -> tuple[str, str]:
-    return _all(*(alike(x, "mlorc_adamw") for x in ("mlorc_m", "mlorc_v")))
+    found = {x: alike(f"mlorc_{x}", "mlorc_adamw")() for x in "mv"}
+    shown = "; ".join(figures for figures, _ in found.values())
+    return shown, "; ".join(f"{x}: {verdict}" for x, (_, verdict) in found.items())
 
 
 def _residual() -> tuple[str, str]:
@@ -198,7 +200,7 @@ def _refresh() -> tuple[str, str]:
     text = ", ".join(f"`{name}` {x:.1f}" for name, x in found.items())
     return (
         f"words a weight of a step that renews all bases, on an H100: {text}; GaLore's"
-        " come from the Gram matrix, in the paper from an SVD"
+        " bases come from a sketch here, in the paper from an SVD"
     ), f"{_yes(found[names[1]] < found[names[0]])}, by words"
 
 
@@ -240,7 +242,11 @@ def _ranks() -> tuple[str, str]:
         f" {x['state']:.0%} of GaLore's state, loss {x['loss']:.3f}"
         for x in found
     )
-    return f"one seed; {text}", _yes(all(x["state"] < 1 for x in found))
+    name, base = "adarankgrad_0.23", "adarankgrad_adamw"
+    return (
+        f"ranks.md, one seed at other rates: {text}; ablations.md,"
+        f" {len(losses(name))} seeds: {_difference(name, base)}"
+    ), _yes(all(x["state"] < 1 for x in found))
 
 
 def gap() -> str:
@@ -254,11 +260,12 @@ def gap() -> str:
             continue
         found = [statistics.fmean(math.exp(x[s]) for s in seeds) for x in parts]
         closed = reduction(*found)
+        share = "" if closed is None else f"{round(100 * closed)}%"
         lines.append(
             (
                 f"`{sampled}`, `{leading}`",
                 *(f"{x:.2f}" for x in found),
-                "full rank is not best" if closed is None else f"{closed:.0%}",
+                share or "full rank is not best",
                 str(len(seeds)),
             )
         )
