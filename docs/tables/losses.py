@@ -1,6 +1,5 @@
 """Losses of the methods on real text and on a task, from the records."""
 
-from itertools import cycle
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -91,19 +90,34 @@ def task() -> str:
     return "\n".join([rows(head, lines, figures=True), "", about])
 
 
+# How the moments of a method are kept; those of all others are of full rank.
+_PROJECTED = ("galore", "i3s", "fira", "golore", "apollo", "flora", "ldadam", "adarank")
+_COMPRESSED = ("mlorc", "adamw_8bit")
+
+
+def _color(name: str) -> str:
+    if name.startswith(_COMPRESSED):
+        return "#d9772b"
+    is_projected = name.removeprefix("q_").startswith(_PROJECTED)
+    return "#2f7fc1" if is_projected else "#8a929b"
+
+
 def plot() -> Plot:
-    """Loss minus AdamW's against bytes of state, at equal rank."""
+    """Loss minus AdamW's at equal rank, from the most bytes of state to the fewest."""
     methods = _groups().get("Equal rank", {})
+    order = sorted(methods, key=lambda name: methods[name]["matrix_state_bytes"])
 
     def draw(axes: plt.Axes) -> None:
-        marks = cycle("os^vD<>pXh*")
-        for (name, x), mark in zip(methods.items(), marks, strict=False):
+        labels = []
+        for place, name in enumerate(order):
             mean, half = _from_adamw(methods, name) or (0.0, 0.0)
-            size = x["matrix_state_bytes"] / 2**20
-            axes.errorbar(size, mean, half, fmt=mark, ms=6, capsize=3, label=name)
-        axes.set_xlabel("optimizer state of the matrices, MiB")
-        axes.set_ylabel("validation loss minus AdamW's")
-        if methods:
-            axes.legend(fontsize=8, frameon=False, bbox_to_anchor=(1, 1))
+            color = _color(name)
+            axes.errorbar(mean, place, xerr=half, fmt="o", ms=5, capsize=3, color=color)
+            kib = methods[name]["matrix_state_bytes"] / 1024
+            labels.append(f"{name}, {kib:,.0f}")
+        axes.axvline(0, ls=":", lw=1, color="#8a929b", zorder=0)
+        axes.set_yticks(range(len(order)), labels)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel("validation loss minus AdamW's")
 
-    return Plot("loss_by_bytes", draw, (7.5, 4.2))
+    return Plot("loss_by_bytes", draw, (4.6, 5.4))
