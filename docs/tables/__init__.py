@@ -43,6 +43,7 @@ def _texts() -> dict[str, str]:
         "comparison": losses.comparison(),
         "mrpc": losses.task(),
         "memory": memory.everything(),
+        "memory_budgets": memory.budgets(),
         "memory_step": memory.step("layerwise"),
         "memory_step_h100": memory.step("layerwise_h100"),
         "memory_accumulation": memory.accumulation(),

@@ -41,6 +41,35 @@ def everything() -> str:
     return rows(head, lines, figures=True)
 
 
+# Title and rank; what per-layer updates refuse is not among them.
+_BUDGETED = {
+    "AdamW of Optax": None,
+    "Adam in 8 bits": None,
+    "GaLore": 1024,
+    "GaLore in 8 bits": 1024,
+    "APOLLO": 256,
+    "MLorc-AdamW": 4,
+}
+_BUDGETS = (24, 40, 80)  # GB
+
+
+def budgets() -> str:
+    """Weights, gradients and state together, and the least device that holds them."""
+    lines = []
+    for title, rank in _BUDGETED.items():
+        state = llama_bytes(_titled(title), rank)
+        # A weight and its gradient, or the weight alone.
+        sums = [state + size * _WEIGHTS for size in (8, 4, 4, 2)]
+        lines.append((title + (f", r = {rank}" if rank else ""), *map(_held, sums)))
+    head = ("GB", "float32", "float32, per layer", "bfloat16", "bfloat16, per layer")
+    return rows(head, lines, figures=True)
+
+
+def _held(size: float) -> str:
+    device = next((str(x) for x in _BUDGETS if size < x * 1e9), "none")
+    return f"{gigabytes(size)} ({device})"
+
+
 def step(name: str) -> str:
     """The measured peak of a training step, with and without per-layer updates."""
     lines = [
