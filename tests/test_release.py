@@ -20,10 +20,12 @@ def test_the_version_is_that_of_the_package():
         rf"^version: {version}$", (ROOT / "CITATION.cff").read_text(), re.M
     )
     changes = (ROOT / "CHANGELOG.md").read_text()
-    assert re.search(
+    (when,) = re.findall(
         rf"^## \[{version}\] - (unreleased|\d{{4}}-\d\d-\d\d)$", changes, re.M
     )
-    assert re.search(rf"^\[{version}\]: \S+/v{version}$", changes, re.M)
+    # A tag is there once it is released.
+    place = "commits/main" if when == "unreleased" else f"releases/tag/v{version}"
+    assert re.search(rf"^\[{version}\]: \S+/{place}$", changes, re.M)
 
 
 def test_addresses_are_those_of_the_project():
