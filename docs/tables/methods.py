@@ -161,8 +161,9 @@ def _formula(state: str) -> str:
 def table() -> str:
     """All methods, with the state of a matrix and of LLaMA-7B."""
     lines = [
-        "| method | without and with a rate | state of a matrix | LLaMA-7B, GB |",
-        "|---|---|---|---|",
+        "| method | without and with a rate | state of a matrix | LLaMA-7B, GB |"
+        " at a higher rank |",
+        "|---|---|---|---|---|",
     ]
     for method in METHODS:
         check(method)
@@ -179,7 +180,7 @@ def table() -> str:
             title,
             " ".join(map(_code, names)),
             _formula(method.state),
-            ", ".join(sizes),
+            *(sizes + [""])[:2],
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
