@@ -93,7 +93,8 @@ def by_test() -> str:
                 (_sentence(test), str(len(methods) or ""), *map(_cases, cells))
             )
         title = f"### {area[0].upper()}{area[1:]}\n\n"
-        texts.append(title + rows(("", "methods", *heads), lines, figures=True) + "\n")
+        table = rows(("", "methods", *heads), lines, figures=True)
+        texts.append(f"{title}:::{{container}} figures\n{table}\n:::\n")
     return "\n".join(texts)
 
 
