@@ -4,7 +4,6 @@ A page includes what it needs from `_generated`. Nothing that was measured or th
 code decides is typed into a page.
 """
 
-import tomllib
 from pathlib import Path
 
 from tables import (
@@ -20,13 +19,7 @@ from tables import (
     papers,
     speed,
 )
-from tables.records import ROOT
-
-
-def repository() -> str:
-    """The address of the repository."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return project["urls"]["Repository"]
+from tables.records import repository as repository
 
 
 def _texts() -> dict[str, str]:

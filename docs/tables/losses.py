@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 
 from benchmarks.record import interval
 from tables.plots import Plot
-from tables.records import made_on, named, record, rows
+from tables.records import made_on, named, record, repository, rows
 
 Methods = dict[str, dict[str, Any]]
 """Rank, losses by seed and bytes of the matrices' state of each method."""
@@ -32,6 +32,7 @@ def comparison() -> str:
     """Methods tuned and compared on real text."""
     found = record("comparison")
     settings = found["settings"]
+    address = f"{repository()}/blob/main/benchmarks/records/comparison.md"
     parts = []
     for title, methods in _groups().items():
         lines = []
@@ -57,11 +58,10 @@ def comparison() -> str:
         f"steps of {settings['batch_size']} x {settings['seq_len']} tokens of the "
         f"Python standard library, subspaces every {settings['update_every']} steps; "
         "five seeds; ± is half of the 95% confidence interval, of differences that are "
-        "paired by seed. How the rates were chosen is in "
-        "`benchmarks/records/comparison.md`. At equal bytes, the rank is that with "
-        "which the state of the matrices is nearest to GaLore's, and the model's width "
-        "at most; LDAdam's error alone is more, and of AdaRankGrad the largest rank "
-        "is chosen.\n"
+        f"paired by seed. How the rates were chosen is in the [record]({address}). At "
+        "equal bytes, the rank is that with which the state of the matrices is nearest "
+        "to GaLore's, and the model's width at most; LDAdam's error alone is more, and "
+        "of AdaRankGrad the largest rank is chosen.\n"
     )
     return "\n".join(parts)
 

@@ -1,6 +1,7 @@
 """The committed measurements, and Markdown made of them."""
 
 import json
+import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,12 @@ RECORDS = ROOT / "benchmarks" / "records"
 
 def record(name: str) -> Any:
     return json.loads((RECORDS / f"{name}.json").read_text())
+
+
+def repository() -> str:
+    """The address of the repository."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return project["urls"]["Repository"]
 
 
 def rows(head: Sequence[str], lines: Iterable[Sequence[str]], figures: bool) -> str:
