@@ -41,16 +41,7 @@ def state_bytes(tx: Any, params: Any) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One parameter in `describe`'s table.
-
-    Attributes:
-      path, shape, dtype: of the parameter.
-      view: (*batch, m, n), the side of the basis first, or None if it is dense.
-      side: which side of the leaf that is: "left" (rows), "right" (columns), or "".
-      rank: of the state kept for it, or None.
-      state_bytes: of all state that belongs to it.
-      why: why it is dense, or "".
-    """
+    """One parameter in `describe`'s table, which says what the columns are."""
 
     path: str
     shape: tuple[int, ...]
@@ -83,17 +74,25 @@ class Table(tuple):
 
 
 def describe(tx: Any, params: Any) -> Table:
-    """What a transformation makes of each parameter: a table of `Row`.
+    """What a transformation makes of each parameter, as a table.
 
     Print it before a long run: it shows which leaves are seen as matrices, at which
-    rank, what each costs, and why the others are not.
+    rank, what each costs, and why the others are not. The columns, which are attributes
+    of a row:
+
+    - ``path``, ``shape``, ``dtype``: of the parameter.
+    - ``view``: ``(*batch, m, n)``, the side of the basis first, or None if it is dense.
+    - ``side``: which side of the leaf that is: "left" (rows), "right" (columns), or "".
+    - ``rank``: of the state kept for it, or None.
+    - ``state_bytes``: of all state that belongs to it.
+    - ``why``: why it is dense, or "".
 
     Args:
       tx: any Optax transformation, chains and wrappers included.
       params: arrays or abstract ones.
 
     Returns:
-      A tuple of `Row`, one a parameter, that prints as a table.
+      A tuple with a row for each parameter, that prints as a table.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro
     >>> params = {"w": jnp.ones((64, 32)), "b": jnp.ones(32)}
@@ -170,7 +169,8 @@ def memory_report(tx: Any, params: Any, mesh: jax.sharding.Mesh | None = None) -
       mesh: where the state is sharded as `state_shardings` says; None for one device.
 
     Returns:
-      A tuple of three `MemoryRow`, that prints as a table.
+      A tuple of three rows, that prints as a table. A row's attributes are ``what``,
+      ``bytes`` in all, and ``bytes_per_device``, those on the fullest device.
 
     >>> import jax.numpy as jnp, lowrank_optax as lro
     >>> params = {"w": jnp.ones((64, 32))}
