@@ -93,6 +93,7 @@ def result_of(out):
 # On a mesh
 
 
+@pytest.mark.long
 def test_two_devices_take_the_steps_of_one(inputs, tmp_path):
     losses = {}
     for name, mesh in (("one", []), ("two", ["--mesh", "model=2"])):
