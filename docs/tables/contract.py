@@ -25,7 +25,7 @@ AREAS = {
         "test_decay.py",
     ),
     "dtypes": ("Dtypes", "Numbers of other widths", "Numbers of other kinds"),
-    "trees and shapes": ("Trees and shapes", "test_saving.py"),
+    "trees and shapes": ("Trees and shapes", "test_any_params.py", "test_saving.py"),
     "gradients": ("Adversarial gradients", "Gradients", "test_faults.py"),
     "states": ("States", "Orbax"),
     "devices": (
@@ -74,7 +74,10 @@ def by_method() -> str:
     lines = []
     for method in methods:
         cells = [[counts[run, method, area] for run in runs] for area in _BY_METHOD]
-        texts = (" / ".join(map(str, cell)) if any(cell) else "" for cell in cells)
+        texts = (
+            " / ".join(str(x) if x else "-" for x in cell) if any(cell) else ""
+            for cell in cells
+        )
         lines.append((f"{{py:obj}}`~lowrank_optax.{method}`", *texts))
     return rows(("", *_BY_METHOD), lines, figures=True)
 
