@@ -74,10 +74,7 @@ def by_method() -> str:
     lines = []
     for method in methods:
         cells = [[counts[run, method, area] for run in runs] for area in _BY_METHOD]
-        texts = (
-            " / ".join(str(x) if x else "-" for x in cell) if any(cell) else ""
-            for cell in cells
-        )
+        texts = (" / ".join(map(str, cell)) if any(cell) else "" for cell in cells)
         lines.append((f"{{py:obj}}`~lowrank_optax.{method}`", *texts))
     return rows(("", *_BY_METHOD), lines, figures=True)
 
