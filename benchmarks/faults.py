@@ -318,12 +318,6 @@ def figures(settings: Settings, only: str) -> dict[str, dict[str, dict[str, floa
 
 def table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     """The record in Markdown."""
-
-    def cell(x):
-        text = f"{x['worst']:.1f}" if x["worst"] < 1e3 else f"{x['worst']:.0e}"
-        text += f" ({x['spoiled']} states)" if x["spoiled"] else ""
-        return text + (f" ({x['skewed']} bases)" if x["skewed"] else "")
-
     lines = [
         "# One bad gradient",
         "",
@@ -344,6 +338,13 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     lines += ["", "## Not in the table", ""]
     lines += [f"- `{name}`: {why}." for name, why in ABSENT.items()]
     return "\n".join(lines) + "\n"
+
+
+def cell(x: Mapping[str, float]) -> str:
+    """What one fault did to one optimizer."""
+    text = f"{x['worst']:.1f}" if x["worst"] < 1e3 else f"{x['worst']:.0e}"
+    text += f" ({x['spoiled']} states)" if x["spoiled"] else ""
+    return text + (f" ({x['skewed']} bases)" if x["skewed"] else "")
 
 
 def explained(
