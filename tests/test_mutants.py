@@ -130,6 +130,9 @@ def test_mutants_are_tried_in_a_copy(tmp_path):
     assert (results["x + x"].outcome, results["x + x"].by) == ("killed", name)
     assert (results["x - x / 2"].outcome, results["x - x / 2"].by) == ("survived", "")
     assert (tree / "toy.py").read_text() == (copy.root / "toy.py").read_text() == before
+    # What no test executes is tried with all of them.
+    [reached] = (tmp_path / "kept" / "reached").glob("*/*.coverage")
+    assert reached.name == "tests.test_toy.py.coverage"
     seconds = json.loads((tmp_path / "kept" / "seconds.json").read_text())
     assert seconds.keys() == {name, name.replace("twice", "nothing")}
     hurried = Copy(tree, tmp_path / "other", tmp_path / "kept", limit=0.0)
@@ -139,6 +142,29 @@ def test_mutants_are_tried_in_a_copy(tmp_path):
     (copy.root / "toy.py").write_text(made["x + x"].source)
     with pytest.raises(RuntimeError, match="test_twice fails without a mutant"):
         copy.check([name])
+
+
+def test_only_tests_that_execute_the_line_are_run(tmp_path):
+    tree = toy_tree(tmp_path / "tree")
+    toy = "def twice(x):\n    if x:\n        return x + x\n    return 0\n"
+    (tree / "toy.py").write_text(toy)
+    kept = tmp_path / "kept"
+    copy = Copy(tree, tmp_path / "copy", kept, limit=60.0)
+    made = {(m.kind, m.before): m for m in mutants("toy.py", toy)}
+    sign, zero = made["sign", "x + x"], made["off by one", "0"]
+    own = "tests/test_toy.py::test_nothing", "tests/test_toy.py::test_twice"
+    assert copy.try_(sign, ["tests/test_toy.py"]).by == own[1]
+    assert copy.try_(zero, ["tests/test_toy.py"]).by == own[0]
+    # The quickest of all would have been the other one, which now fails too.
+    toy_tests = copy.root / "tests" / "test_toy.py"
+    toy_tests.write_text(toy_tests.read_text().replace("== 0", "== 1"))
+    assert copy.try_(sign, ["tests/test_toy.py"]).by == own[1]
+    # Another tree's tests were not seen yet.
+    text = toy_tests.read_text()
+    (tree / "tests" / "test_toy.py").write_text(text)
+    other = Copy(tree, tmp_path / "other", kept, limit=60.0)
+    with pytest.raises(RuntimeError, match="fails without a mutant"):
+        other.try_(sign, ["tests/test_toy.py"])
 
 
 def test_the_record_counts_what_still_stands(tmp_path, monkeypatch):

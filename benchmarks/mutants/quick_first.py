@@ -2,6 +2,7 @@
 
 What each took is kept in the file that QUICK_FIRST names, from one run to the next.
 After so many seconds of the processor as QUICK_FIRST_LIMIT says no other test begins.
+Where QUICK_FIRST_ONLY has ids of tests, a line each, no other test is run.
 """
 
 import json
@@ -16,12 +17,14 @@ import pytest
 class QuickFirst:
     """Sorts tests by the seconds that they have taken; what is unknown comes first."""
 
-    def __init__(self, path: Path, limit: float):
-        self._path, self._limit = path, limit
+    def __init__(self, path: Path, limit: float, only: set[str] | None):
+        self._path, self._limit, self._only = path, limit, only
         self._seconds = json.loads(path.read_text()) if path.exists() else {}
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        if self._only is not None:
+            items[:] = [item for item in items if item.nodeid in self._only]
         items.sort(key=lambda item: self._seconds.get(item.nodeid, 0.0))
 
     def pytest_runtest_logreport(self, report: Any) -> None:
@@ -46,4 +49,6 @@ class QuickFirst:
 
 def pytest_configure(config: Any) -> None:
     path, limit = os.environ["QUICK_FIRST"], os.environ["QUICK_FIRST_LIMIT"]
-    config.pluginmanager.register(QuickFirst(Path(path), float(limit)))
+    listed = os.environ.get("QUICK_FIRST_ONLY")
+    only = None if listed is None else set(listed.splitlines())
+    config.pluginmanager.register(QuickFirst(Path(path), float(limit), only))

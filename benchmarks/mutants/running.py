@@ -16,6 +16,7 @@ from typing import Literal
 import pytest
 
 from benchmarks.mutants.mutate import Mutant
+from benchmarks.mutants.reach import Reach
 
 _Ends = pytest.ExitCode
 
@@ -50,8 +51,8 @@ class Copy:
     Args:
       tree: the root of the tree.
       root: that of the copy.
-      kept: a directory for what makes later runs quicker: compiled programs, and what
-        each test has taken.
+      kept: a directory for what makes later runs quicker: compiled programs, what each
+        test has taken, and which lines it executes.
       limit: seconds of the processor for the tests of a mutant.
     """
 
@@ -65,6 +66,7 @@ class Copy:
                 (self.root / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(tree / name, self.root / name)
         self._flags = self._xla_flags()
+        self._reach = Reach(self.root, kept / "reached", self._look)
 
     def _xla_flags(self) -> str:
         """What the tests' conftest.py sets, which it takes a process to find out."""
@@ -76,12 +78,13 @@ class Copy:
         return said.stdout.strip()
 
     def try_(self, mutant: Mutant, tests: Sequence[str]) -> Result:
-        """Runs the tests until one fails."""
+        """Runs those of the tests that execute the line, until one fails."""
+        reaching = self._reach.tests(tests, mutant.module, mutant.line)
         path, began = self.root / mutant.module, time.monotonic()
         original = path.read_text()
         path.write_text(mutant.source)
         try:
-            outcome, by = self._pytest(tests, self._limit)
+            outcome, by = self._pytest(tests, self._limit, reaching)
         finally:
             path.write_text(original)
         return Result(outcome, by, round(time.monotonic() - began, 1))
@@ -95,27 +98,15 @@ class Copy:
                 "record is worth nothing. Mend the test, and run again."
             )
 
-    def _pytest(self, tests: Sequence[str], limit: float) -> tuple[Outcome, str]:
-        own = {
-            "PYTHONDONTWRITEBYTECODE": "1",  # by times, which mutants may share
-            "JAX_COMPILATION_CACHE_DIR": str(self._cache),
-            "XLA_FLAGS": self._flags,
-            "QUICK_FIRST": str(self._seconds),
-            "QUICK_FIRST_LIMIT": str(limit),
-        }
-        options = ["-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider"]
-        options += ["-p", f"{__package__}.quick_first"]
-        if any(test.startswith("tests/") for test in tests):  # whose option it is
-            options += ["--sample", _SAMPLE]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pytest", *options, *tests],
-            cwd=self.root,
-            env=os.environ | own,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+    def _pytest(
+        self, tests: Sequence[str], limit: float, only: set[str] | None = None
+    ) -> tuple[Outcome, str]:
+        own = {"QUICK_FIRST_LIMIT": str(limit)}
+        if only is not None:
+            own["QUICK_FIRST_ONLY"] = "\n".join(sorted(only))
+        sample = _SAMPLE if only is None else "1"  # of which only those are run
+        options = ["-x", "-rfE", "--tb=no"]
+        process = self._start(tests, options, own, sample)
         try:
             # A mutant may never end; others may need the processor too.
             longest = None if limit == math.inf else 60 + 10 * limit
@@ -138,3 +129,38 @@ class Copy:
                 raise RuntimeError(said)
         # Without a test's name, not even the collection of tests ended.
         return "killed", failed[1] if failed else tests[0]
+
+    def _look(self, file: str, options: Sequence[str], own: dict[str, str]) -> None:
+        """Runs all of a file's tests, without a mutant."""
+        own = {"QUICK_FIRST_LIMIT": str(math.inf)} | own
+        process = self._start([file], options, own)
+        said, _ = process.communicate()
+        if process.returncode not in (_Ends.OK, _Ends.NO_TESTS_COLLECTED):
+            raise RuntimeError(f"{file} fails without a mutant:\n{said}")
+
+    def _start(
+        self,
+        tests: Sequence[str],
+        options: Sequence[str],
+        own: dict[str, str],
+        sample: str = _SAMPLE,
+    ) -> subprocess.Popen[str]:
+        env = {
+            "PYTHONDONTWRITEBYTECODE": "1",  # by times, which mutants may share
+            "JAX_COMPILATION_CACHE_DIR": str(self._cache),
+            "XLA_FLAGS": self._flags,
+            "QUICK_FIRST": str(self._seconds),
+        }
+        options = ["-q", "-p", "no:cacheprovider", *options]
+        options += ["-p", f"{__package__}.quick_first"]
+        if any(test.startswith("tests/") for test in tests):  # whose option it is
+            options += ["--sample", sample]
+        return subprocess.Popen(
+            [sys.executable, "-m", "pytest", *options, *tests],
+            cwd=self.root,
+            env=os.environ | env | own,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
