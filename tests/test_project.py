@@ -279,6 +279,33 @@ def test_a_subspace_of_ones_own_is_used_as_those_of_the_library():
     assert_close(state.basis, expected_state.basis, rtol=1e-4, atol=1e-5)
 
 
+def test_a_subspace_by_leaf_may_be_one_that_is_drawn_and_not_stored():
+    grads = of_sizes((5, 8))
+    drawn = lro.RandomGaussian()
+    by_leaf = {"w": drawn, "stack": lro.TopSingular()}
+
+    def found(subspace):
+        tx = project(
+            subspace=subspace,
+            recovery=lro.ScaleGradient(limiter=None),
+            matrices=lro.MatrixAxes(),
+        )
+        return run(tx, grads[0], grads)
+
+    mixed, kept = found(lambda view: by_leaf[view.path])
+    for name, subspace in by_leaf.items():
+        updates, state = found(subspace)
+        for new, old in zip(mixed, updates, strict=True):
+            np.testing.assert_array_equal(new[name], old[name])
+        np.testing.assert_array_equal(kept.basis[name], state.basis[name])
+    assert kept.basis["w"].shape == () and kept.basis["stack"].shape[-1] == 2
+    # At rank 4 two moments of 5 x 8 are smaller than at full rank, and with a basis not.
+    tx = project(
+        rank=4, subspace=lambda view: drawn, recovery=lro.ScaleGradient(limiter=None)
+    )
+    assert jax.tree.leaves(tx.init({"w": grads[0]["w"]}).basis)
+
+
 @pytest.mark.parametrize("subspace", [lro.TopSingular(), EXACT, lro.EnergyRank(1, 0.5)])
 def test_at_a_refresh_the_gradient_is_projected_to_the_new_basis(subspace):
     grads = of_sizes((5, 8))

@@ -162,7 +162,9 @@ class _Projection:
             raise compatible.cannot_use(user, other, user, need, "that")
 
     def _views(self, tree: Any, creating: bool = False) -> list[Any]:
-        sizes = projected(self.rank, self.subspace)
+        def sizes(view):
+            return projected(view, self.rank, is_stored(_at(view, self.subspace)))
+
         return view_leaves(tree, self.matrices, self.side, creating, sizes)
 
     def init(self, params):
@@ -182,19 +184,23 @@ class _Projection:
         inner_state = self.inner.init(proxies)
         layout = self.fields.layout(proxies)
         self._check_leaves(views, layout)
-        stored = is_stored(self.subspace)
-        sizes = [float(getattr(view, "size", 0)) for view in views]
-        phases = dict(zip(map(id, views), spread(sizes), strict=True))
+        sizes = [float(v.size) if isinstance(v, MatrixView) else 0.0 for v in views]
+        phases = zip(views, spread(sizes), strict=True)
         state = ProjectState(
             step=jnp.zeros([], jnp.int32),
             basis=tree(
                 lambda v: (
                     v.zeros("m", v.rank(self.rank))
-                    if stored
+                    if is_stored(_at(v, self.subspace))
                     else jnp.zeros([], jnp.int32)
                 )
             ),
-            refresh=tree(lambda v: self.refresh.init(v, float(phases[id(v)]))),
+            refresh=treedef.unflatten(
+                self.refresh.init(v, float(phase))
+                if isinstance(v, MatrixView)
+                else optax.MaskedNode()
+                for v, phase in phases
+            ),
             recovery=tree(lambda v: _at(v, self.recovery).init(v)),
             inner_state=fit_boxes(layout, inner_state, proxies),
         )

@@ -11,10 +11,9 @@ from lowrank_optax._src.leaves.matrix import MatrixView
 StateSizes = Callable[[MatrixView], tuple[int, int]]
 
 
-def projected(rank: int, subspace: Any) -> StateSizes:
-    """Of Adam's two moments in a subspace, and of the basis where one is kept."""
-    stored = getattr(subspace, "stored", True)
-    return lambda v: (v.rank(rank) * (stored * v.m + 2 * v.n), 2 * v.m * v.n)
+def projected(view: MatrixView, rank: int, stored: bool) -> tuple[int, int]:
+    """Of Adam's two moments in a subspace, and of its basis if that is stored."""
+    return view.rank(rank) * (stored * view.m + 2 * view.n), 2 * view.m * view.n
 
 
 def coded(codecs: Iterable[Any]) -> StateSizes | None:

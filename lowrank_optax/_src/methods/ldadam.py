@@ -116,9 +116,9 @@ class LDAdam:
     eps: Any
     error_feedback: bool
 
-    @property
-    def state_sizes(self):  # without the error, which the paper keeps in the gradient
-        return projected(self.rank, self)
+    def state_sizes(self, view):
+        # Without the error, which the paper keeps in the gradient.
+        return projected(view, self.rank, stored=True)
 
     def init(self, view):
         r = view.rank(self.rank)
