@@ -19,7 +19,7 @@ from lowrank_optax._src.linalg import (
     unit_scale,
     whitening,
 )
-from lowrank_optax._src.linalg.random import filler
+from lowrank_optax._src.linalg.random import fixed_signs
 
 
 def normal(*shape, seed=0):
@@ -137,8 +137,8 @@ def test_orthonormalize_completes_nothing_at_all(shape):
 
 def test_the_completing_directions_are_independent():
     # A fixed matrix of random signs is singular for one small shape in four.
-    directions = np.asarray(filler(64, 64), np.float64)
-    np.testing.assert_array_equal(filler(7, 3), directions[:7, :3])
+    directions = np.asarray(fixed_signs(64, 64), np.float64)
+    np.testing.assert_array_equal(fixed_signs(7, 3), directions[:7, :3])
     for rows in range(1, 65):
         assert np.linalg.cond(directions[:rows, :rows]) <= 50 * rows, rows
 

@@ -100,7 +100,7 @@ def test_the_sketched_moments_follow_the_formulas():
     updates = on_one_leaf(lro.mlorc_scale_by_adam(rank, b1=b1, b2=b2, eps=eps), grads)
 
     key = jax.random.fold_in(jax.random.key(0), zlib.crc32(b"w"))
-    mu = nu = (np.zeros((m, rank)), reference.wide(random.filler(n, rank)).T)
+    mu = nu = (np.zeros((m, rank)), reference.wide(random.fixed_signs(n, rank)).T)
     for t, (u, g) in enumerate(zip(updates, map(reference.wide, grads), strict=True)):
         seed = random.seeds(jax.random.fold_in(key, t))
         fresh = reference.wide(random.signs(seed, n, 4, jnp.float32))

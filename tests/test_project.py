@@ -1,6 +1,7 @@
 """The gradient-space engine: how it sees leaves, and what it gives to each part."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -299,7 +300,7 @@ def test_a_subspace_by_leaf_may_be_one_that_is_drawn_and_not_stored():
             np.testing.assert_array_equal(new[name], old[name])
         np.testing.assert_array_equal(kept.basis[name], state.basis[name])
     assert kept.basis["w"].shape == () and kept.basis["stack"].shape[-1] == 2
-    # At rank 4 two moments of 5 x 8 are smaller than at full rank, and with a basis not.
+    # At rank 4, moments of 5 x 8 are smaller than at full rank, and with a basis not.
     tx = project(
         rank=4, subspace=lambda view: drawn, recovery=lro.ScaleGradient(limiter=None)
     )
@@ -588,6 +589,39 @@ def test_the_inner_optimizer_may_be_a_chain():
 def test_ranks_that_are_none(rank, error, message):
     with pytest.raises(error, match=message):
         project(rank=rank)
+
+
+# Each by a number of its own, what is the least and the most, and what is outside.
+RANGES = {
+    "update_every": (lro.Every, (1, 10**9), (0, 0.5, math.nan)),
+    "threshold": (lro.OnConvergence, (0, 1), (-0.1, 2, np.float32(1.5), math.nan)),
+    "max_interval": (lambda x: lro.OnConvergence(max_interval=x), (1,), (0,)),
+    "max_stretch": (lambda x: lro.WhenDrifted(200, max_stretch=x), (1, 64), (0, 0.5)),
+    "weight_power": (lambda x: lro.ImportanceSampled(weight_power=x), (0, 9.0), (-1,)),
+    "leading": (lro.Hybrid, (0, 2), (-1,)),
+    "max_residual_energy": (lambda x: lro.EnergyRank(1, x), (0, 1), (-0.1, 1.1)),
+    "min_rank": (lro.EnergyRank, (1, 3), (0,)),
+    "limiter": (lro.FiraResidual, (1, 1.01, math.inf), (0.99, 0, math.nan)),
+    "density": (lro.SparseResidual, (1e-9, 1), (0, 0.0, 1.1, -1)),
+    "warmup": (lambda x: lro.SparseResidual(warmup=x), (1, 50), (0, 0.5)),
+    "coverage": (lro.Rotate, (1e-9, 1), (0, 1.1)),
+}
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_numbers_have_ranges(name):
+    make, inside, outside = RANGES[name]
+    for value in inside:
+        make(value)
+    for value in outside:
+        with pytest.raises(ValueError, match=f"`{name}` must be .*, got "):
+            make(value)
+
+
+def test_a_number_of_vectors_is_whole():
+    for value in (1.5, True):
+        with pytest.raises(TypeError, match="`leading` must be a Python int"):
+            lro.Hybrid(value)
 
 
 def test_other_arguments_that_cannot_be():

@@ -124,7 +124,7 @@ def test_steps_do_not_grow_as_bases_cover_little_of_each_other():
 
 @pytest.mark.parametrize("coverage", [0.0, 1.5])
 def test_a_coverage_that_is_no_share_is_refused(coverage):
-    with pytest.raises(ValueError, match="`coverage` must be above 0"):
+    with pytest.raises(ValueError, match=r"`coverage` must be in \(0, 1\]"):
         lro.Rotate(coverage=coverage)
 
 

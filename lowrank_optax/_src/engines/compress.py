@@ -264,8 +264,8 @@ class _Compression:
         leaves = self._leaves(updates, state)
         treedef, old, out, new = leaves.treedef, leaves.old, {}, {}
         if self.adam is not None:
-            given, count = (leaves.coded, leaves.given, old), state.inner_state.count
-            out, new = step_in_bytes(self.adam, *given, count)
+            count = state.inner_state.count
+            out, new = step_in_bytes(self.adam, leaves.coded, leaves.given, old, count)
         grads = {i: g for i, g in enumerate(leaves.whole) if i not in new}
         weights = None
         if params is not None:
@@ -311,8 +311,8 @@ class _Compression:
             if name in change.measured:
                 code = encode_by(codec, change.measured[name], view.matrix(x))
             else:
-                given = view.matrix(x), old, (leaves.paths[i], leaves.step)
-                code = self._encode_at((name, i), leaves.coded, *given)
+                at = leaves.paths[i], leaves.step
+                code = self._encode_at((name, i), leaves.coded, view.matrix(x), old, at)
             if accumulating() == "add":  # most often, only the sum has changed
                 code = tree_where(jnp.any(x != change.before[name]), code, old)
             new[name] = code

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from lowrank_optax._src.engines.order import Order, wait
 from lowrank_optax._src.kernels.adam import Adam, renewed, step_in_blocks
@@ -22,8 +23,6 @@ from lowrank_optax._src.parts import int8_map
 from lowrank_optax._src.parts.blocks import Blocks
 from lowrank_optax._src.parts.codec import BlockInt8, BlockInt8Code
 from lowrank_optax._src.parts.part import compiled
-
-Array = jax.Array
 
 
 def leaves_in_bytes(coded: Mapping[tuple[str, int], tuple[Any, MatrixView]]) -> dict:

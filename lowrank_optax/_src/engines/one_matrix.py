@@ -140,7 +140,14 @@ class Matrix(NamedTuple):
     def down_weight(self, weight: jax.Array) -> jax.Array:
         return _down_weight(self.parts, weight, self.own, self.seed)
 
-    def up(self, scale: Any, coeff, direction, new: Moments, old: Moments) -> Any:
+    def up(
+        self,
+        scale: Any,
+        coeff: jax.Array,
+        direction: jax.Array,
+        new: Moments,
+        old: Moments,
+    ) -> tuple[jax.Array, Any, Moments]:
         """The update, and of the recovery and the moments what is accepted."""
         parts = self.parts, scale
         return _up(parts, self.grad, self.own, self.seed, coeff, direction, new, old)

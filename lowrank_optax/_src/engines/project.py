@@ -45,7 +45,7 @@ from lowrank_optax._src.parts.laws import (
     Transfer,
 )
 from lowrank_optax._src.parts.recovery import Drop
-from lowrank_optax._src.parts.refresh import Every, spread
+from lowrank_optax._src.parts.refresh import Every, phases
 from lowrank_optax._src.parts.subspace import TopSingular
 from lowrank_optax._src.parts.transfer import Keep
 
@@ -152,7 +152,7 @@ class _Projection:
 
     def check(self, subspace: Any, recovery: Any, side: Any) -> None:
         """Refuse parts that do not go together."""
-        compatible.check_rank(subspace, self.rank)
+        compatible.check_fits(subspace, self.rank)
         for part in (self.refresh, recovery):
             compatible.check(part, subspace)
         accumulation.check(recovery)
@@ -185,7 +185,6 @@ class _Projection:
         layout = self.fields.layout(proxies)
         self._check_leaves(views, layout)
         sizes = [float(v.size) if isinstance(v, MatrixView) else 0.0 for v in views]
-        phases = zip(views, spread(sizes), strict=True)
         state = ProjectState(
             step=jnp.zeros([], jnp.int32),
             basis=tree(
@@ -199,7 +198,7 @@ class _Projection:
                 self.refresh.init(v, float(phase))
                 if isinstance(v, MatrixView)
                 else optax.MaskedNode()
-                for v, phase in phases
+                for v, phase in zip(views, phases(sizes), strict=True)
             ),
             recovery=tree(lambda v: _at(v, self.recovery).init(v)),
             inner_state=fit_boxes(layout, inner_state, proxies),
@@ -259,9 +258,14 @@ class _Projection:
 
     def _renew(self, leaves: Leaves, step: jax.Array, first: Any = True) -> None:
         """Renew the bases that are due, and carry their moments along."""
-        known = leaves.layout.known
-        given = self.refresh, step, leaves.moments, known, first
-        matrices, moments = renew_due(leaves.matrices, *given)
+        matrices, moments = renew_due(
+            leaves.matrices,
+            self.refresh,
+            step,
+            leaves.moments,
+            leaves.layout.known,
+            first,
+        )
         leaves.matrices.update(matrices)
         leaves.moments.update(moments)
 
@@ -318,7 +322,8 @@ class _Projection:
         check_no_decay(updates, [i for i in adding if i in leaves.matrices])
         order, out, own, new = Order(), {}, {}, {}
         for group in inner.groups:
-            # These wait for the group before; what is kept is that of `leaves`.
+            # These wait for the group before. What is stored does not: it is that of
+            # `leaves`.
             at = {i: leaves.matrices[i] for i in group if i in leaves.matrices}
             at = {i: x.in_turn(order) for i, x in at.items()}
             seen, sizes = leaves.seen(group, at, summed)
@@ -332,13 +337,15 @@ class _Projection:
                 out[i] = directions[i].astype(leaves.grads[i].dtype)
                 new[i] = accept_leaf(found[i], moments[i], out[i])
             for i, x in at.items():
-                step = seen[i], directions[i], found[i], moments[i]
-                out[i], recovery, new[i] = x.up(self.scale, *step)
-                size, x = sizes[i], leaves.matrices[i]
-                own[i] = x.own._replace(recovery=recovery)
+                out[i], recovery, new[i] = x.up(
+                    self.scale, seen[i], directions[i], found[i], moments[i]
+                )
+                kept = leaves.matrices[i]
+                own[i] = kept.own._replace(recovery=recovery)
                 if summed is None:
-                    own[i] = own[i]._replace(refresh=x.counted(self.refresh, size))
-                order.end(size)
+                    counted = kept.counted(self.refresh, sizes[i])
+                    own[i] = own[i]._replace(refresh=counted)
+                order.end(sizes[i])
         state = leaves.store(state, own, inner.state(new))
         state = state._replace(step=increment(state.step))
         return leaves.treedef.unflatten(out[i] for i in range(len(out))), state

@@ -26,7 +26,7 @@ from lowrank_optax._src.leaves.keys import Seed, matrix_keys_each
 from lowrank_optax._src.leaves.roles import Known
 from lowrank_optax._src.linalg import magnitude, matmul, orthonormalize
 from lowrank_optax._src.linalg.meshes import split_axes
-from lowrank_optax._src.linalg.random import filler
+from lowrank_optax._src.linalg.random import fixed_signs
 from lowrank_optax._src.parts.joint import is_joint, select_each
 from lowrank_optax._src.parts.laws import Observer, Refresh
 from lowrank_optax._src.parts.part import compiled, kind
@@ -55,8 +55,7 @@ def renew_due(
     def leaf(i, grad):
         x, own = matrices[i], matrices[i].own
         if i in looks:
-            given = own, x.seed, moments[i]
-            own = _observe((x.parts, known), looks[i], *given)
+            own = _observe((x.parts, known), looks[i], own, x.seed, moments[i])
         return _Leaf(due[i], grad, own, x.seed, moments[i])
 
     def renew_each():
@@ -123,8 +122,8 @@ def _observe(parts, looks, own, seed, moments):
     parts, known = parts
 
     def look():
-        given = parts.basis(own, seed), moments, dict(known)
-        return parts.recovery.observe(*given, own.recovery)
+        basis = parts.basis(own, seed)
+        return parts.recovery.observe(basis, moments, dict(known), own.recovery)
 
     return own._replace(recovery=jax.lax.cond(looks, look, lambda: own.recovery))
 
@@ -273,10 +272,9 @@ def _fitting(
 
     An unusable gradient keeps the old basis, and so does a search that fails.
     """
-    # The signs of singular vectors are arbitrary. Those of the old basis are taken, or
-    # at the start those of a fixed matrix.
+    # The signs of singular vectors are arbitrary.
     known = jnp.any(whole != 0, axis=-2, keepdims=True)
-    signs = jnp.where(known, whole, filler(*whole.shape[-2:]).astype(old.dtype))
+    signs = jnp.where(known, whole, fixed_signs(*whole.shape[-2:]).astype(old.dtype))
     flipped = jnp.sum(new * signs, axis=-2, keepdims=True) < 0
     new = jnp.where(flipped, -new, new)[..., : old.shape[-1]]
     usable &= jnp.all(jnp.isfinite(new), axis=(-2, -1), keepdims=True)

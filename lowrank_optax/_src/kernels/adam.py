@@ -4,13 +4,11 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 from lowrank_optax._src.parts import int8_map
-
-Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +48,7 @@ def step_in_blocks(g, mu_index, nu_index, mu_largest, nu_largest, *numbers):
     )
 
 
-def all_finite(largest: Sequence[Array]) -> Array:
+def both_finite(largest: Sequence[Array]) -> Array:
     """Of which blocks both moments are finite, by their scales."""
     mu, nu = largest
     return (mu < jnp.inf) & (nu < jnp.inf)
@@ -72,6 +70,6 @@ def renewed(
     each = spread(largest)
     signs = zip(moments, each, (True, False), strict=True)
     index = [int8_map.nearest(*x) for x in signs]
-    masks = (all_finite(each),) * 2 + (all_finite(largest),) * 2
+    masks = (both_finite(each),) * 2 + (both_finite(largest),) * 2
     new = zip(masks, (*index, *largest), old, strict=True)
     return [jnp.where(*x) for x in new]

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+from jaxtyping import Array
 
 from lowrank_optax._src.kernels.plan import Plan, is_thin, upright
 
-Array = jax.Array
 At = Mapping[str, Any]  # where along its axis a tile starts
 
 PARAMS = triton.CompilerParams(num_warps=8, num_stages=1)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton
+from jaxtyping import Array
 
 from lowrank_optax._src.kernels.adam import renewed, step_in_blocks
 from lowrank_optax._src.kernels.dispatch import by_platform, warn_of_xla
@@ -20,7 +21,6 @@ from lowrank_optax._src.kernels.tiles import flat
 from lowrank_optax._src.linalg.small import next_power_of_two
 from lowrank_optax._src.parts import int8_map
 
-Array = jax.Array
 _GPU_PARAMS = triton.CompilerParams(num_warps=4, num_stages=1)
 _TPU_PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel",))
 _GPU_ROWS = 8  # blocks that a program takes

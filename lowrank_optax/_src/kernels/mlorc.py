@@ -8,9 +8,9 @@ the pass that makes it.
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+from jaxtyping import Array
 
 from lowrank_optax._src.kernels.dispatch import by_platform
 from lowrank_optax._src.kernels.tiles import Pass, dot, product
@@ -18,8 +18,6 @@ from lowrank_optax._src.linalg import Lying
 from lowrank_optax._src.linalg.products import OUTER_MAX_RANK, wide
 from lowrank_optax._src.parts.factors import LowRankCode, clamp_negative
 from lowrank_optax._src.parts.low_rank import LowRank
-
-Array = jax.Array
 
 
 def suits(

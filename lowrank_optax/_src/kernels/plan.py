@@ -4,14 +4,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jaxtyping import Array
 
 from lowrank_optax._src.linalg.products import OUTER_MAX_RANK
 from lowrank_optax._src.linalg.small import next_power_of_two
-
-Array = jax.Array
 
 # What every GPU since Ampere has a block, and a TPU core's default share of VMEM.
 BUDGET = {"cuda": 99 * 1024, "tpu": 16 * 1024 * 1024}
@@ -34,14 +32,12 @@ class Plan:
       sizes: of all axes by letter.
       over: the axis of the walk.
       block: of "m" and "n".
-      bytes: of fast memory that a program needs, counted by `_footprint`.
     """
 
     platform: str
     sizes: Mapping[str, int]
     over: str
     block: Mapping[str, int]
-    bytes: int
 
     @property
     def outer(self) -> str:
@@ -86,9 +82,8 @@ def plan(
                 else sizes[axis]
             )
             block[axis] = min(size, least)
-        found = Plan(platform, sizes, over, block, 0)
-        found = dataclasses.replace(found, bytes=_footprint(found, ins, outs, dtype))
-        if found.bytes <= BUDGET[platform]:
+        found = Plan(platform, sizes, over, block)
+        if _footprint(found, ins, outs, dtype) <= BUDGET[platform]:
             return found
     return None
 

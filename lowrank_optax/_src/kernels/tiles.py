@@ -26,12 +26,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from lowrank_optax._src.kernels import gpu, tpu
 from lowrank_optax._src.kernels.dispatch import warn_of_xla
 from lowrank_optax._src.kernels.plan import Plan, plan, sizes_of, upright
-
-Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
 
 from lowrank_optax._src.kernels.plan import Plan, is_thin, upright
 
-Array = jax.Array
 At = Mapping[str, Any]  # where along its axis a tile starts
 
 PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))

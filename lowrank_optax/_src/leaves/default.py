@@ -95,10 +95,11 @@ def default_matrices(params: Any) -> Any:
     attention kernels; of others with three axes and more, names do not tell the rows
     and columns. What stays at full rank by its name, whatever its axes:
 
-    - biases and norms: the last word of the leaf or its module is bias, scale, gain,
-      gamma, beta, offset, rms, ln or bn, or ends in norm; the first one of the leaf is
-      bias; such a word of a norm anywhere in the leaf or its module, if the leaf ends
-      in weight or w; or a leaf b, b1 or up_b beside a w, w1 or up_w of more axes;
+    - biases and norms: the last word of the leaf or its module is bias, biases, scale,
+      gain, gamma, beta, offset, norm, norms, rms, ln or bn, or ends in norm or
+      normalization; the first one of the leaf is bias or biases; such a word of a norm
+      anywhere in the leaf or its module, if the leaf ends in weight or w; or a leaf b,
+      b1 or up_b beside a w, w1 or up_w of more axes;
     - embeddings: a word that starts with embed or is emb, embs, embd, posemb, unembed,
       unembedding, wte, wpe, vocab, vocabulary or table; and positional encodings;
     - heads: a word logits, classifier, pooler, readout or predictions; a part

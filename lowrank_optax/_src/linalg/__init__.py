@@ -29,4 +29,3 @@ from lowrank_optax._src.linalg.products import sketch as sketch
 from lowrank_optax._src.linalg.products import sums_from_end as sums_from_end
 from lowrank_optax._src.linalg.products import unit_columns as unit_columns
 from lowrank_optax._src.linalg.products import unit_scale as unit_scale
-from lowrank_optax._src.linalg.products import wide as wide

@@ -128,7 +128,7 @@ def _filled_each(arrays: Sequence[Array]) -> list[Array]:
 
 def _filler(y: Array) -> Array:
     m, r = y.shape[-2:]
-    return 2e-6 * m**-0.5 * random.spread(m, r).astype(y.dtype)
+    return 2e-6 * m**-0.5 * random.fixed_uniform(m, r).astype(y.dtype)
 
 
 def _near_one_each(
@@ -273,7 +273,7 @@ def gram_eigh(
     m, n = a.shape[-2:]
     rank = min(m, n) if rank is None else min(rank, m, n)
     find = functools.partial(_gram_eigh, rank=rank)
-    return (meshes.shared_out(find, a) or find)(a)
+    return meshes.shared_out(find, a)
 
 
 def _gram_eigh(a: Array, rank: int) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""Factorizations of square matrices: small ones here, wider ones by a library."""
+"""Factorizations by a library, those of small square matrices by `small`."""
 
 import functools
 from collections.abc import Callable
@@ -29,10 +29,7 @@ def one_by_one(function: Callable[[Array], Any]) -> Callable[[Array], Any]:
         return jax.tree.map(lambda x: x.reshape(*a.shape[:-2], *x.shape[1:]), found)
 
     def apply(a):
-        if a.ndim == 2:
-            return function(a)
-        shared = meshes.shared_out(each, a)
-        return each(a) if shared is None else shared(a)
+        return function(a) if a.ndim == 2 else meshes.shared_out(each, a)
 
     def each(a):
         return jax.lax.platform_dependent(a, cpu=in_a_loop, default=function)

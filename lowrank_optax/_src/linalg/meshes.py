@@ -86,19 +86,17 @@ def shape_of(function: Callable[[T], Array], x: T) -> jax.ShapeDtypeStruct:
 _WORTH = 512
 
 
-def shared_out(
-    function: Callable[[Array], T], a: Float[Array, "*b m n"]
-) -> Callable[[Array], T] | None:
-    """``function``, of a stack of which each device takes its part of the matrices.
+def shared_out(function: Callable[[Array], T], a: Float[Array, "*b m n"]) -> T:
+    """``function(a)``, of which each device takes its part of the stack's matrices.
 
-    None where it is no stack that can be dealt out evenly, or one of small matrices.
-    Results begin with the stack's axis.
+    Each takes all where they cannot be dealt out evenly, or are small. Results begin
+    with the stack's axis.
     """
     axes = split_axes(a)
     if not axes or a.ndim != 3 or a.shape[0] % devices(a) or a.shape[-1] < _WORTH:
-        return None
+        return function(a)
     mesh, spec = jax.typeof(a).sharding.mesh, PartitionSpec(axes)
-    return jax.shard_map(
+    shared = jax.shard_map(
         function,
         mesh=mesh,
         in_specs=spec,
@@ -106,6 +104,7 @@ def shared_out(
         axis_names=set(axes),
         check_vma=False,
     )
+    return shared(a)
 
 
 def _placed(x: Array, spec: PartitionSpec) -> NamedSharding:

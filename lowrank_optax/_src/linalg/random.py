@@ -101,13 +101,13 @@ def signs(seed: jax.Array, rows: int, cols: int, dtype: Any) -> jax.Array:
     return jnp.where((h >> 31) == 0, 1.0, -1.0).astype(dtype)
 
 
-def filler(rows: int, cols: int) -> jax.Array:
-    """A fixed (rows, cols) matrix of +-1: the directions that complete a basis."""
+def fixed_signs(rows: int, cols: int) -> jax.Array:
+    """A fixed (rows, cols) matrix of +-1, in general position as of `signs`."""
     # A seed whose leading square blocks are all far from singular: one in 50 is.
     return signs(jnp.uint32(125), rows, cols, jnp.float32)
 
 
-def spread(rows: int, cols: int) -> jax.Array:
+def fixed_uniform(rows: int, cols: int) -> jax.Array:
     """A fixed (rows, cols) matrix of numbers in (-1, 1), far from any that is given.
 
     No sum of a few of its entries is zero, as it often is with signs: what is added of

@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+from jaxtyping import Array
 
 from lowrank_optax._src.linalg import small
 from lowrank_optax._src.linalg.lapack import eigh_derivative
-
-Array = jax.Array
 
 _LEAST = 4  # of two indices there is one pair, and no order of rounds
 

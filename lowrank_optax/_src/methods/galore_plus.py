@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -10,8 +11,8 @@ from lowrank_optax._src.engines.project import project_gradients
 from lowrank_optax._src.leaves.matrix import Matrices, MatrixView, Side
 from lowrank_optax._src.leaves.paths import words
 from lowrank_optax._src.methods.optimizer import Mask, Static, optimizer
-from lowrank_optax._src.parts.checks import check_rank
-from lowrank_optax._src.parts.laws import Subspace, Transfer
+from lowrank_optax._src.parts.checks import check_range, check_rank
+from lowrank_optax._src.parts.laws import Recovery, Subspace, Transfer
 from lowrank_optax._src.parts.recovery import Drop, SparseResidual
 from lowrank_optax._src.parts.refresh import Every
 from lowrank_optax._src.parts.subspace import CrossHead, TopSingular
@@ -108,7 +109,7 @@ def galore_plus_project(
     for count in heads:
         check_rank(1 if count is None else count, "num_heads")
     warmup = update_every if warmup is None else warmup
-    residual: Any = Drop()
+    residual: Recovery = Drop()
     if _positive("density", density) and _positive("warmup", warmup):
         residual = SparseResidual(density, warmup, b1, b2, eps, residual_scale)
 
@@ -144,9 +145,8 @@ def _attends(path: str) -> int | None:
 
 def _positive(name: str, value: Any) -> bool:
     """Whether a number is above zero; one that is traced is taken to be."""
-    if isinstance(value, (int, float)) and value < 0:
-        raise ValueError(f"`{name}` must be at least 0, got {value}.")
-    return not isinstance(value, (int, float)) or value > 0
+    check_range(value, name, 0)
+    return not isinstance(value, (int, float, np.number)) or bool(value > 0)
 
 
 def galore_plus_adamw(

@@ -13,9 +13,7 @@ from lowrank_optax._src.leaves.matrix import Matrices
 from lowrank_optax._src.methods.mlorc_rules import MLorcAdam, MLorcLion
 from lowrank_optax._src.methods.optimizer import Mask, optimizer
 from lowrank_optax._src.parts.bounds import bounded
-from lowrank_optax._src.parts.low_rank import (
-    LowRank,
-)
+from lowrank_optax._src.parts.low_rank import LowRank
 
 
 def mlorc_compress(
@@ -63,10 +61,8 @@ def mlorc_compress(
     >>> state.inner_state.trace["w"].right.shape
     (2, 8)
     """
-
     first = LowRank(rank, False, oversample, power_iters, warm_start)
     second = dataclasses.replace(first, nonnegative=True)
-
     choose = by_moment(first, second, fields)
     return compress_fields(inner, choose, matrices=matrices, key=key)
 

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from lowrank_optax._src.linalg import meshes
 from lowrank_optax._src.parts import int8_map
-
-Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)

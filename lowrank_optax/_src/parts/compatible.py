@@ -39,7 +39,7 @@ def check(part: Any, *others: Any) -> None:
                 raise cannot_use(name(part), name(other), name(part), need, name(other))
 
 
-def check_rank(subspace: Any, rank: int) -> None:
+def check_fits(subspace: Any, rank: int) -> None:
     """Refuse a subspace, or one inside of it, that is not meant for this rank."""
     for part in _nested(subspace):
         least, most = (getattr(part, f"{x}_rank", None) for x in ("least", "largest"))

@@ -12,8 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-Array = jax.Array
+from jaxtyping import Array
 
 
 @functools.cache

@@ -1,11 +1,11 @@
 """The protocols of the parts, and their laws. A method is a choice of parts.
 
-Every part is a frozen dataclass; its numbers may be arrays, which become arguments
-of what is compiled. An engine owns ranks, sides, scales,
-signs, keys and the safety of the state; a part owns only what is its own. Matrices
-arrive as ``(*batch, m, n)`` in float32 at least, basis side on the left; write
-``*b m n`` code with ``@``, ``.mT`` and ``...``, never ``vmap``. What a part requires of
-the others beyond their laws, or lacks itself, it may say: see `compatible`.
+Every part is a frozen dataclass; its numbers may be arrays, which become arguments of
+what is compiled. An engine owns ranks, sides, scales, signs, keys and the safety of the
+state; a part owns only what is its own. Matrices arrive as ``(*batch, m, n)`` in
+float32 at least, basis side on the left; write ``*b m n`` code with ``@``, ``.mT`` and
+``...``, never ``vmap``. What a part requires of the others beyond their laws, or lacks
+itself, it may say: see `compatible`.
 """
 
 from collections.abc import Callable, Mapping
@@ -95,12 +95,7 @@ class Refresh(Protocol):
         ...
 
     def after(self, state: Any, due: Bool[Array, "*b"], seen: Seen) -> Any:
-        """The next state, arrays shaped as before.
-
-        ``seen`` has for each matrix ``size``, the norm of the projected gradient,
-        ``whole``, that of the gradient, ``chance``, the share that noise has in a basis
-        of this rank, and ``overlap`` of the new basis with the old one, 1 if not due.
-        """
+        """The next state, arrays shaped as before."""
         ...
 
 
@@ -210,7 +205,9 @@ class Rule(Protocol):
 
     A rule whose state needs a first gradient may have ``unset(state)``, a scalar
     predicate, and ``begin(grad, state)``, what this gradient gives by field; one
-    conditional a step asks all matrices.
+    conditional a step asks all matrices. One that may save nothing at some matrices may
+    have ``state_sizes(view)``: how many numbers the state of a matrix has, and how many
+    at full rank. Where the first is not smaller, the dense optimizer takes the leaf.
     """
 
     def init(self, view: MatrixView) -> NamedTuple:

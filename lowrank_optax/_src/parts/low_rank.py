@@ -330,5 +330,5 @@ def with_kept(
 
 def _sign_rows(shape: tuple[int, ...], dtype: Any) -> Array:
     """Unit rows in general position, the first sketch."""
-    rows = random.filler(shape[-1], shape[-2]).T.astype(dtype) * shape[-1] ** -0.5
+    rows = random.fixed_signs(shape[-1], shape[-2]).T.astype(dtype) * shape[-1] ** -0.5
     return jnp.broadcast_to(rows, shape)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import optax
 from lowrank_optax._src.linalg import matmul
 from lowrank_optax._src.parts import compatible
 from lowrank_optax._src.parts.bounds import cut_off
+from lowrank_optax._src.parts.checks import check_choice, check_range
 
 Per = Literal["channel", "tensor"]
 
@@ -113,11 +114,8 @@ class FiraResidual:
 
 
 def _check_limiter(limiter) -> None:
-    if isinstance(limiter, (int, float)) and not limiter >= 1:
-        raise ValueError(
-            f"`limiter` must be at least 1, got {limiter}: it is the factor by which "
-            "the norm may grow a step. Give None for no limit."
-        )
+    why = ": it is the factor by which the norm may grow a step. None is for no limit"
+    check_range(limiter, "limiter", 1, because=why)
 
 
 def _limit_growth(limiter, size, before):
@@ -175,11 +173,7 @@ class ScaleGradient:
     provides: ClassVar[tuple[str, ...]] = (compatible.ALIGNED,)
 
     def __post_init__(self):
-        if self.per not in get_args(Per):
-            raise ValueError(
-                f"Unknown granularity {self.per!r}: `per` must be one of "
-                f"{', '.join(get_args(Per))}."
-            )
+        check_choice(self.per, "per", Per)
         _check_limiter(self.limiter)
 
     def init(self, view):
@@ -262,10 +256,8 @@ class SparseResidual:
                 f"{self.density!r}. To inject hyperparameters, use "
                 "lowrank_optax.inject_hyperparams, which keeps it static."
             )
-        if not 0 < self.density <= 1:
-            raise ValueError(f"`density` must be in (0, 1], got {self.density}.")
-        if isinstance(self.warmup, int) and self.warmup < 1:
-            raise ValueError(f"`warmup` must be at least 1, got {self.warmup}.")
+        check_range(self.density, "density", 0, 1, above=True)
+        check_range(self.warmup, "warmup", 1)
 
     def init(self, view):
         if view.m * view.n >= 2**31:

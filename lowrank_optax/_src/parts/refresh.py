@@ -1,7 +1,7 @@
 """When a basis is renewed."""
 
 import dataclasses
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +9,16 @@ import numpy as np
 import optax
 
 from lowrank_optax._src.parts import compatible
-from lowrank_optax._src.parts.checks import check_number
+from lowrank_optax._src.parts.checks import (
+    check_choice,
+    check_number,
+    check_range,
+)
 
 
 def _check_period(period: Any, name: str = "update_every") -> None:
     check_number(period, name)
-    if not isinstance(period, jax.Array) and period < 1:
-        raise ValueError(f"`{name}` must be at least 1, got {period}.")
+    check_range(period, name, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,13 +147,8 @@ class OnConvergence:
     def __post_init__(self):
         for name in ("max_interval", "min_interval"):
             _check_period(getattr(self, name), name)
-        if isinstance(self.threshold, float) and not 0 <= self.threshold <= 1:
-            raise ValueError(f"`threshold` must be in [0, 1], got {self.threshold}.")
-        if self.measure not in get_args(Measure):
-            raise ValueError(
-                f"Unknown measure {self.measure!r}: it must be one of "
-                f"{', '.join(get_args(Measure))}."
-            )
+        check_range(self.threshold, "threshold", 0, 1)
+        check_choice(self.measure, "measure", Measure)
 
     def init(self, view, phase):
         # Each with memory of its own, so that the state can be donated.
@@ -237,8 +235,7 @@ class WhenDrifted:
 
     def __post_init__(self):
         _check_period(self.update_every)
-        if isinstance(self.max_stretch, int) and self.max_stretch < 1:
-            raise ValueError(f"`max_stretch` must be at least 1: {self.max_stretch}.")
+        check_range(self.max_stretch, "max_stretch", 1)
 
     def init(self, view, phase):
         return DriftState(
@@ -272,7 +269,7 @@ def _none_yet(shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jnp.full(shape, -float(_RECENT), dtype)
 
 
-def spread(costs: list[float]) -> list[np.float32]:
+def phases(costs: list[float]) -> list[np.float32]:
     """The phases of leaves of these costs: midpoints of their shares of all cost."""
     cost = np.array(costs, np.float64)
     total = max(cost.sum(), 1.0)

@@ -1,7 +1,7 @@
 """Which subspace a gradient is projected to."""
 
 import dataclasses
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from lowrank_optax._src import linalg
 from lowrank_optax._src.leaves.matrix import MatrixView
 from lowrank_optax._src.linalg import random, randomized
 from lowrank_optax._src.parts import compatible
-from lowrank_optax._src.parts.checks import check_rank
+from lowrank_optax._src.parts.checks import check_choice, check_range, check_rank
 from lowrank_optax._src.parts.joint import Joint, is_joint, select_each
 from lowrank_optax._src.parts.laws import Subspace
 
@@ -38,11 +38,7 @@ class TopSingular(Joint):
     method: Method = "rsvd"
 
     def __post_init__(self):
-        if self.method not in get_args(Method):
-            raise ValueError(
-                f"Unknown method {self.method!r} of TopSingular: it must be one of "
-                f"{', '.join(get_args(Method))}."
-            )
+        check_choice(self.method, "method", Method)
 
     @property
     def together(self) -> bool:
@@ -108,9 +104,7 @@ class ImportanceSampled:
     def __post_init__(self):
         if self.pool is not None:
             check_rank(self.pool, "pool")
-        power = self.weight_power
-        if isinstance(power, (int, float)) and power < 0:
-            raise ValueError(f"`weight_power` must be at least 0, got {power}.")
+        check_range(self.weight_power, "weight_power", 0)
 
     @property
     def largest_rank(self) -> int | None:
@@ -153,8 +147,7 @@ class Hybrid:
     leading: int
 
     def __post_init__(self):
-        if self.leading < 0:
-            raise ValueError(f"`leading` must be at least 0, got {self.leading}.")
+        check_rank(self.leading, "leading", least=0)
 
     @property
     def least_rank(self) -> int:
@@ -265,12 +258,13 @@ class EnergyRank:
 
     def __post_init__(self):
         check_rank(self.min_rank, "min_rank")
-        allowed = self.max_residual_energy
-        if isinstance(allowed, (int, float)) and not 0 <= allowed <= 1:
-            raise ValueError(
-                f"`max_residual_energy` must be in [0, 1], got {allowed}: it is the "
-                "share of the squared gradient that may be left out."
-            )
+        check_range(
+            self.max_residual_energy,
+            "max_residual_energy",
+            0,
+            1,
+            because=": it is the share of the squared gradient that may be left out",
+        )
 
     @property
     def least_rank(self) -> int:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from lowrank_optax._src.leaves.fields import field_name
 from lowrank_optax._src.linalg import matmul
 from lowrank_optax._src.parts import compatible
+from lowrank_optax._src.parts.checks import check_range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +66,7 @@ class Rotate:
     requires: ClassVar[tuple[str, ...]] = (compatible.ORTHONORMAL,)
 
     def __post_init__(self):
-        known = isinstance(self.coverage, (int, float))
-        if known and not 0 < self.coverage <= 1:
-            raise ValueError(
-                f"`coverage` must be above 0 and at most 1, got {self.coverage}."
-            )
+        check_range(self.coverage, "coverage", 0, 1, above=True)
 
     def carry(self, moments, overlap, known):
         _refuse_codes(moments, known, self)

@@ -1,8 +1,9 @@
 """How low-rank a matrix is, and how subspaces meet: pure functions for inside jit.
 
-Each works over the last two axes with any batch axes in front, computes in float32 at
-least, and gives one float32 number a matrix. All but ``subspace_overlap`` are
-unchanged by scaling, and all are finite for zero input.
+All compute in float32 at least. What is of a matrix works over the last two axes with
+any batch axes in front, and gives a number for each; all but ``subspace_overlap`` are
+unchanged by scaling, and all are finite for zero input. `state_metrics` and `bases`
+look into the states of optimizers.
 """
 
 from collections.abc import Iterator
@@ -257,7 +258,7 @@ def state_metrics(
         the parameter. Takes the singular values of each, which is slow at full size.
 
     Returns:
-      ``{name: scalar}`` in float32, without a basis only of the moments.
+      ``{name: scalar}`` in float32 at least, without a basis only of the moments.
 
     Raises:
       ValueError: for one of ``tx`` and ``grads`` without the other.

@@ -12,6 +12,7 @@ from lowrank_optax._src.leaves.context import accumulation, quietly
 from lowrank_optax._src.leaves.fields import boxed_state
 from lowrank_optax._src.leaves.paths import flatten
 from lowrank_optax._src.leaves.transformation import transformation
+from lowrank_optax._src.parts.checks import check_range
 
 
 def accumulate_gradients(
@@ -61,8 +62,7 @@ def accumulate_gradients(
     False
     True
     """
-    if isinstance(every, int) and every < 1:
-        raise ValueError(f"`every` must be at least 1, got {every}.")
+    check_range(every, "every", 1)
     tx = optax.with_extra_args_support(tx)
 
     def init(params):

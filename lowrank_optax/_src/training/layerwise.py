@@ -173,7 +173,7 @@ class _Model:
         self.in_embed, self.in_blocks, self.in_head = in_embed, in_blocks, in_head
 
     def sweep(
-        self, now: Progress, update: "PartialUpdate | None" = None, factor: Any = None
+        self, now: Progress, update: PartialUpdate | None = None, factor: Any = None
     ) -> tuple[jax.Array, Progress]:
         """The loss, and the end of a backward pass that updates if it is told how."""
 

@@ -15,11 +15,11 @@ import optax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.interpreters import partial_eval
 
+from lowrank_optax._src.engines.accumulation import AccumulateState
 from lowrank_optax._src.engines.order import after
 from lowrank_optax._src.leaves.context import one_layer, quietly
 from lowrank_optax._src.linalg.meshes import split_axes
 from lowrank_optax._src.parts import compatible
-from lowrank_optax._src.training.accumulate import AccumulateState
 
 
 class Progress(NamedTuple):
@@ -145,8 +145,10 @@ class PartialUpdate:
 
 
 _NAME = "layerwise.value_and_update"
-_AT_ONCE = "that each gradient is used at once and then forgotten, where accumulation "
-_AT_ONCE += "keeps all of them"
+_AT_ONCE = (
+    "that each gradient is used at once and then forgotten, where accumulation keeps "
+    "all of them"
+)
 _STATES = {
     optax.MultiStepsState: _AT_ONCE,
     AccumulateState: _AT_ONCE,
