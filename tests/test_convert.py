@@ -1,5 +1,7 @@
 """States of other ranks and other bytes, as another transformation keeps them."""
 
+from typing import Any, NamedTuple
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -236,6 +238,24 @@ def test_what_differs_in_more_is_refused(made, used, message, params):
     state = made.init(params)
     with pytest.raises(ValueError, match=message):
         lro.convert_state(used, state, params)
+
+
+class Kept(NamedTuple):
+    anything: Any
+
+
+def test_bytes_of_which_nothing_tells_whether_they_have_signs_are_refused(params):
+    params = {"up": params["up"]}
+    inner = optax.GradientTransformation(
+        lambda params: Kept(optax.tree.zeros_like(params)), lambda u, s, p=None: (u, s)
+    )
+    coded = lro.quantize_state(inner, fields={"anything": "second"})
+    state = coded.init(params)
+    other = lro.quantize_state(inner, block=64, fields={"anything": "second"})
+    for tx in (inner, other):
+        with pytest.raises(ValueError, match="bytes of '.*anything/up': nothing tells"):
+            lro.convert_state(tx, state, params)
+    assert lro.convert_state(coded, state, params) is not None
 
 
 def test_the_blocks_may_be_named(params):

@@ -620,3 +620,26 @@ def test_the_last_step_that_is_counted_is_one_like_others():
     late = state._replace(step=jnp.int32(2**31 - 1))
     updates, _ = tx.update(params, late)
     assert_close(updates, tx.update(params, late._replace(step=jnp.int32(10**6)))[0])
+
+
+@pytest.mark.parametrize(
+    ("make", "tier", "waiting"),
+    [
+        (lro.mlorc_scale_by_adam, "xla", True),
+        (lro.mlorc_scale_by_adam, "pallas", False),
+        (lro.mlorc_scale_by_lion, "xla", False),
+    ],
+)
+def test_on_gpu_leaves_wait_for_one_another_where_a_second_moment_is_stored(
+    make, tier, waiting
+):
+    tx = make(rank=2)
+
+    def barriers(count):
+        params = {f"w{i}": jnp.ones((32, 48)) for i in range(count)}
+        with lro.kernels.dispatch(tier):
+            traced = jax.jit(tx.update).trace(params, tx.init(params), params)
+            lowered = traced.lower(lowering_platforms=("cuda",))
+        return lowered.as_text().count("optimization_barrier")
+
+    assert (barriers(2) > barriers(1)) == waiting

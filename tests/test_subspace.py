@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from jax.extend.core import jaxprs_in_params
 
 import lowrank_optax as lro
 from lowrank_optax._src.linalg import random, randomized
@@ -56,6 +57,27 @@ def check_law(basis):
 def projector(basis):
     basis = np.asarray(basis, np.float64)
     return basis @ np.swapaxes(basis, -1, -2)
+
+
+@pytest.mark.parametrize(
+    ("method", "starting", "iters"),
+    [("rsvd", 1, 1), ("subspace_iteration", 1, 2), ("warm", 2, 1)],
+)
+def test_each_method_has_its_number_of_power_iterations(method, starting, iters):
+    """By the products with the gradient that the traced program has."""
+    grad, old = jnp.ones((40, 60)), jnp.zeros((40, 4))
+    program = _select.trace(lro.TopSingular(method), KEY, grad, old).jaxpr
+
+    def products(jaxpr):
+        for eqn in jaxpr.eqns:
+            large = any(v.aval.shape in ((40, 60), (60, 40)) for v in eqn.invars)
+            yield eqn.primitive.name == "dot_general" and large
+            for inner in jaxprs_in_params(eqn.params):
+                yield from products(inner)
+
+    # A sketch, of an old basis first the product with it; two an iteration; and the
+    # projection of which the vectors are made.
+    assert sum(products(program.jaxpr)) == starting + 2 * iters + 1
 
 
 @pytest.mark.parametrize("scale", [2.0**-96, 1.0, 2.0**96], ids=["tiny", "1", "huge"])

@@ -36,7 +36,9 @@ class Settings:
     seed: int = 0
     """Of the sample."""
     only: tuple[str, ...] = ()
-    """Ids of mutants to try, tried or not, and in the sample or not."""
+    """Ids of mutants to try, tried or not, and in the sample or not: with all tests of
+    their modules, where others are tried with a sample of those that execute the line.
+    """
     below: tuple[str, ...] = ("",)
     """Only of modules whose paths from lowrank_optax/_src begin so."""
     limit: float = 120.0
@@ -86,7 +88,8 @@ def main(settings: Settings) -> None:
         for mutant in tqdm(chosen(settings, found, wanted, results.all)):
             if time.monotonic() - began >= 60 * settings.minutes:
                 break
-            result = copy.try_(mutant, tests_of(mutant.module))
+            whole = bool(settings.only)
+            result = copy.try_(mutant, tests_of(mutant.module), whole)
             results.add(mutant, result)
             killers += [result.by] if result.by else []
         copy.check(killers)

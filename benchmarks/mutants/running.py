@@ -77,14 +77,20 @@ class Copy:
         )
         return said.stdout.strip()
 
-    def try_(self, mutant: Mutant, tests: Sequence[str]) -> Result:
-        """Runs those of the tests that execute the line, until one fails."""
-        reaching = self._reach.tests(tests, mutant.module, mutant.line)
+    def try_(self, mutant: Mutant, tests: Sequence[str], whole: bool = False) -> Result:
+        """Runs those of the tests that execute the line, until one fails.
+
+        If ``whole``, all of them, and each law with every method.
+        """
+        reaching, sample = None, "1"
+        if not whole:
+            reaching = self._reach.tests(tests, mutant.module, mutant.line)
+            sample = _SAMPLE if reaching is None else "1"  # of which only those are run
         path, began = self.root / mutant.module, time.monotonic()
         original = path.read_text()
         path.write_text(mutant.source)
         try:
-            outcome, by = self._pytest(tests, self._limit, reaching)
+            outcome, by = self._pytest(tests, self._limit, reaching, sample)
         finally:
             path.write_text(original)
         return Result(outcome, by, round(time.monotonic() - began, 1))
@@ -99,12 +105,15 @@ class Copy:
             )
 
     def _pytest(
-        self, tests: Sequence[str], limit: float, only: set[str] | None = None
+        self,
+        tests: Sequence[str],
+        limit: float,
+        only: set[str] | None = None,
+        sample: str = _SAMPLE,
     ) -> tuple[Outcome, str]:
         own = {"QUICK_FIRST_LIMIT": str(limit)}
         if only is not None:
             own["QUICK_FIRST_ONLY"] = "\n".join(sorted(only))
-        sample = _SAMPLE if only is None else "1"  # of which only those are run
         options = ["-x", "-rfE", "--tb=no"]
         process = self._start(tests, options, own, sample)
         try:
