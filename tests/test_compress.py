@@ -85,6 +85,12 @@ def test_an_initial_value_that_no_code_holds():
     tx = compress(optax.scale_by_rss(0.1), {"sum_of_squares": NONNEGATIVE})
     with pytest.raises(ValueError, match="'sum_of_squares'.*'w'.*starts at 0.1"):
         tx.init({"w": jnp.ones((5, 8))})
+    one = optax.GradientTransformation(
+        lambda params: optax.TraceState({"w": params["w"].at[2, 3].set(0.1)}),
+        lambda updates, state, params=None: (updates, state),
+    )
+    with pytest.raises(ValueError, match="'trace'.*'w'.*starts at 0.1"):
+        compress(one, {"trace": CODEC}).init({"w": jnp.zeros((5, 8))})
 
 
 # Which fields

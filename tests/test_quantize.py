@@ -122,6 +122,18 @@ def test_adam_follows_the_transcription(shape, known):
     assert np.all(np.asarray(lro.BlockInt8(False).decode(nu)) > 0)
 
 
+def test_what_stays_in_float32_has_the_numbers_of_adam_too():
+    params = {"small": jnp.ones(8), "w": jnp.ones((64, 128))}
+    numbers = {"b1": 0.5, "b2": 0.8, "eps": 0.1}
+    grads = random_grads(params, 4)
+    updates, state = run(lro.adamw_8bit(-1.0, **numbers), params, grads)
+    expected, _ = run(optax.scale_by_adam(**numbers), params, grads)
+    for u, want in zip(updates, expected, strict=True):
+        assert_close(u["small"], want["small"])
+        assert relative_error(u["w"], want["w"]) < 0.05
+    assert optax.tree.get(state, "mu")["small"].dtype == jnp.float32
+
+
 def test_lion_follows_the_transcription():
     params = {"w": jnp.zeros((16, 256))}
     grads = random_grads(params, 50)

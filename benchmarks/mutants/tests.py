@@ -49,7 +49,7 @@ _TESTS = {
     "leaves/warn": "warnings",
     "linalg/factor": "linalg",
     "linalg/lapack": "small linalg",
-    "linalg/meshes": "linalg sharding",
+    "linalg/meshes": "linalg sharding meshes",
     "linalg/products": "linalg",
     "linalg/random": "random linalg",
     "linalg/randomized": "golden subspace linalg",
