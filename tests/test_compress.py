@@ -86,7 +86,9 @@ def test_an_initial_value_that_no_code_holds():
     with pytest.raises(ValueError, match="'sum_of_squares'.*'w'.*starts at 0.1"):
         tx.init({"w": jnp.ones((5, 8))})
     one = optax.GradientTransformation(
-        lambda params: optax.TraceState({"w": params["w"].at[2, 3].set(0.1)}),
+        lambda params: optax.TraceState(
+            jax.tree.map(lambda x: x.at[2, 3].set(0.1), params)
+        ),
         lambda updates, state, params=None: (updates, state),
     )
     with pytest.raises(ValueError, match="'trace'.*'w'.*starts at 0.1"):
