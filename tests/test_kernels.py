@@ -482,6 +482,21 @@ def walk(jaxpr):
                 yield from walk(inner)
 
 
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_a_profile_tells_kernels_by_their_names(platform):
+    def names(tx):
+        params = {"w": jnp.ones((64, 576))}
+        state = tx.init(params)
+        with interpreted(platform):
+            program = jax.make_jaxpr(tx.update)(params, state, params)
+        passes = [e for e in walk(program.jaxpr) if e.primitive.name == "pallas_call"]
+        return {e.params["name"] for e in passes} - {"eliminate", "diagonalize"}
+
+    mlorc = {"mlorc_sketches", "mlorc_projections"}
+    assert names(lro.mlorc_scale_by_adam(rank=2)) == mlorc
+    assert names(lro.adamw_8bit(0.1)) == {"adam_int8"}
+
+
 # What reads its operands from memory; all else is fused with what makes them.
 STORED = {"dot_general", "pallas_call", "optimization_barrier", "while", "scan"}
 
