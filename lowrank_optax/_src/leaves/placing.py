@@ -98,11 +98,13 @@ def place_of(leaf: Any) -> Place | None:
     """
     if is_variable(leaf):
         return _place_of_box(leaf)
-    sharding = getattr(leaf, "sharding", None)
     if isinstance(leaf, jax.core.Tracer):
+        # Not its own attribute: that is an error, which takes JAX long to write.
         sharding = jax.typeof(leaf).sharding
         if not explicit_axes(sharding.mesh):
             return None
+    else:
+        sharding = getattr(leaf, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return None
     spec = tuple(sharding.spec)
