@@ -74,6 +74,62 @@ def test_a_function_masks_an_nnx_state_as_a_dict(masked):
     assert jax.tree.structure((updates, after)) == jax.tree.structure((boxed, state))
 
 
+# Each chooses the two kernels of `BY_PATH` by what a box in the leaf's place changes.
+BY_PATH = {
+    "norm": {"scale": jnp.ones((8, 8))},
+    "up": {"kernel": jnp.ones((64, 72)), "bias": jnp.ones(72)},
+    "wide": {"kernel": jnp.ones((72, 64))},
+}
+
+
+def by_key(function):
+    return lambda tree: jax.tree_util.tree_map_with_path(function, tree)
+
+
+CHOOSING = {
+    "the last key": by_key(lambda path, x: path[-1].key == "kernel"),
+    "the key before": by_key(
+        lambda path, x: path[-2].key != "norm" and path[-1].key != "bias"
+    ),
+    "the text": by_key(lambda path, _: jax.tree_util.keystr(path)[-7:] == "ernel']"),
+    "the number of keys": by_key(
+        lambda path, x: len(path) == 2 and path[0].key != "norm" and x.ndim > 1
+    ),
+    "the leaf": lambda tree: {
+        module: {name: x.ndim > 1 and module != "norm" for name, x in leaves.items()}
+        for module, leaves in tree.items()
+    },
+}
+
+
+@pytest.mark.parametrize("mask", CHOOSING.values(), ids=CHOOSING.keys())
+def test_masks_may_go_by_the_path_or_the_leaf_itself(mask):
+    """As of an optimizer whose mask is a tree, with all that looks into its state."""
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
+
+    def around(mask):
+        adam = optax.masked(optax.scale_by_adam(), mask)
+        yield optax.masked(lro.galore_adamw(0.1, rank=2), mask)
+        yield optax.masked(lro.mlorc_adamw(0.1, rank=2), mask)
+        yield lro.galore_adamw(0.1, rank=2, weight_decay=0.1, mask=mask)
+        yield lro.galore_project(adam, rank=2)
+        yield lro.quantize_state(adam)
+        yield lro.accumulate_gradients(lro.galore_project(adam, rank=2), 2)
+
+    tree = CHOOSING["the leaf"](BY_PATH)
+    for tx, expected in zip(around(mask), around(tree), strict=True):
+        assert lro.describe(tx, BY_PATH) == lro.describe(expected, BY_PATH)
+        assert lro.state_bytes(tx, BY_PATH) == lro.state_bytes(expected, BY_PATH)
+        assert lro.memory_report(tx, BY_PATH) == lro.memory_report(expected, BY_PATH)
+        jax.tree.map(
+            lambda x, y: None,
+            lro.state_shardings(tx, BY_PATH, mesh),
+            lro.state_shardings(expected, BY_PATH, mesh),
+        )
+        found = [t.update(BY_PATH, t.init(BY_PATH), BY_PATH) for t in (tx, expected)]
+        assert_close(*(jax.tree.leaves(x) for x in found))
+
+
 @pytest.mark.parametrize(
     "tx",
     [

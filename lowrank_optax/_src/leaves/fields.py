@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -18,10 +18,17 @@ from lowrank_optax._src.leaves.box import (
     empty,
     is_box,
     is_variable,
+    rebox,
+    unbox,
     value_of,
 )
-from lowrank_optax._src.leaves.context import quietly
-from lowrank_optax._src.leaves.paths import check_arrays, flatten, path_parts
+from lowrank_optax._src.leaves.context import (
+    is_quiet,
+    note_views,
+    quietly,
+    record_views,
+)
+from lowrank_optax._src.leaves.paths import check_arrays, flatten, labels, path_parts
 from lowrank_optax._src.leaves.placing import (
     annotate_by,
     place_by_rules,
@@ -62,7 +69,9 @@ def _layout(inner: optax.GradientTransformation, whole: bool, tree: Any) -> "Lay
     """Where the fields are, by parameters in boxes of their numbers."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)
     leaves = {tuple(path): i for i, (path, _) in enumerate(flat)}
-    state = empty(inner.init(tree))
+    plain = inner.init(unbox(tree))
+    told = _takes_boxes(inner.init, tree, plain)
+    state = empty(inner.init(tree)) if told else _told_by_place(plain, tree)
     state = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)),
         state if whole else apart(state),
@@ -81,6 +90,37 @@ def _layout(inner: optax.GradientTransformation, whole: bool, tree: Any) -> "Lay
     )
     entries, masked = [x for _, x in found], _masked_fields(state, set(leaves))
     return Layout(structure, where, entries, masked, holders, codes)
+
+
+def _takes_boxes(init: Callable[[Any], Any], tree: Any, plain: Any) -> bool:
+    """Whether ``init`` makes of a tree of boxes what it makes without them.
+
+    A function that chooses parameters, as of a mask, may ask for the path or the shape
+    of a leaf, which a box changes.
+    """
+    try:
+        with quietly():
+            state = jax.eval_shape(lambda tree: init(tree), tree)
+    except Exception:  # whatever such a function raises, which it does not otherwise
+        return False
+    return _shapes(unbox(empty(state))) == _shapes(unbox(plain))
+
+
+def _told_by_place(plain: Any, tree: Any) -> Any:
+    """A state without boxes, its entries in the boxes of a tree by where they stand."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)
+    places = {tuple(path): i for i, (path, _) in enumerate(flat)}
+    found, structure = jax.tree_util.tree_flatten_with_path(unbox(plain))
+    where = [field_of(key, x, places) for key, x in found]
+    return structure.unflatten(
+        rebox(flat[w[1]][1], x) if w else x
+        for (_, x), w in zip(found, where, strict=True)
+    )
+
+
+def _shapes(tree: Any) -> tuple[Any, list[tuple[int, ...]]]:
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, [jnp.shape(x) for x in leaves]
 
 
 def field_of(key_path: Any, entry: Any, leaves: Mapping[Any, int]) -> Where | None:
@@ -249,7 +289,17 @@ def boxed_state(tx: Any, params: Any, mesh: Any = None) -> Any:
                 box.value, out_sharding=place.spec, mesh=mesh, memory_kind=kind
             )
         boxes.append(box)
+    tree = treedef.unflatten(boxes)
+    told = _takes_boxes(tx.init, tree, abstract_state(tx, params))
     # A function of its own, or JAX would answer from memory what is recorded and
     # limited anew at every call.
-    state = jax.eval_shape(lambda params: tx.init(params), treedef.unflatten(boxes))
-    return apart(state)
+    given = tree if told else params
+    with quietly() if is_quiet() else record_views() as noted:
+        state = jax.eval_shape(lambda params: tx.init(params), given)
+    views = noted or []
+    if not told:
+        state = _told_by_place(state, tree)
+        sources = dict(zip(labels(paths), boxes, strict=True))
+        views = [dataclasses.replace(v, source=sources.get(v.path)) for v in views]
+    note_views(views)
+    return apart(empty(state))
