@@ -1,5 +1,6 @@
 """The state-space engine: which moments are stored how, and what that costs."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -83,8 +84,9 @@ def test_without_codecs_nothing_changes():
 
 def test_an_initial_value_that_no_code_holds():
     tx = compress(optax.scale_by_rss(0.1), {"sum_of_squares": NONNEGATIVE})
-    with pytest.raises(ValueError, match="'sum_of_squares'.*'w'.*starts at 0.1"):
-        tx.init({"w": jnp.ones((5, 8))})
+    for init in (tx.init, jax.jit(tx.init), functools.partial(jax.eval_shape, tx.init)):
+        with pytest.raises(ValueError, match="'sum_of_squares'.*'w'.*starts at 0.1"):
+            init({"w": jnp.ones((5, 8))})
     one = optax.GradientTransformation(
         lambda params: optax.TraceState(
             jax.tree.map(lambda x: x.at[2, 3].set(0.1), params)
