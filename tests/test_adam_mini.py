@@ -157,6 +157,8 @@ def test_state_size():
     numbers = M * N + L + 2 * N
     assert lro.state_bytes(lro.scale_by_adam_mini(), params) == 4 * (numbers + 1)
     assert lro.state_bytes(lro.adam_mini(0.1), params) == 4 * (numbers + 1)
+    (row,) = lro.describe(lro.galore_adam_mini(0.1, 3), {"w": jnp.ones((16, 24))})
+    assert row.rank == 3  # though a row of squares is kept, one a column
     for r in (4, 11):
         numbers = S * r + L * r + L + 2 * N
         tx = lro.galore_adam_mini(0.1, r)

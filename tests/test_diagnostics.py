@@ -1,5 +1,7 @@
 """The diagnostics against float64 NumPy, closed forms and their stated invariances."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -322,6 +324,35 @@ def test_a_report_over_factors():
                 np.testing.assert_allclose(found, expected(kind, x), rtol=1e-4)
     assert metrics == {}
     assert diagnostics.state_metrics(state) == {}
+
+
+def test_a_report_counts_columns_of_moments_in_bytes_too():
+    params = {"bytes": jnp.ones((128, 320)), "floats": jnp.ones((48, 96))}
+    tx = lro.adarankgrad_adamw_8bit(0.1, 32)
+    state = tx.update(params, tx.init(params), params)[1]
+    kept = optax.tree.get(state, "mu")
+    assert hasattr(kept["bytes"], "index") and not hasattr(kept["floats"], "index")
+    found = diagnostics.state_metrics(state)
+    assert found["rank/bytes"] == found["rank/floats"] == found["rank"] == 1
+    assert found["memory_reduction"] == 31 * (128 + 320 + 48 + 96)
+
+
+class Attention(NamedTuple):
+    q: Any
+    v: Any
+
+
+def test_a_parameter_is_no_moment_by_its_name():
+    weight = random_like({"w": (6, 9)}, 0)["w"]
+    params = {"attention": Attention(weight, weight)}
+    tx = optax.MultiSteps(optax.sgd(0.1), 2)
+    state = tx.update(params, tx.init(params), params)[1]
+    assert diagnostics.state_metrics(state, moments=True) == {}
+    adam = optax.MultiSteps(optax.scale_by_adam(), 2)
+    state = adam.update(params, adam.init(params), params)[1]
+    found = diagnostics.state_metrics(state, moments=True)
+    names = {name.partition("/")[2] for name in found}
+    assert names == {f"{m}/attention/{x}" for m in ("mu", "nu") for x in "qv"}
 
 
 def test_what_a_report_cannot_see():

@@ -21,7 +21,7 @@ from lowrank_optax._src.leaves.context import record_views
 from lowrank_optax._src.leaves.fields import boxed_state
 from lowrank_optax._src.leaves.matrix import MatrixView
 from lowrank_optax._src.leaves.paths import Path, flatten, labels, path_parts
-from lowrank_optax._src.leaves.roles import FIRST_MOMENTS, SECOND_MOMENTS
+from lowrank_optax._src.leaves.roles import holder_of, role_of
 from lowrank_optax._src.parts.codec import BlockInt8Code, CastCode, PackedInt4Code
 from lowrank_optax._src.parts.factors import LowRankCode
 
@@ -336,9 +336,12 @@ def _seen_by(
 def _moments(opt_state: Any) -> Iterator[tuple[Path, Float[Array, "*b s"]]]:
     """Field and parameter of each moment with rows and columns; singular values."""
 
+    def is_moment(key, name):
+        return name and role_of(holder_of(opt_state, key, name), name) is not None
+
     for key, x in _entries(opt_state):
         names = [k.name if isinstance(k, jax.tree_util.GetAttrKey) else "" for k in key]
-        start = next((i for i, k in enumerate(names) if k in _MOMENTS), None)
+        start = next((i for i, k in enumerate(names) if is_moment(key, k)), None)
         if start is None or "basis" in names[:start]:
             continue
         path = path_parts(key)[start:]
@@ -352,7 +355,6 @@ def _moments(opt_state: Any) -> Iterator[tuple[Path, Float[Array, "*b s"]]]:
                 yield path, _singular_values(x)
 
 
-_MOMENTS = FIRST_MOMENTS | SECOND_MOMENTS
 _CODES = (LowRankCode, CastCode, BlockInt8Code, PackedInt4Code)
 
 
@@ -374,12 +376,21 @@ def bases(opt_state: Any) -> Iterator[tuple[Path, Array, int]]:
             if getattr(basis, "ndim", 0) < 2:
                 continue
             widths = [
-                x.shape[-1]
+                _shape(x)[-1]
                 for k, x in moments
                 if k[len(k) - len(key) :] == key
-                and getattr(x, "shape", ())[-2:-1] == (basis.shape[-1],)
+                and _shape(x)[-2:-1] == (basis.shape[-1],)
             ]
             yield path_parts(key), basis, max(widths, default=0)
+
+
+def _shape(x: Any) -> tuple[int, ...]:
+    """Of an array, or of what stands for one; () if that is not known."""
+    if isinstance(x, BlockInt8Code):
+        x = x.index
+    elif isinstance(x, LowRankCode):
+        return (*x.left.shape[:-1], x.right.shape[-1])
+    return getattr(x, "shape", ())
 
 
 def _entries(tree: Any) -> list[tuple[Any, Any]]:

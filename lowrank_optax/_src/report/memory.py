@@ -145,7 +145,9 @@ def _rank(view: MatrixView | None, own: list[Any]) -> int | None:
     # Where no basis is stored, the moments alone tell it.
     matrices = [x for x in own if x.ndim == len(batch) + 2]
     rows = [x.shape[-2] for x in matrices if x.shape[-1] == view.n]
-    return min(columns + rows, default=None)
+    # One row may be a number for each column, as of Adam-mini's squares.
+    rows = [r for r in rows if r > 1] or rows
+    return min(columns or rows, default=None)
 
 
 @dataclasses.dataclass(frozen=True)
