@@ -196,10 +196,21 @@ def test_a_bad_micro_batch_spoils_no_more_than_its_window():
     assert np.all(np.isfinite(updates[-1]["w"]))
     # Inside of it, one that is not finite is left out, and the window waits for more.
     tx = lro.accumulate_gradients(optax.apply_if_finite(project(), 9), EVERY)
-    updates, _ = run(tx, params, grads)
+    updates, state = run(tx, params, grads)
     kept, _ = run(tx, params, [grads[0], *grads[2:]])
     assert_close(updates[EVERY]["w"], kept[EVERY - 1]["w"])
     assert norm(updates[EVERY]) > 0 == norm(updates[EVERY - 1])
+    assert state.total_notfinite == 1 and state.notfinite_count == 0
+
+
+def test_too_many_bad_micro_batches_are_let_through():
+    params = random_like({"w": (5, 8)}, 0)
+    bad = jax.tree.map(lambda x: jnp.nan * x, params)
+    tx = lro.accumulate_gradients(optax.apply_if_finite(project(), 2), EVERY)
+    updates, state = run(tx, params, [bad] * (2 + EVERY))
+    assert state.notfinite_count == state.total_notfinite == 2 + EVERY
+    assert all(norm(u) == 0 for u in updates[:-1])
+    assert not np.any(np.isfinite(updates[-1]["w"]))
 
 
 # What it cannot be used with
@@ -222,6 +233,10 @@ def test_a_bad_micro_batch_spoils_no_more_than_its_window():
             "moments of '.*' that come before the projection: .* only the projection",
         ),
         (
+            optax.chain(optax.add_noise(0.1, 0.0, key=jax.random.key(0)), project()),
+            "optax.add_noise: .* nothing before .*Put it before accumulate_gradients",
+        ),
+        (
             optax.masked(project(), {"tall": True, "wide": False}),
             "the parameter 'wide' outside of it: .* every parameter",
         ),
@@ -233,7 +248,7 @@ def test_refused_with_the_reason_and_a_remedy(tx, message):
     with pytest.raises(ValueError, match="Cannot use accumulate_gradients with") as e:
         tx.init(params)
     assert e.match(message)
-    assert e.match("MultiSteps|around the parts")
+    assert e.match("MultiSteps|around the parts|before accumulate_gradients")
 
 
 def test_a_window_holds_a_gradient():

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from registry import METHODS, PERIOD, example_params, one_of_each
-from running import assert_close, random_grads, run
+from running import assert_close, random_grads, random_like, run
 from test_default_matrices import MODELS, tree_of
 
 import lowrank_optax as lro
@@ -110,6 +110,27 @@ def test_a_factory_without_matrices_takes_them():
     sizes = {"up": {"kernel": -1, "bias": -2}, "down": {"kernel": -2}}
     sizes["embed"] = {"table": -2}
     assert_close(updates, jax.tree.map(lambda s, x: s * x, sizes, params))
+
+
+def test_a_factory_of_any_arguments_is_given_the_matrices():
+    def factory(learning_rate, **kwargs):
+        return lro.galore_adamw(learning_rate, **kwargs)
+
+    params = random_like({"w": (16, 24), "v": (16, 24)}, 0)
+    given = {"rank": 4, "matrices": {"w": None, "v": lro.MatrixAxes()}}
+    found = [
+        run(
+            lro.two_rates(make)(0.01, dense_learning_rate=0.1, **given),
+            params,
+            random_grads(params, 2),
+        )
+        for make in (factory, lro.galore_adamw)
+    ]
+    assert_close(*found)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'matrices'"):
+        lro.two_rates(lambda learning_rate, **kw: optax.sgd(learning_rate, **kw))(
+            0.1, matrices=lro.MatrixAxes()
+        )
 
 
 def test_both_rates_and_decays_are_state_where_they_are_injected():

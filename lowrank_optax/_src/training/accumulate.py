@@ -8,7 +8,7 @@ import optax
 
 from lowrank_optax._src.engines.accumulation import AccumulateState, refused
 from lowrank_optax._src.leaves.box import is_box
-from lowrank_optax._src.leaves.context import accumulation, quietly
+from lowrank_optax._src.leaves.context import accumulation, averaging, quietly
 from lowrank_optax._src.leaves.fields import boxed_state
 from lowrank_optax._src.leaves.paths import flatten
 from lowrank_optax._src.leaves.transformation import transformation
@@ -74,14 +74,12 @@ def accumulate_gradients(
     def update(updates, state, params=None, **extra):
         with accumulation("add"):
             _, added = tx.update(updates, state, params, **extra)
-        # Within a window, nothing moves but the engines.
-        state = jax.tree.map(
-            lambda old, new: new if _is_sum(new) else old, state, added, is_leaf=_is_sum
-        )
+        state = _within(state, added)
 
         def finish():
             with accumulation("finish"):
-                return tx.update(updates, state, params, **extra)
+                ended, new = tx.update(updates, state, params, **extra)
+            return ended, _recounted(new, state)
 
         def wait():
             shapes, _ = jax.eval_shape(finish)
@@ -104,8 +102,16 @@ def check_engines(state: Any, params: Any) -> None:
             f"an optimizer of the state {', '.join(classes) or type(state).__name__}"
         )
         raise refused(other, "gradients in a subspace, as project_gradients has them")
-    entries = jax.tree.leaves(state, is_leaf=lambda x: _is_sum(x) or is_box(x))
+
+    def whole(x):
+        return _is_sum(x) or is_box(x) or isinstance(x, optax.AddNoiseState)
+
+    entries = jax.tree.leaves(state, is_leaf=whole)
     for x in entries[: next(i for i, x in enumerate(entries) if _is_sum(x))]:
+        if isinstance(x, optax.AddNoiseState) and averaging() is None:
+            need = "that nothing before the projection changes within a window"
+            remedy = "Put it before accumulate_gradients."
+            raise refused("optax.add_noise", need, remedy)
         if is_box(x):
             other = f"moments of '{'/'.join(x.path)}' that come before the projection"
             raise refused(other, "that only the projection depends on the gradients")
@@ -125,6 +131,38 @@ def check_engines(state: Any, params: Any) -> None:
 
 def _is_sum(x: Any) -> bool:
     return isinstance(x, AccumulateState)
+
+
+def _is_count(x: Any) -> bool:
+    return isinstance(x, optax.ApplyIfFiniteState)
+
+
+def _recounted(state: Any, counts: Any) -> Any:
+    """The state with the counts of another one: the same gradient counts only once."""
+
+    def with_counts(x, y):
+        if not _is_count(x):
+            return x
+        return y._replace(inner_state=_recounted(x.inner_state, y.inner_state))
+
+    return jax.tree.map(with_counts, state, counts, is_leaf=_is_count)
+
+
+def _within(state: Any, added: Any) -> Any:
+    """The state after a step that ends no window: nothing moves but the engines.
+
+    And what counts the gradients that are not finite, as it has to see each of them.
+    """
+
+    def counts(x):
+        return _is_sum(x) or _is_count(x)
+
+    def kept(old, new):
+        if _is_count(new):
+            return new._replace(inner_state=_within(old.inner_state, new.inner_state))
+        return new if _is_sum(new) else old
+
+    return jax.tree.map(kept, state, added, is_leaf=counts)
 
 
 def _sums(state: Any) -> list[AccumulateState]:

@@ -68,13 +68,15 @@ def two_rates(
         )
     extended = _with_dense(own)
     added = extended.parameters.keys() - own.parameters.keys()
+    if any(x.kind is x.VAR_KEYWORD for x in own.parameters.values()):
+        added -= {"matrices"}  # which a factory of any arguments is given
 
     @functools.wraps(factory)
     def make(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
         more = {name: kwargs.pop(name) for name in added & kwargs.keys()}
         given = own.bind(*args, **kwargs)
         given.apply_defaults()
-        matrices = (given.arguments | more).get("matrices")
+        matrices = (given.arguments | given.kwargs | more).get("matrices")
         low_rank = factory(*given.args, **given.kwargs)
         for name, value in more.items():
             if name.startswith(_DENSE) and value is not None:
