@@ -197,6 +197,12 @@ def test_stacks_of_merged_kernels_are_no_split_heads():
     assert len(seen({"layers": layers}, MatrixAxes())) == 4
 
 
+def test_stacks_of_adapters_have_no_heads():
+    adapters = {"lora_a": abstract(32, 256, 8), "lora_b": abstract(32, 8, 256)}
+    assert seen({"layers": {"q_proj": adapters, "out": dict(adapters)}}) == {}
+    assert len(seen({"layers": {"q_proj": adapters}}, MatrixAxes())) == 2
+
+
 def test_one_matrix_axes_leaves_attention_its_own():
     tree = {"query": {"kernel": abstract(12, 64, 4, 16)}, "mlp": abstract(12, 64, 32)}
     assert seen(tree, MatrixAxes()) == {

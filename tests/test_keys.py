@@ -23,7 +23,19 @@ def by_formula(key, path, step, places, field=""):
     return np.asarray(jax.random.key_data(key))
 
 
-@pytest.mark.parametrize("key", [7, jax.random.key(7), jax.random.PRNGKey(7)])
+@pytest.mark.parametrize(
+    "key",
+    [
+        7,
+        np.int64(7),
+        np.array(7),
+        jnp.array(7),
+        jax.random.key(7),
+        jax.random.PRNGKey(7),
+        np.asarray(jax.random.PRNGKey(7)),
+    ],
+    ids=lambda key: f"{type(key).__name__}-{np.ndim(key)}",
+)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_keys_are_those_of_the_formula(key, compiled):
     seeds, step = [leaf_seed(key, path) for path in PATHS], jnp.int32(11)
@@ -45,3 +57,13 @@ def test_keys_are_those_of_the_formula(key, compiled):
             named[last], by_formula(root, path, 11, last, "mu")
         )
     assert matrix_keys_each([], step, []) == []
+
+
+def test_seeds_may_be_mapped_over():
+    def words(seed):
+        key = matrix_keys(leaf_seed(seed, PATHS[0]), jnp.int32(3), (2,))
+        return jax.random.key_data(key)
+
+    found = jax.vmap(words)(jnp.arange(4))
+    for seed in range(4):
+        np.testing.assert_array_equal(found[seed], words(seed))

@@ -35,6 +35,8 @@ def attention_axes(shapes: Mapping[Path, Shape]) -> dict[Path, MatrixAxes]:
     queries: dict[Path, tuple[int, bool]] = {}
     for path, shape in shapes.items():
         module, name, leaf = _named(path, INPUTS)
+        if "lora" in words(leaf):  # of a kernel's adapters, which have no heads
+            continue
         if len(shape) > 2 and name and (axes := _input_axes(name, leaf, shape)):
             rows, heads, last = axes
             found[path] = MatrixAxes(rows, (heads, last))

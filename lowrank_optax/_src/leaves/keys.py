@@ -43,11 +43,13 @@ def _threefry(key: int | jax.Array) -> jax.Array:
     Others, which may be the default, draw for a stack of keys from the first one.
     """
     impl = "threefry2x32"
-    if not isinstance(key, jax.Array):
+    if not isinstance(key, (jax.Array, np.ndarray)):
         return jax.random.key(operator.index(key), impl=impl)
-    words = key
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        words = jax.random.key_data(key)
+    words = jnp.asarray(key)
+    if not words.ndim and jnp.issubdtype(words.dtype, jnp.integer):
+        return jax.random.key(words, impl=impl)
+    if jnp.issubdtype(words.dtype, jax.dtypes.prng_key):
+        words = jax.random.key_data(words)
     made = jax.random.wrap_key_data(words[..., :2], impl=impl)
     for i in range(2, words.shape[-1]):
         made = jax.random.fold_in(made, words[..., i])
