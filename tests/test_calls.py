@@ -147,6 +147,19 @@ def test_a_state_of_another_rank_is_refused(name, rank, made, used):
 
 
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_a_state_that_was_cast_with_the_parameters_is_refused(name):
+    params, tx = example_params(), BY_NAME[name].tx
+
+    def cast(x):
+        return x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x
+
+    state = jax.tree.map(cast, make(tx, params))
+    match = "parameter '.*' with .*'.*' is in bfloat16, and must be in float32.*cast"
+    with pytest.raises(ValueError, match=match):
+        jax.eval_shape(tx.update, params, state, params)
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_a_state_of_another_method_is_refused(name):
     params = example_params()
     state = make(optax.contrib.schedule_free_adamw(0.1), params)
@@ -422,3 +435,17 @@ def test_derivatives_are_those_of_differences(name):
 
     want = (at(1e-2) - at(-1e-2)) / 2e-2
     assert_close(jax.grad(at)(0.0), want, rtol=2e-2)
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_a_traced_parameter_is_not_asked_where_it_lies(name, monkeypatch):
+    """JAX answers by an error, for whose text it searches the whole program."""
+    asked = []
+
+    def init(params):
+        traced = type(jax.tree.leaves(params)[0])
+        monkeypatch.setattr(traced, "sharding", property(asked.append), raising=False)
+        return BY_NAME[name].tx.init(params)
+
+    jax.eval_shape(init, example_params())
+    assert not asked

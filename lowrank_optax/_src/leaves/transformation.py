@@ -155,6 +155,10 @@ _REMEDY = (
     "or that of lowrank_optax.rank.fit."
 )
 
+_CAST = (
+    "Where parameters are cast, leave the state as it is; if it has been, cast it back."
+)
+
 
 def _part(state: Any, expected: Any, grads: Any) -> tuple[Any, list[int]]:
     """The entries of a state that are of leaves with gradients, and their places."""
@@ -175,7 +179,11 @@ def _part(state: Any, expected: Any, grads: Any) -> tuple[Any, list[int]]:
     own = [flat[i] for i in places]
     for (path, x), (_, y) in zip(own, wanted, strict=True):
         if np.shape(x) != y.shape:
-            raise ValueError(_misfit(path, np.shape(x), y.shape, grads))
+            shapes = f"has shape {np.shape(x)}", f"have {y.shape}"
+            raise ValueError(_misfit(path, *shapes, _REMEDY, grads))
+        if _is_narrowed(jnp.result_type(x), y.dtype):
+            dtypes = f"is in {jnp.result_type(x)}", f"be in {y.dtype}"
+            raise ValueError(_misfit(path, *dtypes, _CAST, grads))
     _check_local(own, grads)
     return part.unflatten([x for _, x in own]), places
 
@@ -209,7 +217,13 @@ def _check_local(state: Any, grads: Any) -> None:
             )
 
 
-def _misfit(path: Any, shape: Any, wanted: Any, grads: Any) -> str:
+def _is_narrowed(dtype: Any, wanted: Any) -> bool:
+    """Whether a state that is kept in float32 at least has been cast to less."""
+    floating = all(jnp.issubdtype(x, jnp.floating) for x in (dtype, wanted))
+    return floating and dtype.itemsize < min(wanted.itemsize, 4)
+
+
+def _misfit(path: Any, has: str, wanted: str, remedy: str, grads: Any) -> str:
     flat, _ = jax.tree_util.tree_flatten_with_path(grads)
     leaves: Mapping[Any, int] = {tuple(path): i for i, (path, _) in enumerate(flat)}
     field, whose = _name(path), ""
@@ -218,8 +232,8 @@ def _misfit(path: Any, shape: Any, wanted: Any, grads: Any) -> str:
         name, grad = flat[i]
         whose = f" parameter '{_name(name)}' with a gradient of shape {grad.shape}"
     return (
-        f"Cannot update{whose}: the state's '{field}' has shape {shape}, and must have "
-        f"{wanted}. {_REMEDY}"
+        f"Cannot update{whose}: the state's '{field}' {has}, and must {wanted}. "
+        f"{remedy}"
     )
 
 
