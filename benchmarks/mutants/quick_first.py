@@ -2,7 +2,8 @@
 
 What each took is kept in the file that QUICK_FIRST names, from one run to the next.
 After so many seconds of the processor as QUICK_FIRST_LIMIT says no other test begins.
-Where QUICK_FIRST_ONLY has ids of tests, a line each, no other test is run.
+Where QUICK_FIRST_ONLY has ids of tests without parameters, a line each, no other test
+is run.
 """
 
 import json
@@ -15,7 +16,10 @@ import pytest
 
 
 class QuickFirst:
-    """Sorts tests by the seconds that they have taken; what is unknown comes first."""
+    """Sorts tests by the seconds that they have taken.
+
+    Of other parameters at least, if their own are not known; new tests come first.
+    """
 
     def __init__(self, path: Path, limit: float, only: set[str] | None):
         self._path, self._limit, self._only = path, limit, only
@@ -24,8 +28,17 @@ class QuickFirst:
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         if self._only is not None:
-            items[:] = [item for item in items if item.nodeid in self._only]
-        items.sort(key=lambda item: self._seconds.get(item.nodeid, 0.0))
+            items[:] = [x for x in items if _function(x.nodeid) in self._only]
+        alike: dict[str, float] = {}
+        for name, taken in self._seconds.items():
+            function = _function(name)
+            alike[function] = min(taken, alike.get(function, taken))
+
+        def expected(item: Any) -> float:
+            like = alike.get(_function(item.nodeid), 0.0)
+            return self._seconds.get(item.nodeid, like)
+
+        items.sort(key=expected)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when == "call" and report.passed:
@@ -45,6 +58,10 @@ class QuickFirst:
         draft = self._path.with_suffix(".new")
         draft.write_text(json.dumps(self._seconds))
         draft.replace(self._path)
+
+
+def _function(nodeid: str) -> str:
+    return nodeid.partition("[")[0]
 
 
 def pytest_configure(config: Any) -> None:

@@ -23,14 +23,15 @@ class Reach:
         self._kept, self._run = kept / _digest(root.rglob("*.py")), run
 
     def tests(self, files: Iterable[str], module: str, line: int) -> set[str] | None:
-        """The ids of those in these files, None where it cannot be said.
+        """The ids of those in these files, without parameters; None if not known.
 
         That is so where the line is executed on import, or in another process.
         """
         contexts = {c for file in files for c in self._contexts(file, module, line)}
         if "" in contexts or not contexts:
             return None
-        return {context.rpartition("|")[0] for context in contexts}  # "id|setup"
+        # As "id[parameters]|setup".
+        return {context.rpartition("|")[0].partition("[")[0] for context in contexts}
 
     def _contexts(self, file: str, module: str, line: int) -> list[str]:
         path = self._kept / f"{file.replace('/', '.')}.coverage"

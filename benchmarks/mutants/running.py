@@ -22,7 +22,8 @@ _Ends = pytest.ExitCode
 
 Outcome = Literal["killed", "survived", "too slow"]
 
-# The laws that all methods share, of which a mutant sees one in so many.
+# Of the laws that all methods share, one case in so many tells which lines a law
+# executes. Of one that does, all cases are tried.
 _SAMPLE = "8"
 # Parameters in brackets may hold anything.
 _FAILED = re.compile(
@@ -80,17 +81,16 @@ class Copy:
     def try_(self, mutant: Mutant, tests: Sequence[str], whole: bool = False) -> Result:
         """Runs those of the tests that execute the line, until one fails.
 
-        If ``whole``, all of them, and each law with every method.
+        If ``whole``, all of them.
         """
-        reaching, sample = None, "1"
+        reaching = None
         if not whole:
             reaching = self._reach.tests(tests, mutant.module, mutant.line)
-            sample = _SAMPLE if reaching is None else "1"  # of which only those are run
         path, began = self.root / mutant.module, time.monotonic()
         original = path.read_text()
         path.write_text(mutant.source)
         try:
-            outcome, by = self._pytest(tests, self._limit, reaching, sample)
+            outcome, by = self._pytest(tests, self._limit, reaching)
         finally:
             path.write_text(original)
         return Result(outcome, by, round(time.monotonic() - began, 1))
@@ -105,17 +105,13 @@ class Copy:
             )
 
     def _pytest(
-        self,
-        tests: Sequence[str],
-        limit: float,
-        only: set[str] | None = None,
-        sample: str = _SAMPLE,
+        self, tests: Sequence[str], limit: float, only: set[str] | None = None
     ) -> tuple[Outcome, str]:
         own = {"QUICK_FIRST_LIMIT": str(limit)}
         if only is not None:
             own["QUICK_FIRST_ONLY"] = "\n".join(sorted(only))
         options = ["-x", "-rfE", "--tb=no"]
-        process = self._start(tests, options, own, sample)
+        process = self._start(tests, options, own, "1")
         try:
             # A mutant may never end; others may need the processor too.
             longest = None if limit == math.inf else 60 + 10 * limit
@@ -142,7 +138,7 @@ class Copy:
     def _look(self, file: str, options: Sequence[str], own: dict[str, str]) -> None:
         """Runs all of a file's tests, without a mutant."""
         own = {"QUICK_FIRST_LIMIT": str(math.inf)} | own
-        process = self._start([file], options, own)
+        process = self._start([file], options, own, _SAMPLE)
         said, _ = process.communicate()
         if process.returncode not in (_Ends.OK, _Ends.NO_TESTS_COLLECTED):
             raise RuntimeError(f"{file} fails without a mutant:\n{said}")
@@ -152,7 +148,7 @@ class Copy:
         tests: Sequence[str],
         options: Sequence[str],
         own: dict[str, str],
-        sample: str = _SAMPLE,
+        sample: str,
     ) -> subprocess.Popen[str]:
         env = {
             "PYTHONDONTWRITEBYTECODE": "1",  # by times, which mutants may share
