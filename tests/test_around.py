@@ -9,6 +9,7 @@ import optax
 import pytest
 from running import assert_close, random_grads, random_like
 
+import lowrank_optax as lro
 from lowrank_optax._src.engines.around import ByLeaves
 from lowrank_optax._src.engines.order import Order, wait
 from lowrank_optax._src.leaves.fields import StateFields, by_leaf
@@ -287,3 +288,14 @@ def test_the_first_leaf_waits_for_nothing_and_others_for_the_last():
         return waited[-1]
 
     assert len(jax.make_jaxpr(start)(x).eqns) > 0
+
+
+def test_fields_below_a_parameter_are_named_by_what_is_below_it():
+    inner = lro.mlorc_compress(optax.trace(0.9), rank=2)
+    params = {"up": {"kernel": jnp.ones((8, 12))}, "bias": jnp.ones(3)}
+    found = StateFields(inner).layout(params)
+    places = {where for where in found.where if where}
+    kernel, bias = 1, 0
+    assert {("inner_state/trace.left", kernel), ("inner_state/trace", bias)} <= places
+    assert ("inner_state/trace.right", kernel) in places
+    assert found.codes == {"inner_state/trace.left", "inner_state/trace.right"}

@@ -13,7 +13,7 @@ import reference
 
 import lowrank_optax as lro
 from lowrank_optax._src.leaves.choose import view_leaves
-from lowrank_optax._src.parts import int8_map
+from lowrank_optax._src.parts import best_codes, int8_map
 from lowrank_optax._src.parts.factors import LowRankCode
 
 KEY = jax.random.key(0)
@@ -399,3 +399,12 @@ def test_bytes_stand_for_the_nearest_number_of_the_map(signed):
         distance[np.sign(numbers) * np.sign(unit[..., None]) < 0] = np.inf
     got = np.take_along_axis(distance, np.asarray(index)[..., None].astype(int), -1)
     assert np.all(got[..., 0] - distance.min(-1) <= 3e-7 * np.abs(unit))
+
+
+def test_rows_of_unused_columns_look_where_the_others_do_not():
+    rows = np.linalg.qr(np.random.default_rng(0).normal(size=(9, 3)))[0].T
+    used = jnp.array(rows)[None].at[0, 2].set(0.0)
+    norms, old = jnp.ones((1, 3, 1)).at[0, 2].set(0.0), jnp.ones((1, 3, 9)) / 3
+    ((found,),) = best_codes._with_spare([used], [norms], [old])
+    np.testing.assert_array_equal(found[:2], used[0, :2])
+    np.testing.assert_allclose(found @ found.T, np.eye(3), atol=1e-6)

@@ -27,6 +27,9 @@ ADDING = {
     "in a conditional": optax.apply_if_finite(optax.adamw(0.1), 3),
     "after all": optax.chain(optax.trace(0.9), optax.add_decayed_weights(0.1)),
     "iterates": contrib.schedule_free_adamw(0.1),
+    "a quotient": optax.stateless(
+        lambda updates, params: jax.tree.map(lambda u, p: u + p / 7, updates, params)
+    ),
 }
 
 MULTIPLYING = {
@@ -44,6 +47,11 @@ MULTIPLYING = {
         optax.lamb(0.1), every_k_schedule=2
     ).gradient_transformation(),
     "distances": contrib.prodigy(),
+    "nothing by a number": optax.stateless(
+        lambda updates, params: jax.tree.map(
+            lambda u, p: u + (0.0 * p) / (1 + p * p), updates, params
+        )
+    ),
 }
 
 

@@ -371,7 +371,7 @@ def test_vectors_of_layers_are_told_by_their_names_and_the_weights_beside_them()
         **{"pos_encoding": (128, 64), "positional_encoding/table_": (128, 64)},
         **{"w1": (12, 64, 96), "b1": (12, 96), "up_w": (12, 64, 96), "up_b": (12, 96)},
         **{"wq": (12, 64, 4, 16), "bq": (12, 4, 16), "attn_norm_weight": (12, 64)},
-        **{"norm_ffn/weight": (12, 64), "ln_attn/w": (12, 64)},
+        **{"norm_ffn/weight": (12, 64), "ln_attn/w": (12, 64), "ln_f": (12, 64)},
     }
     assert set(seen(tree_of(shapes))) == {"wq"}
     # What only looks like it: no weights beside it, or a matrix beside a norm.
@@ -423,6 +423,18 @@ def test_the_advice_sees_heads_that_make_up_the_width_of_the_model():
         "towers/post": (2, 32, 32),
         "blocks/up": (4, 16, 64),
     }
+
+
+@pytest.mark.filterwarnings("ignore:No name tells")
+def test_depthwise_convolutions_are_given_no_rows_and_columns():
+    shapes = {"stem": (3, 3, 1, 64), "one": (3, 3, 32, 1), "up": (3, 3, 32, 64)}
+    with pytest.warns(UserWarning, match="nothing tells which") as said:
+        lro.describe(lro.galore_adamw(1e-2, 2), tree_of(shapes))
+    (advice,) = re.findall(
+        r"matrices=(lro.matrix_rules\(.*\)); None", str(said[0].message)
+    )
+    assert all(f"'^{name}$': None" in advice for name in ("stem", "one"))
+    assert "'^up$': lro.MatrixAxes(rows=(0, 1, 2), cols=3)" in advice
 
 
 @pytest.mark.parametrize("specs", [{"nope": None}, {"w": {"x": None}}])

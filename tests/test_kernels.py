@@ -18,8 +18,9 @@ from running import random_like
 
 import lowrank_optax as lro
 from benchmarks.kernels import differences, moved
-from lowrank_optax._src.kernels import int8, mlorc
+from lowrank_optax._src.kernels import int8, mlorc, plan
 from lowrank_optax._src.kernels.dispatch import interpreted
+from lowrank_optax._src.linalg import products
 
 PLATFORMS = ["cuda", "tpu"]
 PASSES = {"sketches": mlorc.SKETCHES, "projections": mlorc.PROJECTIONS}
@@ -633,3 +634,30 @@ def test_what_fits_no_tile_is_left_to_xla():
         ]
         run = functools.partial(mlorc.SKETCHES, "cuda", True)
         assert kernels_in(run, *arrays) == kernels
+
+
+def test_tiles_are_cut_to_the_axes_and_on_gpu_to_powers_of_two():
+    given = ("mn",), ("mn",)
+    for sizes, cuda, tpu in [
+        ({"m": 100, "n": 20}, {"m": 128, "n": 32}, {"m": 100, "n": 20}),
+        ({"m": 5, "n": 4000}, {"m": 16, "n": 32}, {"m": 5, "n": 512}),
+        ({"m": 4000, "n": 4000}, {"m": 128, "n": 32}, {"m": 256, "n": 512}),
+    ]:
+        for platform, block in (("cuda", cuda), ("tpu", tpu)):
+            found = plan.plan(platform, *given, "n", sizes, jnp.float32)
+            assert found is not None and found.block == block
+
+
+def test_what_bytes_take_on_a_tpu_is_at_least_their_blocks_twice():
+    for rows, cols, dtype in [(32, 4096, jnp.float32), (64, 11008, jnp.bfloat16)]:
+        # A gradient and an update, the codes of two moments read and written.
+        blocks = rows * cols * (2 * jnp.dtype(dtype).itemsize + 4)
+        found = int8.tpu_bytes(rows, cols, 256, dtype)
+        assert 2 * blocks < found < 2 * blocks + 2**20 * rows / 8
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_only_a_gpu_keeps_thin_products_apart(platform):
+    traced = jax.jit(lambda x: products.kept_apart(2 * x) + 1).trace(jnp.ones(3))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert ("optimization_barrier" in text) == (platform == "cuda")

@@ -67,3 +67,15 @@ def test_seeds_may_be_mapped_over():
     found = jax.vmap(words)(jnp.arange(4))
     for seed in range(4):
         np.testing.assert_array_equal(found[seed], words(seed))
+
+
+def test_the_default_generator_changes_no_key():
+    words = [jax.random.key_data(leaf_seed(7, PATHS[0]).key)]
+    with jax.default_prng_impl("rbg"):
+        words += [
+            jax.random.key_data(leaf_seed(seed, PATHS[0]).key)
+            for seed in (7, jnp.array(7))
+        ]
+    assert all(w.shape == (2,) for w in words)
+    np.testing.assert_array_equal(words[0], words[1])
+    np.testing.assert_array_equal(words[0], words[2])

@@ -11,6 +11,7 @@ import pytest
 from running import assert_close, random_grads, random_like, run
 
 import lowrank_optax as lro
+from lowrank_optax._src.engines.accept import accept_each
 from lowrank_optax._src.parts.laws import StagedRule
 
 
@@ -300,3 +301,15 @@ def test_a_rule_may_begin_with_its_first_usable_gradient():
     assert_close(rows[1]["w"], 2 * means[0]["w"] + means[1]["w"])
     np.testing.assert_array_equal(rows[1]["late"], 0)
     assert_close(rows[2]["late"], 2 * means[2]["late"])
+
+
+def test_of_a_stack_each_matrix_is_accepted_whole():
+    old = {"x": jnp.zeros((3, 2, 4)), "n": jnp.zeros(3), "all": jnp.zeros(())}
+    new = {
+        "x": jnp.ones((3, 2, 4)).at[1, 0, 2].set(jnp.nan),
+        "n": jnp.array([1.0, 1.0, jnp.inf]),
+        "all": jnp.ones(()),
+    }
+    found = accept_each(new, old, 1)
+    assert found["x"].sum(axis=(1, 2)).tolist() == [8, 0, 8]
+    assert found["n"].tolist() == [1, 1, 0] and found["all"] == 1

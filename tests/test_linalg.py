@@ -13,6 +13,7 @@ from lowrank_optax._src.linalg import (
     eigh,
     gram,
     inverse_root,
+    lapack,
     lifted,
     power_of_two,
     svd,
@@ -631,3 +632,13 @@ def test_no_large_matrix_is_transposed(turned):
     ).lower(x, w, q)
     lines = [y for y in program.as_text().splitlines() if "transpose" in y]
     assert not any("48x64" in y or "64x48" in y for y in lines)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_a_stack_is_factored_on_every_platform(platform):
+    stack = jnp.stack([jnp.eye(24)] * 3)
+    for function in (lapack.eigh, lapack.svd):
+        traced = jax.jit(lambda a, function=function: function(a)).trace(stack)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        # One by one on a CPU, whose threads would wait for one another.
+        assert ("stablehlo.while" in text or platform != "cpu") and "24x24" in text

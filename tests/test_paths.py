@@ -10,6 +10,8 @@ import pytest
 from flax import nnx
 
 import lowrank_optax as lro
+from lowrank_optax._src.leaves import context
+from lowrank_optax._src.leaves.paths import labels
 
 
 class Attention(NamedTuple):
@@ -134,3 +136,17 @@ def test_random_numbers_of_paths_that_read_alike_differ(method):
         assert all(distance(part, other) > 0.1 for other in found[:i])
     for part in seen:  # whatever stands beside
         assert min(distance(part, other) for other in found) < 1e-5
+
+
+def test_paths_that_read_alike_are_told_apart_by_quotes():
+    paths = [("a/b",), ("a", "b"), ("c", "d/e"), ("f",)]
+    assert labels(paths) == ["'a/b'", "a/b", "c/d/e", "f"]
+
+
+def test_a_limit_within_another_is_the_smaller_one():
+    one, other = ("a", "w"), ("b",)
+    with context.limited_ranks({one: 3, other: 5}), context.limited_ranks({one: 7}):
+        assert dict(context.limits()) == {one: 3, other: 5}
+        with context.limited_ranks({one: 2}):
+            assert dict(context.limits()) == {one: 2, other: 5}
+    assert context.limits() == ()

@@ -677,3 +677,21 @@ def test_on_tpu_an_update_lies_as_its_weights(over):
         )
         text = export(params, state).mlir_module()
         assert text.count("@LayoutConstraint") == count
+
+
+def test_a_schedule_where_a_number_belongs_is_told_where_it_is_taken():
+    schedule = optax.constant_schedule(2)
+    for name, make in {
+        "update_every": lambda: lro.Every(schedule),
+        "max_interval": lambda: lro.OnConvergence(max_interval=schedule),
+        "scale": lambda: project(scale=schedule),
+    }.items():
+        match = f"`{name}` must be a number, got the function.*inject_hyperparams"
+        with pytest.raises(TypeError, match=match):
+            make()
+
+
+def test_rank_one_is_a_rank():
+    for subspace in (lro.TopSingular(), lro.EnergyRank(), lro.RandomOrthonormal()):
+        tx = project(rank=1, subspace=subspace)
+        assert tx.init({"w": jnp.ones((5, 8))}).basis["w"].shape == (5, 1)

@@ -211,3 +211,15 @@ def test_the_engine_reaches_the_refusal():
     with pytest.raises(ValueError, match="state field 'velocity'"):
         step(lro.Rotate())
     step(lro.Rotate(first=("velocity",)))
+
+
+def test_a_row_of_second_moments_for_the_basis_vectors_cannot_be_rotated():
+    first = moments(3, 5)["mu"]
+    turned = overlap(basis(8, 3, 0), basis(8, 3, 1))
+    row = {"mu": first, "nu": np.ones((1, 3), np.float32)}
+    with pytest.raises(ValueError, match="state field 'nu' of shape .1, 3.*rows are"):
+        carry(lro.Rotate(), row, turned)
+    # One number a row, or for each column, is another thing.
+    for shape in [(3, 1), (1, 5)]:
+        column = {"mu": first, "nu": np.ones(shape, np.float32)}
+        assert carry(lro.Rotate(), column, turned)["nu"].shape == shape
