@@ -72,7 +72,7 @@ def test_a_run_goes_on_from_what_is_there(tmp_path, capsys):
     assert "**Not complete**: at least 1" in capsys.readouterr().out
     finetuning.main(dataclasses.replace(settings, minutes=9))
     record = json.loads((tmp_path / "records" / "glue_stdlib.json").read_text())
-    assert list(record["figures"]["adamw"]["scores"]) == ["0"]
+    assert list(record["figures"]["methods"]["adamw"]["scores"]) == ["0"]
     (file,) = (tmp_path / "records" / "glue_stdlib").iterdir()
     before = file.read_text()
     assert (
