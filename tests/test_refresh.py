@@ -189,3 +189,17 @@ def test_a_leaf_starts_with_its_first_usable_gradient():
     grad = jnp.asarray(np.random.default_rng(0).standard_normal((8, 3)) @ np.eye(3, 12))
     updates, _ = tx.update({"w": grad}, state)
     np.testing.assert_allclose(updates["w"], -grad, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_periods_are_counted_in_integers(batch):
+    params = {"w": jnp.ones((*batch, 6, 8))}
+    rule = lro.WhenDrifted(4)
+    tx = lro.project_gradients(
+        optax.trace(0.9), rank=2, refresh=rule, matrices=lro.MatrixAxes()
+    )
+    for state in (tx.init(params), tx.update(params, tx.init(params))[1]):
+        kept = state.refresh["w"]
+        assert kept.left.dtype == kept.stretch.dtype == jnp.int32
+        assert kept.left.shape == kept.stretch.shape == batch
+        assert kept.recent.shape == (*batch, 5) and kept.recent.dtype == jnp.float32

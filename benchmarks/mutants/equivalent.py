@@ -19,5 +19,12 @@ EQUIVALENT: dict[str, str] = {
     "0821639e4574": "sketch and factors end at both sizes all the same",
     "2d8b9f7a906f": "slices end where the vectors do",
     "ff1ea3c7c8f2": "leaves that meet are one group in the end, whose number counts",
+    "808bb8247a8e": "where a value is not known, another weight stands",
+    "055dcd1531e8": "a part of nothing is nothing, whatever it is divided by",
+    "0dc4d5281bde": "what is added is zero or not a number",
+    "7f27072cc4da": "the place of zero is zero, and so is its negative",
+    "554c6a8117cd": "the same places, in wider integers where there are some",
+    "2fc8d3f5c547": "parts of blocks give the codes of whole ones, on one device too",
+    "8d00e5a05425": "either way makes a basis; at 16 columns both are precise",
     "a21ed438363d": "where phi is zero, the condition around it takes zero instead",
 }

@@ -88,7 +88,7 @@ _TESTS = {
     "parts/part": "project compositions",
     "parts/recovery": "fira apollo galore_plus",
     "parts/refresh": "refresh q_galore adarankgrad",
-    "parts/subspace": "subspace project golore i3s",
+    "parts/subspace": "subspace project adarankgrad galore_plus golore i3s",
     "parts/transfer": "transfer compositions flora",
     "report/adapters": "adapters",
     "report/compare": "compare",
