@@ -32,12 +32,14 @@ class Plan:
       sizes: of all axes by letter.
       over: the axis of the walk.
       block: of "m" and "n".
+      bytes: of fast memory that a program needs, counted by `_footprint`.
     """
 
     platform: str
     sizes: Mapping[str, int]
     over: str
     block: Mapping[str, int]
+    bytes: int
 
     @property
     def outer(self) -> str:
@@ -82,8 +84,9 @@ def plan(
                 else sizes[axis]
             )
             block[axis] = min(size, least)
-        found = Plan(platform, sizes, over, block)
-        if _footprint(found, ins, outs, dtype) <= BUDGET[platform]:
+        found = Plan(platform, sizes, over, block, 0)
+        found = dataclasses.replace(found, bytes=_footprint(found, ins, outs, dtype))
+        if found.bytes <= BUDGET[platform]:
             return found
     return None
 
