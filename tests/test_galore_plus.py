@@ -17,6 +17,7 @@ from running import (
 )
 
 import lowrank_optax as lro
+from lowrank_optax._src.parts.recovery import _entries_of_product
 
 ADAM = optax.scale_by_adam()
 STEPS, PERIOD, WARMUP, RANK, HEADS = 50, 10, 13, 3, 4
@@ -464,3 +465,28 @@ def test_the_choice_of_entries_looks_at_an_eighth_of_a_matrix_at_once(layers):
     thin = layers * (2 * m + 2 * n + 2 * n)
     # Sizes and places, each also sorted, of four bytes.
     assert usage.temp_size_in_bytes < 1.5 * 4 * (4 * looked_at + thin)
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 2)])
+def test_entries_of_a_product_in_several_blocks(batch):
+    rng = np.random.default_rng(0)
+    left, right = (rng.normal(size=(*batch, *s)) for s in ((6, 4), (4, 10)))
+    row, col = rng.integers(6, size=(*batch, 7)), rng.integers(10, size=(*batch, 7))
+    whole = (left @ right).reshape(-1, 6, 10)
+    places = zip(whole, row.reshape(-1, 7), col.reshape(-1, 7), strict=True)
+    expected = np.reshape([x[i, j] for x, i, j in places], (*batch, 7))
+    given = (jnp.asarray(x) for x in (left, right, row, col))
+    assert -(-8 * 4 * 7 // (6 * 10)) > 2  # blocks
+    found = _entries_of_product(*given)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_residual_has_the_defaults_of_the_method():
+    assert lro.SparseResidual() == lro.SparseResidual(
+        density=0.012, warmup=200, b1=0.9, b2=0.999, eps=1e-8, residual_scale=None
+    )
+    inner, residual = optax.trace(0.9), lro.SparseResidual()
+    tx = lro.project_gradients(inner, rank=2, recovery=residual)
+    kept = tx.init({"w": jnp.ones((6, 8))}).recovery["w"]
+    assert kept.age.dtype == kept.index.dtype == jnp.int32
+    assert kept.mean.shape == kept.square.shape == kept.index.shape == (1,)

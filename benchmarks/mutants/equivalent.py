@@ -26,5 +26,13 @@ EQUIVALENT: dict[str, str] = {
     "554c6a8117cd": "the same places, in wider integers where there are some",
     "2fc8d3f5c547": "parts of blocks give the codes of whole ones, on one device too",
     "8d00e5a05425": "either way makes a basis; at 16 columns both are precise",
+    "08ec3c1b2560": "how many rounds are in the loop's body changes no number",
+    "82f9c8bd3b22": "how many rounds are in the loop's body changes no number",
+    "5d6aae4b9585": "one more pass over what has converged",
+    "b7dc3ff703ed": "of square matrices",
+    "1a4531f5e076": "blocks of other heights have the same largest entries",
+    "19d3f6eb397d": "the same places, in wider integers where there are some",
+    "05c78a37333c": "an identity is exact in float32",
+    "0c501a5be28d": "an identity is exact in float32",
     "a21ed438363d": "where phi is zero, the condition around it takes zero instead",
 }
