@@ -648,6 +648,21 @@ def test_tiles_are_cut_to_the_axes_and_on_gpu_to_powers_of_two():
             assert found is not None and found.block == block
 
 
+@pytest.mark.parametrize(
+    ("platform", "over", "block"),
+    [
+        ("cuda", "n", {"m": 128, "n": 32}),
+        ("cuda", "m", {"m": 32, "n": 128}),
+        ("tpu", "n", {"m": 256, "n": 512}),
+        ("tpu", "m", {"m": 256, "n": 512}),
+    ],
+)
+def test_on_gpu_tiles_are_longer_along_the_axis_that_stays(platform, over, block):
+    sizes = {"m": 4000, "n": 4000}
+    found = plan.plan(platform, ("mn",), ("mn",), over, sizes, jnp.float32)
+    assert found is not None and found.block == block
+
+
 def test_what_bytes_take_on_a_tpu_is_at_least_their_blocks_twice():
     for rows, cols, dtype in [(32, 4096, jnp.float32), (64, 11008, jnp.bfloat16)]:
         # A gradient and an update, the codes of two moments read and written.

@@ -44,7 +44,7 @@ _TESTS = {
     "leaves/roles": "roles",
     "leaves/saving": "saving",
     "leaves/specs": "matrix default_matrices",
-    "leaves/told": "saving matrix warnings",
+    "leaves/told": "default_matrices saving matrix warnings",
     "leaves/transformation": "calls project average",
     "leaves/warn": "warnings",
     "linalg/factor": "linalg",
