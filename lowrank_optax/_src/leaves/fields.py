@@ -70,8 +70,8 @@ def _layout(inner: optax.GradientTransformation, whole: bool, tree: Any) -> "Lay
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)
     leaves = {tuple(path): i for i, (path, _) in enumerate(flat)}
     plain = inner.init(unbox(tree))
-    told = _takes_boxes(inner.init, tree, plain)
-    state = empty(inner.init(tree)) if told else _told_by_place(plain, tree)
+    state = _of_boxes(inner.init, tree, plain)
+    state = _told_by_place(plain, tree) if state is None else state
     state = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)),
         state if whole else apart(state),
@@ -92,18 +92,18 @@ def _layout(inner: optax.GradientTransformation, whole: bool, tree: Any) -> "Lay
     return Layout(structure, where, entries, masked, holders, codes)
 
 
-def _takes_boxes(init: Callable[[Any], Any], tree: Any, plain: Any) -> bool:
-    """Whether ``init`` makes of a tree of boxes what it makes without them.
+def _of_boxes(init: Callable[[Any], Any], tree: Any, plain: Any) -> Any | None:
+    """The state of a tree of boxes, by shapes; None if it is another than without.
 
     A function that chooses parameters, as of a mask, may ask for the path or the shape
     of a leaf, which a box changes.
     """
     try:
         with quietly():
-            state = jax.eval_shape(lambda tree: init(tree), tree)
+            state = empty(jax.eval_shape(lambda tree: init(tree), tree))
     except Exception:  # whatever such a function raises, which it does not otherwise
-        return False
-    return _shapes(unbox(empty(state))) == _shapes(unbox(plain))
+        return None
+    return state if _shapes(unbox(state)) == _shapes(unbox(plain)) else None
 
 
 def _told_by_place(plain: Any, tree: Any) -> Any:
@@ -290,7 +290,7 @@ def boxed_state(tx: Any, params: Any, mesh: Any = None) -> Any:
             )
         boxes.append(box)
     tree = treedef.unflatten(boxes)
-    told = _takes_boxes(tx.init, tree, abstract_state(tx, params))
+    told = _of_boxes(tx.init, tree, abstract_state(tx, params)) is not None
     # A function of its own, or JAX would answer from memory what is recorded and
     # limited anew at every call.
     given = tree if told else params
