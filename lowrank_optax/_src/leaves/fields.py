@@ -279,21 +279,23 @@ def boxed_state(tx: Any, params: Any, mesh: Any = None) -> Any:
     """
     check_arrays(params)
     paths, leaves, treedef = flatten(params)
-    boxes = []
+    boxes, plain = [], []
     for parts, leaf in zip(paths, leaves, strict=True):
         x, place = value_of(leaf), place_by_rules(leaf)
-        box = ParamBox(jax.ShapeDtypeStruct(x.shape, x.dtype), parts)
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)  # on no mesh, which may not fit
+        plain.append(rebox(leaf, shape) if is_variable(leaf) else shape)
+        box = ParamBox(shape, parts)
         if mesh is not None and place is not None:
             kind = place.memory_kind
             box = box.replace(
                 box.value, out_sharding=place.spec, mesh=mesh, memory_kind=kind
             )
         boxes.append(box)
-    tree = treedef.unflatten(boxes)
-    told = _of_boxes(tx.init, tree, abstract_state(tx, params)) is not None
+    tree, bare = treedef.unflatten(boxes), treedef.unflatten(plain)
+    told = _of_boxes(tx.init, tree, abstract_state(tx, bare)) is not None
     # A function of its own, or JAX would answer from memory what is recorded and
     # limited anew at every call.
-    given = tree if told else params
+    given = tree if told else bare
     with quietly() if is_quiet() else record_views() as noted:
         state = jax.eval_shape(lambda params: tx.init(params), given)
     views = noted or []
