@@ -196,3 +196,11 @@ def test_multiples_are_ints_of_at_least_one(value, error):
     tx, params = adaptive(), gradients(1)[0]
     with pytest.raises(error, match="`multiple_of`"):
         lro.rank.shrink(tx, tx.init(params), params, multiple_of=value)
+
+
+def test_by_default_ranks_are_cut_to_multiples_of_eight():
+    params = {"w": jnp.ones((24, 40))}  # of rank one
+    tx = lro.adaptive_rank(optax.scale_by_adam(), max_rank=20)
+    state = tx.update(params, tx.init(params))[1]
+    _, small = lro.rank.shrink(tx, state, params)
+    assert state.basis["w"].shape[-1] == 20 and small.basis["w"].shape[-1] == 8
