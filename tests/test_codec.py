@@ -408,3 +408,8 @@ def test_rows_of_unused_columns_look_where_the_others_do_not():
     ((found,),) = best_codes._with_spare([used], [norms], [old])
     np.testing.assert_array_equal(found[:2], used[0, :2])
     np.testing.assert_allclose(found @ found.T, np.eye(3), atol=1e-6)
+
+
+def test_only_a_type_of_less_range_than_float32_lacks_it():
+    assert lro.Cast(jnp.bfloat16).lacks == lro.Cast(jnp.float32).lacks == ()
+    assert lro.Cast(jnp.float16).lacks

@@ -20,6 +20,7 @@ from lowrank_optax._src.linalg import (
     unit_scale,
     whitening,
 )
+from lowrank_optax._src.linalg.products import sums_from_end
 from lowrank_optax._src.linalg.random import fixed_signs
 
 
@@ -642,3 +643,9 @@ def test_a_stack_is_factored_on_every_platform(platform):
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         # One by one on a CPU, whose threads would wait for one another.
         assert ("stablehlo.while" in text or platform != "cpu") and "24x24" in text
+
+
+def test_sums_from_the_end_are_of_each_row():
+    x = np.array([[3.0, 1e-9, 2e-9], [1.0, 2.0, 4.0]])
+    found = sums_from_end(jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(found, np.cumsum(x[:, ::-1], 1)[:, ::-1], rtol=1e-6)

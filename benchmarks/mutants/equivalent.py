@@ -34,5 +34,6 @@ EQUIVALENT: dict[str, str] = {
     "19d3f6eb397d": "the same places, in wider integers where there are some",
     "05c78a37333c": "an identity is exact in float32",
     "0c501a5be28d": "an identity is exact in float32",
+    "873bb138120b": "overlaps are square",
     "a21ed438363d": "where phi is zero, the condition around it takes zero instead",
 }
