@@ -240,13 +240,10 @@ def main(settings: Settings) -> None:
         f"Least validation loss by m, seed {protocol.tuning_seed}:",
         ladders(study, results.all, list(tuned)),
     ]
-    job = tuning.job
     figures = {
         "methods": found,
         "setup": tuning.setup,
-        "model": job.facts["model"]["source"],
-        "score": job.score,
-        "constant_answer": constant_score(job),
+        "constant_answer": constant_score(tuning.job),
     }
     write_record(s.name, s, figures, "\n\n".join(filter(None, parts)), s.out)
 

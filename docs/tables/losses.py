@@ -92,11 +92,12 @@ def task() -> str:
         *("", "rank", "rate of matrices", "F1, %", "minus that of `adamw`"),
         "state of matrices, KiB",
     )
-    dense = figures["methods"]["adamw"]["dense_rate"]
+    full = figures["methods"]["adamw"]
+    seeds, dense = len(full["scores"]), full["dense_rate"]
     about = (
-        f"{made_on(found['machine'])} {figures['setup']}; five seeds. ± is half of the "
-        "95% confidence interval, of differences that are paired by seed. All else is "
-        f"trained at {dense:g}, tuned with `adamw`; each rate of matrices is the best "
+        f"{made_on(found['machine'])} {figures['setup']}; {seeds} seeds. ± is half of "
+        "the 95% confidence interval, of differences that are paired by seed. All else "
+        f"is trained at {dense:g}, tuned with `adamw`; each rate of matrices is the best "
         "of a ladder on a seed of its own. Always the same answer has "
         f"{100 * figures['constant_answer']:.2f}.\n"
     )

@@ -1,7 +1,7 @@
 """The state-space engine: an optimizer whose moments are stored compressed."""
 
 import dataclasses
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +27,7 @@ from lowrank_optax._src.engines.coded import (
 from lowrank_optax._src.engines.in_bytes import step_in_bytes
 from lowrank_optax._src.engines.moments import Choose
 from lowrank_optax._src.engines.order import Order
+from lowrank_optax._src.engines.start import check_start, largest_of_small
 from lowrank_optax._src.kernels.adam import Adam
 from lowrank_optax._src.leaves import matrix, saving
 from lowrank_optax._src.leaves.box import (
@@ -35,7 +36,7 @@ from lowrank_optax._src.leaves.box import (
     value_of,
 )
 from lowrank_optax._src.leaves.choose import view_dense, view_leaves
-from lowrank_optax._src.leaves.context import accumulating, is_quiet, quietly
+from lowrank_optax._src.leaves.context import accumulating
 from lowrank_optax._src.leaves.fields import (
     Layout,
     StateFields,
@@ -233,8 +234,8 @@ class _Compression:
             make = jax.jit(lambda whole: without_codes(self.inner.init(whole)))
             state, start, largest = make(whole)
         if any(isinstance(x, jax.core.Tracer) for x in largest.values()):
-            largest = self._largest_of_small(whole, largest)
-        _check_start(largest, views)
+            largest = largest_of_small(self.inner, self.fields, whole, largest)
+        check_start(largest, views)
         step = jnp.zeros([], jnp.int32)
         codes = {w: codec.init(view) for w, (codec, view) in coded.items()}
         for w, x in start.items():
@@ -249,30 +250,6 @@ class _Compression:
                 is_leaf=is_variable,
             )
         return CompressState(step, layout.set(state, codes), {})
-
-    def _largest_of_small(
-        self, whole: Any, where: Iterable[Where]
-    ) -> dict[Where, float]:
-        """At which numbers moments start, told by parameters of one number each.
-
-        For an ``init`` that is traced, of which no number can be looked at.
-        """
-        if is_quiet():
-            return {}
-        leaves, treedef = jax.tree.flatten(whole, is_leaf=is_variable)
-        arrays = map(value_of, leaves)
-        try:
-            with jax.ensure_compile_time_eval(), quietly():
-                ones = [jnp.zeros((1,) * x.ndim, x.dtype) for x in arrays]
-                small = treedef.unflatten(ones)
-                entries = self.fields.layout(small).get(self.inner.init(small))
-                return {
-                    w: float(jnp.max(jnp.abs(value_of(entries[w]))))
-                    for w in where
-                    if w in entries
-                }
-        except Exception:  # such parameters cannot be had: heads that divide an axis
-            return {}
 
     def _encode_at(
         self, w: Where, coded: Coded, x: jax.Array, old: Any, at: tuple[Path, jax.Array]
@@ -410,14 +387,3 @@ class _Leaves:
         }
         masks = {w: optax.MaskedNode() for w in self.coded if w[1] not in leaves}
         return self.layout.set(inner_state, masks | later)
-
-
-def _check_start(largest: Mapping[Where, jax.Array | float], views: list[Any]) -> None:
-    """Refuse to compress what does not start at zero, as codes do."""
-    for (name, i), x in largest.items():
-        if x > 0:
-            raise ValueError(
-                f"Cannot compress the state field '{name}' of parameter "
-                f"'{views[i].path}': it starts at {x:.3g}, and codes start "
-                "at zero. Let the inner optimizer start it at zero."
-            )

@@ -2,8 +2,8 @@
 
 All compute in float32 at least. What is of a matrix works over the last two axes with
 any batch axes in front, and gives a number for each; all but ``subspace_overlap`` are
-unchanged by scaling, and all are finite for zero input. `state_metrics` and `bases`
-look into the states of optimizers.
+unchanged by scaling, and all are finite for zero input. `state_metrics` looks into the
+states of optimizers.
 """
 
 from collections.abc import Iterator
@@ -15,14 +15,13 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from lowrank_optax._src import linalg
-from lowrank_optax._src.engines.project_state import ProjectState
-from lowrank_optax._src.leaves.box import is_box, is_variable, value_of
+from lowrank_optax._src.engines.bases import CODES, bases, entries
+from lowrank_optax._src.leaves.box import is_box, value_of
 from lowrank_optax._src.leaves.context import record_views
 from lowrank_optax._src.leaves.fields import boxed_state
 from lowrank_optax._src.leaves.matrix import MatrixView
 from lowrank_optax._src.leaves.paths import Path, flatten, labels, path_parts
 from lowrank_optax._src.leaves.roles import holder_of, role_of
-from lowrank_optax._src.parts.codec import BlockInt8Code, CastCode, PackedInt4Code
 from lowrank_optax._src.parts.factors import LowRankCode
 
 
@@ -339,7 +338,7 @@ def _moments(opt_state: Any) -> Iterator[tuple[Path, Float[Array, "*b s"]]]:
     def is_moment(key, name):
         return name and role_of(holder_of(opt_state, key, name), name) is not None
 
-    for key, x in _entries(opt_state):
+    for key, x in entries(opt_state):
         names = [k.name if isinstance(k, jax.tree_util.GetAttrKey) else "" for k in key]
         start = next((i for i, k in enumerate(names) if is_moment(key, k)), None)
         if start is None or "basis" in names[:start]:
@@ -350,54 +349,6 @@ def _moments(opt_state: Any) -> Iterator[tuple[Path, Float[Array, "*b s"]]]:
             q, p = linalg.orthonormalize(left), linalg.orthonormalize(right.mT)
             core = linalg.matmul(linalg.matmul(q.mT, left), linalg.matmul(right, p))
             yield path, _singular_values(core)
-        elif not isinstance(x, _CODES):
+        elif not isinstance(x, CODES):
             if getattr(x, "ndim", 0) >= 2:
                 yield path, _singular_values(x)
-
-
-_CODES = (LowRankCode, CastCode, BlockInt8Code, PackedInt4Code)
-
-
-def bases(opt_state: Any) -> Iterator[tuple[Path, Array, int]]:
-    """Path, basis and n of each matrix; n of a moment that stands at the same path.
-
-    Only of bases that are stored as such: there is nothing to see in what is drawn
-    again at every step, or stored as a code.
-    """
-
-    def is_engine(x):
-        return isinstance(x, ProjectState)
-
-    for state in jax.tree.leaves(opt_state, is_leaf=is_engine):
-        if not is_engine(state):
-            continue
-        moments = _entries(state.inner_state)
-        for key, basis in _entries(state.basis):
-            if getattr(basis, "ndim", 0) < 2:
-                continue
-            widths = [
-                _shape(x)[-1]
-                for k, x in moments
-                if k[len(k) - len(key) :] == key
-                and _shape(x)[-2:-1] == (basis.shape[-1],)
-            ]
-            yield path_parts(key), basis, max(widths, default=0)
-
-
-def _shape(x: Any) -> tuple[int, ...]:
-    """Of an array, or of what stands for one; () if that is not known."""
-    if isinstance(x, BlockInt8Code):
-        x = x.index
-    elif isinstance(x, LowRankCode):
-        return (*x.left.shape[:-1], x.right.shape[-1])
-    return getattr(x, "shape", ())
-
-
-def _entries(tree: Any) -> list[tuple[Any, Any]]:
-    """Key and array, out of its box, of each entry; codes whole."""
-
-    def whole(x):
-        return isinstance(x, _CODES) or is_variable(x)
-
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=whole)
-    return [(key, value_of(x)) for key, x in flat]

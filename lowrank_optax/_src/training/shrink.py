@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax._src.engines.bases import bases
 from lowrank_optax._src.leaves.context import limited_ranks
 from lowrank_optax._src.leaves.fields import abstract_state
 from lowrank_optax._src.leaves.paths import Path, flatten
 from lowrank_optax._src.leaves.placing import unsplit
 from lowrank_optax._src.parts.checks import check_rank
-from lowrank_optax._src.report.diagnostics import bases
 
 
 def shrink(
