@@ -97,8 +97,8 @@ def task() -> str:
     about = (
         f"{made_on(found['machine'])} {figures['setup']}; {seeds} seeds. ± is half of "
         "the 95% confidence interval, of differences that are paired by seed. All else "
-        f"is trained at {dense:g}, tuned with `adamw`; each rate of matrices is the best "
-        "of a ladder on a seed of its own. Always the same answer has "
+        f"is trained at {dense:g}, tuned with `adamw`; each rate of matrices is the "
+        "best of a ladder on a seed of its own. Always the same answer has "
         f"{100 * figures['constant_answer']:.2f}.\n"
     )
     return "\n".join([rows(head, lines, figures=True), "", about])
