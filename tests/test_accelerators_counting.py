@@ -11,7 +11,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 import lowrank_optax as lro
-from benchmarks.accelerators import aims, check, counting, hlo, pallas, programs, table
+from benchmarks.accelerators import (
+    aims,
+    check,
+    counting,
+    hlo,
+    meshes,
+    pallas,
+    programs,
+    table,
+)
 from benchmarks.accelerators.cases import CASES
 from benchmarks.accelerators.counting import Cost, Counter
 from benchmarks.accelerators.table import Key, Table
@@ -527,6 +536,40 @@ def test_the_check_says_what_differs(tmp_path, change, wrong):
 def test_a_row_that_is_missing_fails(tmp_path):
     rows = Table(tmp_path / "t.json", {})
     assert check.failures(KEY, rows, ROW) == ["not in the table: record it"]
+
+
+IN_STEPS = """HloModule m
+
+%begin (a: f32[4,8]) -> f32[32,8] {{
+  %a = f32[4,8]{{1,0}} parameter(0)
+  ROOT %g.0 = f32[32,8]{{1,0}} all-gather(%a), channel_id=7, dimensions={{0}}{first}
+}}
+
+%go_on (b: f32[4,8]) -> f32[32,8] {{
+  %b = f32[4,8]{{1,0}} parameter(0)
+  ROOT %g.1 = f32[32,8]{{1,0}} all-gather(%b), channel_id=7, dimensions={{0}}{second}
+}}
+
+ENTRY %main (x: f32[4,8]) -> f32[32,8] {{
+  %x = f32[4,8]{{1,0}} parameter(0)
+  %f.0 = f32[32,8]{{1,0}} fusion(%x), kind=kCustom, calls=%begin
+  ROOT %f.1 = f32[32,8]{{1,0}} fusion(%x), kind=kCustom, calls=%go_on
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    "first, second, count", [("0", "0", 1), ("0", "1", 2), (None, None, 2)]
+)
+def test_a_collective_in_steps_is_one(first, second, count):
+    """XLA's TPU compiler takes one in several fusions, and gives these one chain."""
+    chains = [
+        "" if x is None else f', frontend_attributes={{chain_id="{x}"}}'
+        for x in (first, second)
+    ]
+    module = hlo.parse(IN_STEPS.format(first=chains[0], second=chains[1]))
+    found = meshes.moves(module, False)
+    assert found == meshes.Moves(count, 256, count * 1024)
 
 
 MOVED = {

@@ -188,7 +188,7 @@ class RowMomentumInStages:
 
     def start(self, keys, states, count):
         self.calls.append(("start", len(keys), len(states)))
-        return [state.rows for state in states]
+        return states, [state.rows for state in states]
 
     def dense(self, grad, given):
         return False

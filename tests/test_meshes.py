@@ -29,10 +29,15 @@ def found():
     return json.loads(done.stdout.splitlines()[-1])
 
 
+# Columns of a sketch, and of both moments' factors of rank 8, which move together.
+COLUMNS = {"mlorc": 16}
+
+
 def test_no_matrix_is_gathered(found):
     # A gradient has 24,576 numbers, and a Gram matrix of its short side 1,024.
-    for ordinary, refresh in found["moved"].values():
-        assert 0 < ordinary["largest"] <= refresh["largest"] <= ROOM * 12 * 768
+    for name, (ordinary, refresh) in found["moved"].items():
+        most = ROOM * COLUMNS.get(name, 12) * 768
+        assert 0 < ordinary["largest"] <= refresh["largest"] <= most
 
 
 def test_a_loop_over_rows_gathers_nothing(found):
@@ -47,16 +52,19 @@ def test_leaves_share_their_collectives(found):
 
 def test_states_split_by_all_axes_are_gathered_as_thin_arrays(found):
     (ordinary, _), own = found["moved by all"]["mlorc"], found["moved"]["mlorc"][0]
-    assert ordinary["largest"] <= ROOM * 12 * 768
+    assert ordinary["largest"] <= ROOM * COLUMNS["mlorc"] * 768
     assert ordinary["bytes"] > own["bytes"]  # which is what is paid for the memory
-    assert ordinary["count"] <= 2 * (4 * A_GROUP + A_MODEL)
+    # All thin arrays of both moments at once, and a sketch of each and a projection
+    # of both, with two collectives where both axes are split.
+    assert ordinary["count"] <= 4 * 8 + A_MODEL
     # Scales are no thin arrays: they lie as the leaf does.
     assert found["moved by all"]["bytes"] == found["moved"]["bytes"]
 
 
 def test_no_gradient_is_moved_to_where_thin_arrays_are(found):
-    for ordinary, _ in found["wide by all"].values():
-        assert 0 < ordinary["largest"] <= ROOM * 12 * 768 < 256 * 768 // 8
+    for name, (ordinary, _) in found["wide by all"].items():
+        most = ROOM * COLUMNS.get(name, 12) * 768
+        assert 0 < ordinary["largest"] <= most < 256 * 768 // 8
     for moved in found["coded basis"]:
         assert 0 < moved["largest"] <= ROOM * 24 * 1376 < 512 * 1376 // 8
 

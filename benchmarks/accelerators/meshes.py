@@ -83,8 +83,11 @@ def moves(module: hlo.Module, refresh: bool) -> Moves:
     return _moves(module, module.entry, refresh)
 
 
-def _moves(module: hlo.Module, name: str, refresh: bool) -> Moves:
+def _moves(
+    module: hlo.Module, name: str, refresh: bool, begun: set[str] | None = None
+) -> Moves:
     around, total = module.computations[name], Moves()
+    begun = set() if begun is None else begun
     for x in around.instructions:
         if x.opcode == "conditional":
             branches = [_moves(module, branch, refresh) for branch in x.branches]
@@ -95,10 +98,23 @@ def _moves(module: hlo.Module, name: str, refresh: bool) -> Moves:
             total += body.times(module.trips(around, x) or 1)
         elif x.opcode in ("call", "async-start", "fusion"):
             for inner in x.called("to_apply", "calls"):
-                total += _moves(module, inner, refresh)
-        elif _kind(x):
+                total += _moves(module, inner, refresh, begun)
+        elif _kind(x) and _begins(x, begun):
             total += _moved(around, x)
     return total
+
+
+def _begins(x: hlo.Instruction, begun: set[str]) -> bool:
+    """Whether a collective is no further part of one that has begun.
+
+    XLA's TPU compiler takes one in steps, each within a fusion of other work.
+    """
+    chain = re.search(r'chain_id="(\d+)"', x.rest)
+    if chain is None:
+        return True
+    new = chain[1] not in begun
+    begun.add(chain[1])
+    return new
 
 
 def _kind(x: hlo.Instruction) -> str | None:

@@ -1,12 +1,14 @@
 """One leaf's large temporaries at a time, where a backend needs to be told so."""
 
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from lowrank_optax._src.linalg.meshes import split_axes
+
+T = TypeVar("T")
 
 
 class Order:
@@ -32,9 +34,7 @@ class Order:
           tree: the arrays.
           dense: whether the leaf has such a temporary.
         """
-        if not self._last:
-            return tree
-        return jax.tree.map(lambda x: wait(x, self._last, dense), tree)
+        return wait(tree, self._last, dense) if self._last else tree
 
     def end(self, tree: Any) -> None:
         """The leaf has ended once these arrays are known."""
@@ -42,30 +42,47 @@ class Order:
         self._last = last or self._last
 
 
-def wait(x: jax.Array, arrays: list[jax.Array], dense: bool = False) -> jax.Array:
-    """``x``, an array or keys, only once other arrays are known, see `Order`."""
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        data = wait(jax.random.key_data(x), arrays, dense)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+def wait(tree: T, arrays: list[jax.Array], dense: bool = False) -> T:
+    """``tree``, of arrays and keys, only once other arrays are known, see `Order`."""
+    leaves, structure = jax.tree.flatten(tree)
+    if not leaves:
+        return tree
 
-    def added(x, *arrays):
-        if any(map(split_axes, (x, *arrays))):
-            return x  # a sum over devices, for a mesh that is only simulated
+    def added(leaves, arrays):
+        if any(map(split_axes, (*leaves, *arrays))):
+            return leaves  # a sum over devices, for a mesh that is only simulated
         # The sum of all numbers: XLA would compute a single one on its own, and not
         # wait for the others.
-        return functools.reduce(
-            after, [jnp.sum(y.real, dtype="float32") for y in arrays], x
-        )
+        sums = [jnp.sum(y.real, dtype="float32") for y in arrays]
+        return [functools.reduce(after, sums, x) for x in leaves]
 
-    def behind(x, *arrays):
-        return jax.lax.optimization_barrier((x, *arrays))[0] if dense else x
+    def behind(leaves, arrays):
+        return jax.lax.optimization_barrier((leaves, arrays))[0] if dense else leaves
 
-    def at_once(x, *_):
-        return x
-
-    return jax.lax.platform_dependent(
-        x, *arrays, cpu=added, cuda=behind, default=at_once
+    waited = jax.lax.platform_dependent(
+        [_data(x) for x in leaves],
+        arrays,
+        cpu=added,
+        cuda=behind,
+        default=lambda leaves, arrays: leaves,
     )
+    return structure.unflatten(map(_like, leaves, waited))
+
+
+def _data(x: jax.Array) -> jax.Array:
+    """The numbers of keys; any other array is its own."""
+    return jax.random.key_data(x) if _is_key(x) else x
+
+
+def _like(x: jax.Array, data: jax.Array) -> jax.Array:
+    """The inverse of `_data`, of keys like ``x``."""
+    if not _is_key(x):
+        return data
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+
+
+def _is_key(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def after(x: jax.Array, dependency: jax.Array) -> jax.Array:
@@ -77,9 +94,7 @@ def after(x: jax.Array, dependency: jax.Array) -> jax.Array:
     """
     if not dependency.size:
         return x
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        data = after(jax.random.key_data(x), dependency)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     # Of a float: the product of an integer and zero is folded, and with it the wait.
     zero = dependency[(0,) * dependency.ndim] * 0.0
-    return x + jnp.where(zero == 0, zero, 0.0).astype(x.dtype)
+    data = _data(x)
+    return _like(x, data + jnp.where(zero == 0, zero, 0.0).astype(data.dtype))

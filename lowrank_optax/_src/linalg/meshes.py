@@ -5,10 +5,11 @@ are none, as on one device and within `jax.shard_map`, nothing is done.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
@@ -41,6 +42,36 @@ def gathered(x: Array) -> Array:
     batch = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 2)
     spec = PartitionSpec(*batch, None, None)
     return jax.lax.with_sharding_constraint(x, _placed(x, spec))
+
+
+def summed(x: Array) -> Array:
+    """A thin product that XLA sums over devices, whole on each.
+
+    It is summed where XLA has it, before it is told to be whole: else XLA would gather
+    what it is made of, as large as the weight.
+    """
+    return gathered(jax.lax.optimization_barrier(x)) if split_axes(x) else x
+
+
+def whole_each(arrays: Sequence[Array]) -> list[Array]:
+    """`gathered` of thin arrays of one leaf, those of equal shapes by one collective.
+
+    XLA's GPU compiler joins gathers itself, that for TPU does not.
+
+    Args:
+      arrays: (*batch, m, k) and (*batch, k, n).
+    """
+    found = dict(enumerate(arrays))
+    groups: dict[object, list[int]] = {}
+    for i, x in found.items():
+        if split_axes(x):
+            groups.setdefault((x.shape, x.dtype), []).append(i)
+    for members in groups.values():
+        *_, m, n = found[members[0]].shape
+        short = -1 if m > n else -2  # which is not split
+        x = gathered(jnp.concatenate([found[i] for i in members], axis=short))
+        found |= zip(members, jnp.split(x, len(members), axis=short), strict=True)
+    return list(found.values())
 
 
 def at_once(arrays: Iterable[Array]) -> list[Array]:

@@ -96,6 +96,8 @@ def as_parts(tree: T, count: jax.Array | None) -> T:
     LLaMA-7B. Of stacks there are four, most of which are wanted anyway.
     """
     arrays, structure = jax.tree.flatten(tree)
+    if any(map(split_axes, arrays)):
+        return tree
 
     def copied(*arrays):
         return each(jax.lax.optimization_barrier, [(x,) for x in arrays], count)

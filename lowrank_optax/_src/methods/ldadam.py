@@ -135,7 +135,7 @@ class LDAdam:
         return ((self.sketch, self.turn), (self.update, self.finish))
 
     def start(self, keys, states, count):
-        return [None] * len(states)
+        return states, [None] * len(states)
 
     def dense(self, grad, given):
         return False

@@ -19,6 +19,7 @@ from lowrank_optax._src.parts.factors import (
     clamp_negative,
     low_rank_product,
     mean_entry,
+    near_each,
     negative_mean,
 )
 from lowrank_optax._src.parts.low_rank import (
@@ -26,6 +27,7 @@ from lowrank_optax._src.parts.low_rank import (
     LowRank,
     first_product,
     lifted_each,
+    sketched,
     sketches,
     weighted_square,
     with_kept,
@@ -113,12 +115,14 @@ class MLorcAdam:
         return MLorcAdamState(self.mu.init(view), self.nu.init(view))
 
     def start(self, keys, states, count):
-        mus, nus = ([s[k] for s in states] for k in (0, 1))
+        near = near_each(states)
+        mus, nus = ([s[k] for s in near] for k in (0, 1))
         omegas, kept = self.mu.prepare(keys, mus, count)
         pairs = zip(omegas, self.nu.draw(keys, nus, count), strict=True)
-        zeta = each(negative_mean, nus, count)
-        most = each(functools.partial(self._most, count), nus, count)
-        return list(map(Given, pairs, kept, zeta, most, as_parts(states, count)))
+        lying = [s.nu for s in states]  # so that devices share the rows of V
+        zeta = each(negative_mean, lying, count)
+        most = each(functools.partial(self._most, count), lying, count)
+        return near, list(map(Given, pairs, kept, zeta, most, as_parts(near, count)))
 
     def dense(self, grad, given):  # V
         return not self._by_kernels(grad, given.omegas)
@@ -136,11 +140,12 @@ class MLorcAdam:
             told = self.mu.weights(ys[0], state.mu) is not None
             square = None if told else self.mu.mean_square(grad, None, state.mu)
             return None, Sketched(ys, given=given, square=square)
-        new = None if omegas[0] is None else grad.sketch(omegas[0])
+        new, of_v = map(sketched, (grad, v), omegas)
         square = self.mu.mean_square(grad, new, state.mu)
         small, *sizes = self._scale(square, given.most)
         m = Average(self.b1, state.mu, grad, given.kept, new, small)
-        found = sketches((self.mu, self.nu), omegas, (m, v), state, sizes)
+        firsts = m.first, of_v
+        found = sketches((self.mu, self.nu), firsts, (m, v), state, sizes)
         direction = self._direction(step, grad, state.mu, v, small)
         ys, zs = zip(*found, strict=True)
         return direction, Sketched(ys, zs)
@@ -244,17 +249,18 @@ class MLorcLion:
         return MLorcLionState(self.mu.init(view))
 
     def start(self, keys, states, count):
-        omegas, kept = self.mu.prepare(keys, [s.mu for s in states], count)
-        return list(zip(omegas, kept, as_parts(states, count), strict=True))
+        near = near_each(states)
+        omegas, kept = self.mu.prepare(keys, [s.mu for s in near], count)
+        return near, list(zip(omegas, kept, as_parts(near, count), strict=True))
 
     def dense(self, grad, given):
         return False
 
     def sketch(self, step, grad, state, given):
         omega, kept, old = given
-        new = None if omega is None else grad.sketch(omega)
+        new = sketched(grad, omega)
         m = Average(self.b2, state.mu, grad, kept, new)
-        return None, (first_product(self.mu, omega, m, state.mu), old)
+        return None, (first_product(self.mu, m.first, m, state.mu), old)
 
     def lift(self, found, states, count):
         ys, olds = zip(*found, strict=True)

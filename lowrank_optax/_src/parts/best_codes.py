@@ -101,12 +101,14 @@ def _codes(
     leading = [w[..., : old.shape[-2]] for w, old in zip(vectors, olds, strict=True)]
     bs, scales = zip(*units, strict=True)
     rights = [matmul(w.mT, b) for w, b in zip(leading, bs, strict=True)]
-    squares = at_once(map(_squares, rights))
+    overlaps = (matmul(old, x.mT) for old, x in zip(olds, rights, strict=True))
+    sums = at_once([*map(_squares, rights), *overlaps])
+    squares, overlaps = sums[: len(rights)], sums[len(rights) :]
     norms = list(map(_used_norms, squares))
-    rights = [
-        x / jnp.where(n > 0, n, jnp.inf) for x, n in zip(rights, norms, strict=True)
-    ]
-    rights = _with_spare(rights, norms, olds)
+    lengths = [jnp.where(n > 0, n, jnp.inf) for n in norms]
+    rights = [x / n for x, n in zip(rights, lengths, strict=True)]
+    overlaps = [x / n.mT for x, n in zip(overlaps, lengths, strict=True)]
+    rights = _with_spare(rights, norms, olds, overlaps)
     each = zip(turns, norms, scales, strict=True)
     turns = [t[..., : n.shape[-2]] * n.mT * scale for t, n, scale in each]
     finite = [
@@ -124,12 +126,14 @@ def _used_norms(squares: Array) -> Array:
     return jnp.where(norms > 1e-7 * jnp.max(norms, axis=-2, keepdims=True), norms, 0.0)
 
 
-def _with_spare(rights: Arrays, norms: Arrays, olds: Arrays) -> list[Array]:
+def _with_spare(
+    rights: Arrays, norms: Arrays, olds: Arrays, overlaps: Arrays
+) -> list[Array]:
     """Unit rows, of which those that are not used look where the others do not.
 
-    A zero row would be a column lost to the next sketch.
+    A zero row would be a column lost to the next sketch. ``overlaps`` are those of the
+    old rows with the new ones.
     """
-    overlaps = at_once(matmul(old, x.mT) for old, x in zip(olds, rights, strict=True))
     each = zip(olds, overlaps, rights, strict=True)
     spares = [old - matmul(overlap, right) for old, overlap, right in each]
     found = []

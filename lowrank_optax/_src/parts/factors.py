@@ -1,14 +1,17 @@
 """A matrix of state as two thin factors, and what is made of their product."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lowrank_optax._src.linalg.meshes import gathered, split_axes
+from lowrank_optax._src.linalg.meshes import gathered, split_axes, whole_each
 from lowrank_optax._src.linalg.products import OUTER_MAX_RANK, outer_product
+
+T = TypeVar("T")
 
 
 class LowRankCode(NamedTuple):
@@ -21,6 +24,20 @@ class LowRankCode(NamedTuple):
 
     left: Float[Array, "*b m r"]
     right: Float[Array, "*b r n"]
+
+
+def near_each(states: Iterable[T]) -> list[T]:
+    """Trees of codes, on a mesh whole on each device if their rank is small.
+
+    Those of all leaves are exchanged at once so, before any leaf waits for its own.
+    """
+    found = []
+    for tree in states:
+        arrays, structure = jax.tree.flatten(tree)
+        if all(min(x.shape[-2:]) <= OUTER_MAX_RANK for x in arrays):
+            arrays = whole_each(arrays)
+        found.append(structure.unflatten(arrays))
+    return found
 
 
 def low_rank_product(code: LowRankCode, turned: bool = False) -> Array:

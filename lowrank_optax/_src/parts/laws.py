@@ -258,6 +258,11 @@ class StagedRule(Protocol):
         """As of `Rule`."""
         ...
 
-    def start(self, keys: list[Array], states: list[Any], count: Step) -> list[Any]:
-        """What the first wide stage is given; ``count`` is of the steps before."""
+    def start(
+        self, keys: list[Array], states: list[Any], count: Step
+    ) -> tuple[list[Any], list[Any]]:
+        """The states as wide stages see them, and what the first one is given.
+
+        ``count`` is of the steps before. Thin stages have the states as they are kept.
+        """
         ...

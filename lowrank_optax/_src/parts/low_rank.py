@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from lowrank_optax._src import linalg
 from lowrank_optax._src.linalg import matmul, random
-from lowrank_optax._src.linalg.meshes import at_once
+from lowrank_optax._src.linalg.meshes import at_once, gathered, summed
 from lowrank_optax._src.linalg.products import (
     Lying,
     kept_apart,
@@ -78,7 +78,9 @@ class LowRank:
 
     def encode(self, key, x, old):
         (omega,) = self.draw([key], [old], None)
-        (sketch,) = sketches([self], [omega], [Lying(x, False)], [old], None)
+        lying = Lying(x, False)
+        first = sketched(lying, omega)
+        (sketch,) = sketches([self], [first], [lying], [old], None)
         (code,) = best_codes([sketch], [old], None, None)
         return code
 
@@ -120,7 +122,10 @@ class LowRank:
     def prepare(
         self, keys: list[Array], olds: list[LowRankCode], count: Array | None
     ) -> tuple[list[Array | None], list[Array | None]]:
-        """`draw`, and the products of the codes with it, see `Average`."""
+        """`draw`, and the products of the codes with it, see `Average`.
+
+        On a mesh, codes that are whole on each device leave nothing to be exchanged.
+        """
         omegas = self.draw(keys, olds, count)
         return omegas, kept_sketches(olds, omegas, count)
 
@@ -161,18 +166,23 @@ def weighted_square(sketch: Array, weights: Array) -> Array:
     return jnp.sum(sketch * sketch * weights, axis=(-2, -1), keepdims=True)
 
 
+def sketched(a: Lying, omega: Array | None) -> Array | None:
+    """``A Omega``, on a mesh whole on each device; None if there is no Omega."""
+    return None if omega is None else summed(a.sketch(omega))
+
+
 def sketches(
     codecs: Sequence[LowRank],
-    omegas: Sequence[Array | None],
+    firsts: Sequence[Array | None],
     matrices: "Sequence[Lying | Average]",
     olds: Sequence[LowRankCode],
     sizes: Sequence[Array] | None,
 ) -> list[Sketch]:
-    """Both products of each matrix of a leaf, with what was drawn for it.
+    """Both products of each matrix of a leaf; ``firsts`` are ``A Omega``.
 
     Those of an `Average` lack what `with_kept` adds. For ``sizes`` see `lifted_each`.
     """
-    given = zip(codecs, omegas, matrices, olds, strict=True)
+    given = zip(codecs, firsts, matrices, olds, strict=True)
     ys = [first_product(*x) for x in given]
     ys = lifted_each(ys, olds, sizes, None)
     zs = [
@@ -184,18 +194,18 @@ def sketches(
 
 def first_product(
     codec: LowRank,
-    omega: Array | None,
+    first: Array | None,
     x: "Lying | Average",
     old: LowRankCode,
 ) -> Array:
-    """``A Omega``, after power iterations if there are any; one where Omega is None."""
-    if omega is None:
+    """``A Omega``, after power iterations if there are any; one where it is None."""
+    if first is None:
         *batch, m, _ = old.left.shape
         return jnp.broadcast_to(jnp.eye(m, dtype=old.left.dtype), (*batch, m, m))
-    y = x.first if isinstance(x, Average) else x.sketch(omega)
+    y = first
     for _ in range(codec.power_iters):
         z = x.project(linalg.range_basis(y)).mT
-        y = x.sketch(linalg.range_basis(z).mT)
+        y = summed(x.sketch(linalg.range_basis(z).mT))
     return y
 
 
@@ -226,7 +236,7 @@ def lifted_each(
         own = [i for i in drawn if spare[i] == wanted]
         given = [(ys[i], *([] if sizes is None else [sizes[i]])) for i in own]
         made = each(functools.partial(_ready, ready), given, count)
-        found |= zip(own, made, strict=True)
+        found |= zip(own, map(gathered, made), strict=True)
     return list(found.values())
 
 
@@ -276,8 +286,10 @@ class Average:
     scale: Array | float = 1.0
 
     @property
-    def first(self) -> Array:
-        """``A Omega``."""
+    def first(self) -> Array | None:
+        """``A Omega``, if there is an Omega."""
+        if self.kept is None:
+            return None
         return self.decay * self.kept + self._weight * self.new
 
     def last(self, q: Array) -> Array:
