@@ -88,6 +88,23 @@ def test_numbers_become_bytes_and_bytes_the_numbers_that_they_stand_for(name, pa
     assert int(optax.tree.get_all_with_path(new, "step")[0][1]) == 4
 
 
+def test_labels_are_no_fields(params):
+    """A label that is named as a first moment says nothing of the second ones."""
+    labels = dict.fromkeys(SHAPES, "m")
+
+    def labelled(tx):
+        return optax.partition({"m": tx}, labels)
+
+    wide, narrow = map(labelled, PAIRS["adamw"])
+    old = trained(wide, params)
+    plain = lro.convert_state(
+        PAIRS["adamw"][1], trained(PAIRS["adamw"][0], params), params
+    )
+    found = lro.convert_state(narrow, old, params)
+    for x, y in zip(mu_and_nu(found), mu_and_nu(plain), strict=True):
+        chex.assert_trees_all_equal(x, y)
+
+
 def test_a_converted_state_may_be_donated(params):
     old, tx = PAIRS["adamw"]
     state = lro.convert_state(tx, trained(old, params), params)

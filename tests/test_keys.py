@@ -69,6 +69,13 @@ def test_seeds_may_be_mapped_over():
         np.testing.assert_array_equal(found[seed], words(seed))
 
 
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1])
+def test_a_seed_of_too_many_bits_is_refused(seed):
+    with pytest.raises(ValueError, match=f"`key` must be a seed of 64 bits.*{seed}"):
+        leaf_seed(seed, PATHS[0])
+    leaf_seed(seed - 1 if seed > 0 else seed + 1, PATHS[0])
+
+
 def test_the_default_generator_changes_no_key():
     words = [jax.random.key_data(leaf_seed(7, PATHS[0]).key)]
     with jax.default_prng_impl("rbg"):

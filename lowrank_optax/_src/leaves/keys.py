@@ -44,7 +44,10 @@ def _threefry(key: int | jax.Array) -> jax.Array:
     """
     impl = "threefry2x32"
     if not isinstance(key, (jax.Array, np.ndarray)):
-        return jax.random.key(operator.index(key), impl=impl)
+        seed = operator.index(key)
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"`key` must be a seed of 64 bits or a key, got {seed}.")
+        return jax.random.key(seed, impl=impl)
     words = jnp.asarray(key)
     if not words.ndim and jnp.issubdtype(words.dtype, jnp.integer):
         return jax.random.key(words, impl=impl)

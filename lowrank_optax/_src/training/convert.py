@@ -139,12 +139,13 @@ class _Conversion:
             theirs = treedef.flatten_up_to(have)
         except ValueError:
             return have  # which is said by paths, once all is looked at
+        # Names in other containers, such as labels of `optax.partition`, are no fields.
+        fields = hasattr(want, "_fields")
         new = []
         for (key, w), h in zip(ours, theirs, strict=True):
             (part,) = path_parts(key)
-            new.append(
-                inside.convert(w, h, (*path, part), role or role_of(type(want), part))
-            )
+            own = role or (role_of(type(want), part) if fields else None)
+            new.append(inside.convert(w, h, (*path, part), own))
         return treedef.unflatten(new)
 
     def _cut(self, x: Any, shape: tuple[int, ...], path: Path) -> Any:
