@@ -9,6 +9,8 @@ ACCELERATORS := .venv-accelerators
 SUBSET := whole
 JOBS := 2
 TRAINER := tunix
+COVERAGE :=
+LINES := --cov=lowrank_optax --cov-report=term:skip-covered --cov-fail-under=95
 
 # What runs on the newest Python and jax, in ten minutes on two cores: the laws of all
 # methods on a sample, and what newer releases have broken or may break first.
@@ -23,8 +25,9 @@ NEWEST := $(addprefix tests/test_,$(addsuffix .py, \
 demo: $(VENV)/examples.stamp
 	$(VENV)/bin/python -m examples.llama.pretrain
 
+# COVERAGE=1 counts the lines of the package that the suite runs, too: 95% at least.
 test: $(VENV)/test.stamp
-	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(if $(COVERAGE),$(LINES))
 
 # Needs no accelerator, but 5 GB of disk for the compilers. SUBSET=ci is the quick part.
 test-accelerators: $(ACCELERATORS)/accelerators.stamp
@@ -47,11 +50,10 @@ test-trainer: .venv-$(TRAINER)/trainer.stamp
 test-newest: $(VENV)/test.stamp
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal --sample 8 $(NEWEST)
 
-# And how many lines of the package the suite runs. On Python 3.12 and newer this costs
-# no time; before, a fifth.
-coverage: $(VENV)/test.stamp
-	COVERAGE_CORE=sysmon $(VENV)/bin/python -m pytest -n 2 --dist worksteal \
-		--cov=lowrank_optax --cov-report=term:skip-covered --cov-fail-under=95
+# On Python 3.12 and newer counting lines costs no time; before, a fifth.
+coverage: export COVERAGE_CORE := sysmon
+coverage:
+	$(MAKE) test COVERAGE=1
 
 # Which method passed which law, for the site's page `Contract`: with the Python and the
 # jax that $(VENV) has. METHOD=name runs the tests of one method only.
