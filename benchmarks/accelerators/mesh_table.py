@@ -47,8 +47,17 @@ _WHY = """
   device: which are split alike is not known when an update is traced, only on which
   mesh they are; so only k x k matrices are. What the leaves sum over the devices at the
   same place of their chains stands behind one barrier (`linalg.meshes.at_once`), and
-  XLA makes one collective of it. One layer of LLaMA-7B on split rows has 42 of a
-  refresh of GaLore for 60 before, and 41 of MLorc-AdamW for 87: the barriers save 25.
+  XLA makes one collective of it: one layer of LLaMA-7B on split rows has 42 of a
+  refresh of GaLore for 60 before.
+- MLorc's codes are whole on each device for the time of a step, those of all leaves by
+  one exchange at its start, and so are its sketches: 80 MB of LLaMA-7B's 224 matrices
+  at rank 4, on each device. What is made of them is local then. Of ranks above 16 the
+  codes stay split. A sketch is summed where XLA has it, and a barrier stands between
+  that and its gathering: told at once that it is to be whole, XLA gathers G and V. On
+  an H100 there are 21 collectives on split rows for 87 when all was split, and 39 on
+  both axes for 75, of 8.4 MB for 13.1. Both moments' codes go together, as XLA's TPU
+  compiler joins no gathers.
+- A collective that XLA's TPU compiler takes in steps, within other work, is one.
 - XLA's GPU compiler has what a conditional returns whole on each device. The bases and
   moments of stacks that are renewed together lie where the old ones do, as there is a
   choice between both once more; and stacks of Gram matrices narrower than 512 are not
@@ -59,8 +68,8 @@ _WHY = """
   0.3.
 - `optax.contrib.galore` gathers gradients, at each step and for its SVD.
 - MLorc-AdamW scales its sketches by what is known of its moments, as the largest entry
-  of a sketch is a sum over the devices (11 of the 87); its codes are accepted by
-  numbers that all have (10).
+  of a sketch may be a sum over the devices; its codes are accepted by numbers that all
+  have.
 
 ## Not reached, and what was tried
 
@@ -68,12 +77,11 @@ _WHY = """
   needs the one before: one chain for all leaves that `Every` renews together. Where
   each leaf has a time of its own (AdaRankGrad, Q-GaLore, `Staggered`), it has a chain
   of its own. It is one step in 200.
-- MLorc has five collectives a leaf on split rows and eight on both axes: its factors
-  and sketches are gathered for the products with G and V, leaf by leaf, as those of all
-  leaves together would be held at the same time.
-  On both axes XLA splits the sketch of M over eight devices and that of V over four, so
-  that no collective serves both. Sketches that were to be whole on each device from the
-  start had G and V gathered for them (45 million numbers a leaf).
+- MLorc-AdamW on a v5e with both axes split: 14 gathers of sketches, that of M and that
+  of V of each leaf. Both in one would have V made before it is known how G is scaled,
+  so that it could not be made in the pass that writes the weights: two words more for
+  seven collectives less. The small sums at the end of a step are two collectives each
+  there, as the columns of `down_proj` lie by the axes of the mesh in another order.
 - Bases and moments of leaves that have a time of their own (Q-GaLore, AdaRankGrad) are
   not tied to their places: where decoded 8-bit moments are whole on each device (11008
   has 43 blocks of 256), XLA gathered the gradient of one leaf of seven for them at each

@@ -225,7 +225,7 @@ def lifted_each(
       ys: the products; where all was drawn that there is, they remain as they are.
       olds: the codes before.
       sizes: of the entries of each A, (*b, 1, 1), to some powers of ten; where it is
-        None, the products are looked at, which takes launches, and a sum over a mesh.
+        None, the products are looked at, which takes launches.
       count: see `thin.places`.
     """
     found = dict(enumerate(ys))
