@@ -405,7 +405,7 @@ def test_rows_of_unused_columns_look_where_the_others_do_not():
     rows = np.linalg.qr(np.random.default_rng(0).normal(size=(9, 3)))[0].T
     used = jnp.array(rows)[None].at[0, 2].set(0.0)
     norms, old = jnp.ones((1, 3, 1)).at[0, 2].set(0.0), jnp.ones((1, 3, 9)) / 3
-    ((found,),) = best_codes._with_spare([used], [norms], [old])
+    ((found,),) = best_codes._with_spare([used], [norms], [old], [old @ used.mT])
     np.testing.assert_array_equal(found[:2], used[0, :2])
     np.testing.assert_allclose(found @ found.T, np.eye(3), atol=1e-6)
 
