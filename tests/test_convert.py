@@ -1,5 +1,6 @@
 """States of other ranks and other bytes, as another transformation keeps them."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import chex
@@ -16,6 +17,7 @@ from running import assert_close, random_grads, random_like, run
 from test_quantize import quantized
 
 import lowrank_optax as lro
+from lowrank_optax._src.parts.codec import BlockInt8Code
 
 SHAPES = {"up": (24, 256), "down": (160, 28), "bias": (4200,), "norm": (3,)}
 RATE = 0.1
@@ -103,6 +105,63 @@ def test_labels_are_no_fields(params):
     found = lro.convert_state(narrow, old, params)
     for x, y in zip(mu_and_nu(found), mu_and_nu(plain), strict=True):
         chex.assert_trees_all_equal(x, y)
+
+
+class OwnState(NamedTuple):
+    nu: Any
+
+
+class Squares:
+    """A rule whose field its dense optimizer lacks: it is kept in a dict."""
+
+    def init(self, view):
+        return OwnState(view.zeros("m", "n"))
+
+    def update(self, key, step, grad, state):
+        nu = 0.9 * state.nu + 0.1 * grad**2
+        return grad, OwnState(nu)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Momentum:
+    trace: Any
+
+
+def of_dataclass():
+    def init(params):
+        return Momentum(jax.tree.map(jnp.zeros_like, params))
+
+    def update(updates, state, params=None):
+        trace = jax.tree.map(lambda m, g: 0.9 * m + g, state.trace, updates)
+        return trace, Momentum(trace)
+
+    return optax.GradientTransformation(init, update)
+
+
+@pytest.mark.parametrize(
+    "made, field",
+    [
+        (
+            lambda: lro.leafwise(
+                Squares(), dense=optax.identity(), matrices=lro.MatrixAxes()
+            ),
+            "nu",
+        ),
+        (of_dataclass, "trace"),
+    ],
+)
+def test_fields_are_known_in_all_containers(made, field):
+    params = random_like({"up": (24, 256)}, 0)
+    tx, signed = made(), field == "trace"
+    old = run(tx, params, random_grads(params, 3))[1]
+    in_bytes = lro.quantize_state(tx, fields={field: "first" if signed else "second"})
+    found = lro.convert_state(in_bytes, old, params)
+    (x,) = (y for y in jax.tree.leaves(old) if y.ndim == 2)
+    (index,) = (y for y in jax.tree.leaves(found) if y.dtype == jnp.uint8)
+    (largest,) = (y for y in jax.tree.leaves(found) if y.dtype == jnp.float32)
+    code = BlockInt8Code(index, largest)
+    assert_rounded(lro.BlockInt8(signed).decode(code), x, signed)
 
 
 def test_a_converted_state_may_be_donated(params):

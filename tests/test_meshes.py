@@ -54,9 +54,9 @@ def test_states_split_by_all_axes_are_gathered_as_thin_arrays(found):
     (ordinary, _), own = found["moved by all"]["mlorc"], found["moved"]["mlorc"][0]
     assert ordinary["largest"] <= ROOM * COLUMNS["mlorc"] * 768
     assert ordinary["bytes"] > own["bytes"]  # which is what is paid for the memory
-    # All thin arrays of both moments at once, and a sketch of each and a projection
-    # of both, with two collectives where both axes are split.
-    assert ordinary["count"] <= 4 * 8 + A_MODEL
+    # 31 were counted; 37 where the gathers of both moments are not joined, which they
+    # are not on a TPU either, and 59 where what is thin is split within a step.
+    assert ordinary["count"] <= 34
     # Scales are no thin arrays: they lie as the leaf does.
     assert found["moved by all"]["bytes"] == found["moved"]["bytes"]
 

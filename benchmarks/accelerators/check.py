@@ -36,11 +36,13 @@ _MOVES = {f"{k} {x}": 1 for k in ("ordinary", "refresh") for x in ("count", "lar
 _MOVES |= {f"{k} bytes": 1024 for k in ("ordinary", "refresh")}
 _MOVES |= {"temporaries": 2**19}
 _TARGETS = ("h100", "v5e")
-# Sums of all leaves in one collective, and stacks that stay where they are.
+# Sums of all leaves in one collective, gathers that a TPU would have apart, and stacks
+# that stay where they are.
 _MESHES = (
     "galore_adamw|h100|7b-stacked|layers",
     "galore_adamw|h100|7b-stacked|rows",
     "mlorc_adamw|h100|7b|rows",
+    "mlorc_lion|v5e|7b|rows",
 )
 
 

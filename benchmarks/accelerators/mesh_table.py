@@ -50,13 +50,13 @@ _WHY = """
   XLA makes one collective of it: one layer of LLaMA-7B on split rows has 42 of a
   refresh of GaLore for 60 before.
 - MLorc's codes are whole on each device for the time of a step, those of all leaves by
-  one exchange at its start, and so are its sketches: 80 MB of LLaMA-7B's 224 matrices
-  at rank 4, on each device. What is made of them is local then. Of ranks above 16 the
-  codes stay split. A sketch is summed where XLA has it, and a barrier stands between
-  that and its gathering: told at once that it is to be whole, XLA gathers G and V. On
-  an H100 there are 21 collectives on split rows for 87 when all was split, and 39 on
-  both axes for 75, of 8.4 MB for 13.1. Both moments' codes go together, as XLA's TPU
-  compiler joins no gathers.
+  one exchange at its start, and so are its sketches; what is made of them is local
+  then. That is memory which no mesh divides: of LLaMA-7B's 224 matrices at rank 4,
+  80 MB of codes and up to 59 of sketches on each device. Of ranks above 16 they stay
+  split. A sketch is summed where XLA has it, and a barrier stands between that and its
+  gathering: told at once that it is to be whole, XLA gathers G and V. On an H100 there
+  are 21 collectives on split rows for 41 before, and 39 on both axes for 75, of 7.5 MB
+  for 13.1. Both moments' codes go together, as XLA's TPU compiler joins no gathers.
 - A collective that XLA's TPU compiler takes in steps, within other work, is one.
 - XLA's GPU compiler has what a conditional returns whole on each device. The bases and
   moments of stacks that are renewed together lie where the old ones do, as there is a

@@ -167,6 +167,6 @@ def _in_passes(
     moments = step(kept_apart(given))[1:]
     given, largest = kept_apart((given, blocks.largest(moments)))
     # On CPU the direction comes first, or codes could not take the place of the old.
-    largest = [wait(x, [direction]) for x in largest]
+    largest = wait(largest, [direction])
     new = renewed(step(given)[1:], largest, given[1:], blocks.spread)
     return [direction, *new]

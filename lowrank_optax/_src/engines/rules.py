@@ -198,15 +198,15 @@ class _Leafwise:
         """Thin and wide stages in turn; an order among the wide ones."""
         order, out = Order(), {}
         states = list(old.values())
-        near, given = rule.start(list(keys.values()), states, step)
+        seen, given = rule.start(list(keys.values()), states, step)
         each = zip(views, given, strict=True)
         dense = [rule.dense(grads[i], own) for i, own in each]
         for k, (_, finish) in enumerate(rule.stages):
             found = {}
-            each = zip(views.items(), near, dense, given, strict=True)
-            for (i, v), state, wait, own in each:
+            each = zip(views.items(), seen, dense, given, strict=True)
+            for (i, v), state, is_dense, own in each:
                 with jax.named_scope(v.path):
-                    parts, state = (rule, k, nameless(v)), order.start(state, wait)
+                    parts, state = (rule, k, nameless(v)), order.start(state, is_dense)
                     direction, found[i] = _wide(parts, step, grads[i], state, own)
                 if direction is not None:
                     out[i] = direction

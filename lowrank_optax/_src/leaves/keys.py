@@ -46,7 +46,9 @@ def _threefry(key: int | jax.Array) -> jax.Array:
     if not isinstance(key, (jax.Array, np.ndarray)):
         seed = operator.index(key)
         if not -(2**63) <= seed < 2**63:
-            raise ValueError(f"`key` must be a seed of 64 bits or a key, got {seed}.")
+            raise ValueError(
+                f"`key` must be a key or a seed from -2**63 to 2**63 - 1, got {seed}."
+            )
         return jax.random.key(seed, impl=impl)
     words = jnp.asarray(key)
     if not words.ndim and jnp.issubdtype(words.dtype, jnp.integer):

@@ -44,11 +44,11 @@ def gathered(x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, _placed(x, spec))
 
 
-def summed(x: Array) -> Array:
+def whole_product(x: Array) -> Array:
     """A thin product that XLA sums over devices, whole on each.
 
-    It is summed where XLA has it, before it is told to be whole: else XLA would gather
-    what it is made of, as large as the weight.
+    It is summed where XLA has it, and told to be whole behind a barrier: else XLA would
+    gather what it is made of, as large as the weight.
     """
     return gathered(jax.lax.optimization_barrier(x)) if split_axes(x) else x
 
@@ -68,7 +68,7 @@ def whole_each(arrays: Sequence[Array]) -> list[Array]:
             groups.setdefault((x.shape, x.dtype), []).append(i)
     for members in groups.values():
         *_, m, n = found[members[0]].shape
-        short = -1 if m > n else -2  # which is not split
+        short = -1 if m > n else -2  # that of the rank, which is not split
         x = gathered(jnp.concatenate([found[i] for i in members], axis=short))
         found |= zip(members, jnp.split(x, len(members), axis=short), strict=True)
     return list(found.values())

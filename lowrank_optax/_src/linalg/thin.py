@@ -97,7 +97,7 @@ def as_parts(tree: T, count: jax.Array | None) -> T:
     """
     arrays, structure = jax.tree.flatten(tree)
     if any(map(split_axes, arrays)):
-        return tree
+        return tree  # each would be a stack, and a launch, of its own
 
     def copied(*arrays):
         return each(jax.lax.optimization_barrier, [(x,) for x in arrays], count)

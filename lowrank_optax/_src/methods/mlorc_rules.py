@@ -19,15 +19,15 @@ from lowrank_optax._src.parts.factors import (
     clamp_negative,
     low_rank_product,
     mean_entry,
-    near_each,
     negative_mean,
+    whole_codes,
 )
 from lowrank_optax._src.parts.low_rank import (
     Average,
     LowRank,
     first_product,
+    first_sketch,
     lifted_each,
-    sketched,
     sketches,
     weighted_square,
     with_kept,
@@ -115,14 +115,16 @@ class MLorcAdam:
         return MLorcAdamState(self.mu.init(view), self.nu.init(view))
 
     def start(self, keys, states, count):
-        near = near_each(states)
-        mus, nus = ([s[k] for s in near] for k in (0, 1))
+        whole = whole_codes(states)
+        mus, nus = ([s[k] for s in whole] for k in (0, 1))
         omegas, kept = self.mu.prepare(keys, mus, count)
         pairs = zip(omegas, self.nu.draw(keys, nus, count), strict=True)
-        lying = [s.nu for s in states]  # so that devices share the rows of V
-        zeta = each(negative_mean, lying, count)
-        most = each(functools.partial(self._most, count), lying, count)
-        return near, list(map(Given, pairs, kept, zeta, most, as_parts(near, count)))
+        # The left factors as they are kept, so that devices share the rows of V.
+        factors = [(s.nu.left, nu.right) for s, nu in zip(states, nus, strict=True)]
+        zeta = each(negative_mean, factors, count)
+        most = each(functools.partial(self._most, count), factors, count)
+        old = as_parts(whole, count)
+        return whole, list(map(Given, pairs, kept, zeta, most, old))
 
     def dense(self, grad, given):  # V
         return not self._by_kernels(grad, given.omegas)
@@ -140,7 +142,7 @@ class MLorcAdam:
             told = self.mu.weights(ys[0], state.mu) is not None
             square = None if told else self.mu.mean_square(grad, None, state.mu)
             return None, Sketched(ys, given=given, square=square)
-        new, of_v = map(sketched, (grad, v), omegas)
+        new, of_v = map(first_sketch, (grad, v), omegas, state)
         square = self.mu.mean_square(grad, new, state.mu)
         small, *sizes = self._scale(square, given.most)
         m = Average(self.b1, state.mu, grad, given.kept, new, small)
@@ -249,16 +251,16 @@ class MLorcLion:
         return MLorcLionState(self.mu.init(view))
 
     def start(self, keys, states, count):
-        near = near_each(states)
-        omegas, kept = self.mu.prepare(keys, [s.mu for s in near], count)
-        return near, list(zip(omegas, kept, as_parts(near, count), strict=True))
+        whole = whole_codes(states)
+        omegas, kept = self.mu.prepare(keys, [s.mu for s in whole], count)
+        return whole, list(zip(omegas, kept, as_parts(whole, count), strict=True))
 
     def dense(self, grad, given):
         return False
 
     def sketch(self, step, grad, state, given):
         omega, kept, old = given
-        new = sketched(grad, omega)
+        new = first_sketch(grad, omega, state.mu)
         m = Average(self.b2, state.mu, grad, kept, new)
         return None, (first_product(self.mu, m.first, m, state.mu), old)
 

@@ -26,7 +26,12 @@ class LowRankCode(NamedTuple):
     right: Float[Array, "*b r n"]
 
 
-def near_each(states: Iterable[T]) -> list[T]:
+def is_small(factor: Array) -> bool:
+    """Whether the rank is so small that a factor may be whole on each device."""
+    return min(factor.shape[-2:]) <= OUTER_MAX_RANK
+
+
+def whole_codes(states: Iterable[T]) -> list[T]:
     """Trees of codes, on a mesh whole on each device if their rank is small.
 
     Those of all leaves are exchanged at once so, before any leaf waits for its own.
@@ -34,7 +39,7 @@ def near_each(states: Iterable[T]) -> list[T]:
     found = []
     for tree in states:
         arrays, structure = jax.tree.flatten(tree)
-        if all(min(x.shape[-2:]) <= OUTER_MAX_RANK for x in arrays):
+        if all(map(is_small, arrays)):
             arrays = whole_each(arrays)
         found.append(structure.unflatten(arrays))
     return found

@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from lowrank_optax._src import linalg
 from lowrank_optax._src.linalg import matmul, random
-from lowrank_optax._src.linalg.meshes import at_once, gathered, summed
+from lowrank_optax._src.linalg.meshes import at_once, gathered, whole_product
 from lowrank_optax._src.linalg.products import (
     Lying,
     kept_apart,
@@ -26,6 +26,7 @@ from lowrank_optax._src.parts.checks import check_rank
 from lowrank_optax._src.parts.factors import (
     LowRankCode,
     clamp_negative,
+    is_small,
     low_rank_product,
     negative_mean,
 )
@@ -79,7 +80,7 @@ class LowRank:
     def encode(self, key, x, old):
         (omega,) = self.draw([key], [old], None)
         lying = Lying(x, False)
-        first = sketched(lying, omega)
+        first = first_sketch(lying, omega, old)
         (sketch,) = sketches([self], [first], [lying], [old], None)
         (code,) = best_codes([sketch], [old], None, None)
         return code
@@ -166,9 +167,15 @@ def weighted_square(sketch: Array, weights: Array) -> Array:
     return jnp.sum(sketch * sketch * weights, axis=(-2, -1), keepdims=True)
 
 
-def sketched(a: Lying, omega: Array | None) -> Array | None:
-    """``A Omega``, on a mesh whole on each device; None if there is no Omega."""
-    return None if omega is None else summed(a.sketch(omega))
+def first_sketch(a: Lying, omega: Array | None, old: LowRankCode) -> Array | None:
+    """``A Omega``; None where the whole space is its own range."""
+    return None if omega is None else _whole_sketch(a, omega, old)
+
+
+def _whole_sketch(a: "Lying | Average", omega: Array, old: LowRankCode) -> Array:
+    """``A Omega``, whole where the code is, see `whole_codes`."""
+    y = a.sketch(omega)
+    return whole_product(y) if is_small(old.right) else y
 
 
 def sketches(
@@ -205,7 +212,7 @@ def first_product(
     y = first
     for _ in range(codec.power_iters):
         z = x.project(linalg.range_basis(y)).mT
-        y = summed(x.sketch(linalg.range_basis(z).mT))
+        y = _whole_sketch(x, linalg.range_basis(z).mT, old)
     return y
 
 
@@ -236,7 +243,10 @@ def lifted_each(
         own = [i for i in drawn if spare[i] == wanted]
         given = [(ys[i], *([] if sizes is None else [sizes[i]])) for i in own]
         made = each(functools.partial(_ready, ready), given, count)
-        found |= zip(own, map(gathered, made), strict=True)
+        found |= {
+            i: gathered(y) if is_small(olds[i].right) else y
+            for i, y in zip(own, made, strict=True)
+        }
     return list(found.values())
 
 

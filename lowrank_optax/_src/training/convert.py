@@ -139,12 +139,10 @@ class _Conversion:
             theirs = treedef.flatten_up_to(have)
         except ValueError:
             return have  # which is said by paths, once all is looked at
-        # Names in other containers, such as labels of `optax.partition`, are no fields.
-        fields = hasattr(want, "_fields")
         new = []
         for (key, w), h in zip(ours, theirs, strict=True):
             (part,) = path_parts(key)
-            own = role or (role_of(type(want), part) if fields else None)
+            own = role or _role(want, path, part)
             new.append(inside.convert(w, h, (*path, part), own))
         return treedef.unflatten(new)
 
@@ -193,6 +191,15 @@ class _Conversion:
                 "they were made with."
             )
         return codec
+
+
+def _role(state: Any, path: Path, name: str) -> Role | None:
+    """The role of what a state, which stands at a path, has by this name."""
+    last = path[-1] if path and isinstance(state, dict) else ""
+    if last == "inner_states":  # the names are labels, of `optax.partition`
+        return None
+    # A rule's fields in a dict are those of the state around it.
+    return role_of(CompressState if last == "own" else type(state), name)
 
 
 def _truncated(code: LowRankCode, rank: int) -> LowRankCode:
