@@ -88,7 +88,7 @@ _ABOUT = """
 
 In float32: one layer of LLaMA-7B on an H100; the same on a v5e, or its largest matrix
 where the layer was not counted. Bold is above the aim by more than 1%. Compile times
-are of a machine with other work, so that their ratios are rough; see below.
+of an H100's rows here are of a quiet machine, those of a v5e of one with other work.
 """
 
 _TRIED = """
@@ -127,13 +127,13 @@ _TRIED = """
   of them a Jacobi iteration. Of the 15, six lift both sketches of a leaf, so that the
   second product is precise: a Gram matrix, an elimination and its application. That
   cannot wait for the other leaves, as V would have to be kept, or made and read once
-  more. MLorc-Lion has no V, and lifts those of all leaves in common: 158 launches for
+  more. MLorc-Lion has no V, and lifts those of all leaves in common: 160 launches for
   220. There were 20 a leaf while sketches were scaled by their largest entry, and a
   matrix product applied the elimination, whose parts XLA then copied for the next
   products. XLA takes parts of a stack at places that it knows in a launch each, as they
   do not overlap, and all at once where it does not know them: 958 launches for the 56
   leaves of LLaMA-60M instead of 1,256.
-- **Launches of MLorc-AdamW, Pallas**: 147, which were 296, and 311 for LLaMA-60M, which
+- **Launches of MLorc-AdamW, Pallas**: 149, which were 296, and 311 for LLaMA-60M, which
   were 1,100. Small matrices have a kernel (238). The update reads the old factors as
   parts of copies, where XLA copied each (214). V is not stored, so that sketches are
   lifted in common (208), and scaled (183), and leaves need no order (147). Those of all
@@ -147,12 +147,14 @@ _TRIED = """
 - **adamw_8bit, XLA on TPU**: a scale reaches its block only by moving the matrix to
   another layout, several times: 33 words. So it goes in a loop over some rows, which
   fit the chip's memory, and writes the update: 7 words, and one leaf of temporaries.
-- **Compile time of MLorc-AdamW on an H100**, seven leaves, two quiet cores: 17 s by
-  XLA and 11 with kernels, which was 20; MLorc-Lion 10 and 7, which was 18. There,
-  `optax.adamw` takes 0.5, and GaLore 10. A kernel costs 60 ms, and XLA's tier has 148.
+- **Compile time of MLorc-AdamW on an H100**, seven leaves, two quiet cores: 12 s by
+  XLA and 7 with kernels; MLorc-Lion 6 and 4. There, `optax.adamw` takes 0.3, and GaLore
+  5. On a slower machine, 17 and 11 s that had been 20. A kernel costs some 40 ms, and
+  XLA's tier has 148.
   A third is XLA's choice of fusions among 7,500 operations, 4,400 of them in eight
   eliminations that are written out number by number; kernels of small matrices have
-  none. Row by row there are 81 more launches, and the time was 19 s.
+  none. Row by row there are 81 more launches, and the time was 19 s for 17. A profile
+  of GaLore's has no peak: it is spent in MLIR and LLVM, kernel by kernel.
 - **Compile time** beside `optax.adamw` of the same row: what is compiled once for equal
   shapes by the tracer is compiled by XLA for each leaf. On a TPU, a gradient's product
   at the highest precision takes it three to eight seconds of a processor (0.3 at the
