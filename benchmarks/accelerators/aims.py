@@ -136,7 +136,8 @@ _TRIED = """
 - **Launches of MLorc-AdamW, Pallas**: 149, which were 296, and 311 for LLaMA-60M, which
   were 1,100. Small matrices have a kernel (238). The update reads the old factors as
   parts of copies, where XLA copied each (214). V is not stored, so that sketches are
-  lifted in common (208), and scaled (183), and leaves need no order (147). Those of all
+  lifted in common (208), and scaled (183), and leaves need no order (147); two are
+  for sums that are one collective on a mesh. Those of all
   leaves are kept meanwhile: 20.8 MiB, which were 17.4. On a v5e they lie by columns: by
   rows, as kernels write them, there were 70 MiB of temporaries for 9.
 - **mlorc_adamw, Pallas**: 5 words are the least. Each of the two passes moves 0.16 more
@@ -149,8 +150,8 @@ _TRIED = """
   fit the chip's memory, and writes the update: 7 words, and one leaf of temporaries.
 - **Compile time of MLorc-AdamW on an H100**, seven leaves, two quiet cores: 12 s by
   XLA and 7 with kernels; MLorc-Lion 6 and 4. There, `optax.adamw` takes 0.3, and GaLore
-  5. On a slower machine, 17 and 11 s that had been 20. A kernel costs some 40 ms, and
-  XLA's tier has 148.
+  5. On a slower machine, 17 and 11 s that had been 20. XLA's tier has 148
+  kernels.
   A third is XLA's choice of fusions among 7,500 operations, 4,400 of them in eight
   eliminations that are written out number by number; kernels of small matrices have
   none. Row by row there are 81 more launches, and the time was 19 s for 17. A profile

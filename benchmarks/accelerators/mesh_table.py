@@ -79,9 +79,10 @@ _WHY = """
   of its own. It is one step in 200.
 - MLorc-AdamW on a v5e with both axes split: 14 gathers of sketches, that of M and that
   of V of each leaf. Both in one would have V made before it is known how G is scaled,
-  so that it could not be made in the pass that writes the weights: two words more for
-  seven collectives less. The small sums at the end of a step are two collectives each
-  there, as the columns of `down_proj` lie by the axes of the mesh in another order.
+  so that it could not be made in the pass that writes the weights, which would read G
+  and V once more, for seven collectives less. The small sums at the end of a step are
+  two collectives each there, as the columns of `down_proj` lie by the axes of the mesh
+  in another order.
 - Bases and moments of leaves that have a time of their own (Q-GaLore, AdaRankGrad) are
   not tied to their places: where decoded 8-bit moments are whole on each device (11008
   has 43 blocks of 256), XLA gathered the gradient of one leaf of seven for them at each

@@ -80,21 +80,18 @@ class Moves:
 
 def moves(module: hlo.Module, refresh: bool) -> Moves:
     """What a compiled step moves, with all refreshes due or none."""
-    return _moves(module, module.entry, refresh)
+    return _moves(module, module.entry, refresh, set())
 
 
-def _moves(
-    module: hlo.Module, name: str, refresh: bool, begun: set[str] | None = None
-) -> Moves:
+def _moves(module: hlo.Module, name: str, refresh: bool, begun: set[str]) -> Moves:
     around, total = module.computations[name], Moves()
-    begun = set() if begun is None else begun
     for x in around.instructions:
         if x.opcode == "conditional":
-            branches = [_moves(module, branch, refresh) for branch in x.branches]
+            branches = [_moves(module, y, refresh, set()) for y in x.branches]
             choose = max if refresh or not is_refresh(x) else min
             total += choose(branches, key=lambda m: (m.bytes, m.count))
         elif x.opcode == "while":
-            body = _moves(module, x.called("body")[0], refresh)
+            body = _moves(module, x.called("body")[0], refresh, set())
             total += body.times(module.trips(around, x) or 1)
         elif x.opcode in ("call", "async-start", "fusion"):
             for inner in x.called("to_apply", "calls"):

@@ -48,7 +48,7 @@ def whole_codes(states: Iterable[T]) -> list[T]:
 def low_rank_product(code: LowRankCode, turned: bool = False) -> Array:
     """``left @ right``, or its transpose; at small rank as a sum that fuses."""
     left, right = (code.right.mT, code.left.mT) if turned else code
-    if right.shape[-2] <= OUTER_MAX_RANK:
+    if is_small(right):
         # With the gradient, the product has the places of that.
         left, right = gathered(left), gathered(right)
     return outer_product(left, right)
