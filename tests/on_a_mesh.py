@@ -32,18 +32,29 @@ METHODS = {
 # Of these, a device's part has more numbers than the sketches of eight columns.
 WIDE = {"columns": (256, 768), "both": (256, 768)}
 SIGNS = lro.mlorc_lion(rank=8, **_RATE)
+# Whose bases are renewed at once, and one by one.
+RENEWED = {"galore": lro.galore_adamw(rank=8, **_RATE), "i3s": METHODS["i3s"]}
 # Decoded anew at each step: what is made of a code lies where the code does.
 CODED = lro.q_galore_project(optax.scale_by_adam(), rank=16, matrices=MATRICES)
 
 
 def moved(tx, mesh, shapes=SHAPES):
-    """What a step moves, on matrices that are split in all ways."""
+    """What a step moves, of matrices that are named by how they are split."""
+    places = {k: NamedSharding(mesh, SPECS[k.split(".")[0]]) for k in shapes}
     params = {
-        k: jax.ShapeDtypeStruct(s, jnp.float32, sharding=NamedSharding(mesh, SPECS[k]))
+        k: jax.ShapeDtypeStruct(s, jnp.float32, sharding=places[k])
         for k, s in shapes.items()
     }
     module, _, _ = meshes.compiled(tx, params, mesh, "cpu")
     return [vars(meshes.moves(module, due)) for due in (False, True)]
+
+
+def refreshes(tx, mesh, leaves):
+    """What a step moves that renews the bases of so many equal leaves, by split."""
+    return {
+        split: moved(tx, mesh, {f"{split}.{i}": (64, 768) for i in range(leaves)})[1]
+        for split in ("rows", "columns", "both")
+    }
 
 
 def slabs_of(split, mesh):
@@ -123,6 +134,10 @@ def main():
             name: moved(tx, mesh, WIDE)
             for name, tx in (METHODS | {"lion": SIGNS}).items()
             if name in ("mlorc", "lion", "bytes")
+        },
+        "refreshes": {
+            name: [refreshes(tx, mesh, n) for n in (1, 4)]
+            for name, tx in RENEWED.items()
         },
         "coded basis": moved(CODED, mesh, {"both": (512, 1376)}),
         "slabs": {split: slabs_of(split, mesh) for split in SPECS},

@@ -50,6 +50,17 @@ def test_leaves_share_their_collectives(found):
         assert ordinary["count"] <= 4 * A_GROUP + A_MODEL
 
 
+def test_a_refresh_is_one_chain_of_few_collectives(found):
+    for name, (one, _) in found["refreshes"].items():
+        for split, moved in one.items():
+            assert moved["count"] <= A_GROUP + A_MODEL, (name, split)
+    # Of four leaves together: two sketches and a projection each, and the update. (Not
+    # joined here, as they are for an H100.) Of I3S each has a chain of its own.
+    one, four = found["refreshes"]["galore"]
+    for split, moved in four.items():
+        assert moved["count"] - one[split]["count"] <= 3 * 4, split
+
+
 def test_states_split_by_all_axes_are_gathered_as_thin_arrays(found):
     (ordinary, _), own = found["moved by all"]["mlorc"], found["moved"]["mlorc"][0]
     assert ordinary["largest"] <= ROOM * COLUMNS["mlorc"] * 768

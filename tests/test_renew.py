@@ -83,6 +83,30 @@ def test_at_once_and_one_after_the_other_are_the_same(name):
         assert_close(given, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("after", [lro.RandomOrthonormal(), lro.RandomGaussian()])
+def test_a_switch_is_each_of_both_at_its_steps(after):
+    late = lro.Switch(2, lro.TopSingular(), after)
+    grads = gradients(4)
+    switched, early, alone = (
+        run(project(x, transfer=lro.Reset()), grads)
+        for x in (late, lro.TopSingular(), Alone(late))
+    )
+    for i, expected in enumerate((early, early, alone, alone)):
+        assert_close(switched[i], expected[i], rtol=1e-3, atol=1e-4)
+    assert abs(alone[3][1].basis["a"] - early[3][1].basis["a"]).max() > 0.1
+
+
+def test_a_switch_with_a_select_of_its_own_is_asked_for_it():
+    class Other(lro.Switch):
+        def select(self, key, grad, old, step):
+            return lro.TopSingular().select(key, grad, old, step)
+
+    grads = gradients(1)
+    never = Other(0, lro.RandomOrthonormal(), lro.RandomOrthonormal())
+    given, expected = (run(project(x), grads) for x in (never, lro.TopSingular()))
+    assert_close(given, expected, rtol=1e-3, atol=1e-4)
+
+
 class Told(NamedTuple):
     overlap: jax.Array
 
@@ -171,6 +195,9 @@ def test_small_problems_of_a_refresh_are_common_calls():
     assert calls(8) == 2 * calls(1)
     # Of equal subspaces, be they made for each leaf.
     assert calls(4, subspace=lambda view: lro.TopSingular()) == calls(1)
+    # In each of what a subspace is by the step.
+    late = lro.Switch(3, lro.TopSingular(), lro.RandomOrthonormal())
+    assert calls(4, subspace=late) == calls(1, subspace=late) > calls(1)
     # Where leaves are due apart, nothing is common.
     assert calls(4, refresh=lro.Staggered(2)) == 4 * calls(1, refresh=lro.Staggered(2))
 

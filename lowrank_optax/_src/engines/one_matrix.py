@@ -106,12 +106,21 @@ class Matrix(NamedTuple):
             r = self.own.basis.shape[-1]
         return jax.ShapeDtypeStruct((*view.batch_shape, r, view.n), view.compute_dtype)
 
+    @property
+    def unset(self) -> jax.Array:
+        """Whether no usable gradient was seen yet: a stored basis is zero then."""
+        stored = is_stored(self.parts.subspace)
+        return jnp.all(self.own.basis[..., 0] == 0) if stored else jnp.array(False)
+
     def is_due(self, refresh: Refresh, step: jax.Array, first: Any) -> jax.Array:
-        """Whether to renew, if this is the ``first`` gradient of a window."""
+        """Whether to renew, if this is the ``first`` gradient of a window.
+
+        What has no basis yet is always due.
+        """
         due = first & refresh.due(self.own.refresh, step)
         if not is_stored(self.parts.subspace):
             return any_of(due) | (first & (step == 0))
-        return due | is_unset(self.own.basis)
+        return due | self.unset
 
     def renewed(self, now: Renewal, due: jax.Array) -> "Matrix":
         own = self.own._replace(basis=now.basis, recovery=now.recovery)
@@ -156,11 +165,6 @@ class Matrix(NamedTuple):
 def any_of(due: jax.Array) -> jax.Array:
     """Whether a leaf is due, if one of its matrices is enough."""
     return jnp.any(due) if due.ndim else due
-
-
-def is_unset(basis: jax.Array) -> jax.Array:
-    """Whether it has not seen a usable gradient yet, and is zero: it is always due."""
-    return jnp.all(basis[..., 0] == 0)
 
 
 def is_stored(subspace: Subspace) -> bool:

@@ -18,17 +18,14 @@ from lowrank_optax._src.engines.one_matrix import (
     Renewal,
     any_of,
     is_stored,
-    is_unset,
-    used_columns,
 )
 from lowrank_optax._src.engines.order import Order
 from lowrank_optax._src.leaves.keys import Seed, matrix_keys_each
 from lowrank_optax._src.leaves.roles import Known
-from lowrank_optax._src.linalg import magnitude, matmul, orthonormalize
-from lowrank_optax._src.linalg.meshes import split_axes
+from lowrank_optax._src.linalg import magnitude, matmul, meshes, orthonormalize
 from lowrank_optax._src.linalg.random import fixed_signs
-from lowrank_optax._src.parts.joint import is_joint, select_each
-from lowrank_optax._src.parts.laws import Observer, Refresh
+from lowrank_optax._src.parts.joint import is_joint, is_phased, phases, select_each
+from lowrank_optax._src.parts.laws import Observer, Refresh, Subspace
 from lowrank_optax._src.parts.part import compiled, kind
 
 
@@ -46,6 +43,7 @@ def renew_due(
     `Layout`, for ``first`` see `Matrix.is_due`.
     """
     due = {i: x.is_due(refresh, step, first) for i, x in matrices.items()}
+    unset = {i: x.unset for i, x in matrices.items()}
     looks = {
         i: first & rule.ready(x.own.recovery)
         for i, x in matrices.items()
@@ -56,7 +54,7 @@ def renew_due(
         x, own = matrices[i], matrices[i].own
         if i in looks:
             own = _observe((x.parts, known), looks[i], own, x.seed, moments[i])
-        return _Leaf(due[i], grad, own, x.seed, moments[i])
+        return _Leaf(due[i], unset[i], grad, own, x.seed, moments[i])
 
     def renew_each():
         order, renewals = Order(), {}
@@ -96,7 +94,7 @@ def _groups(matrices: Mapping[int, Matrix], in_step: bool) -> list[list[int]]:
     for i in sorted(matrices, key=lambda i: (matrices[i].grad.shape, i)):
         subspace = matrices[i].parts.subspace
         # One that is drawn again for each use has nothing to be found in common.
-        joint = in_step and is_stored(subspace) and is_joint(subspace)
+        joint = in_step and is_stored(subspace) and all(map(is_joint, phases(subspace)))
         kinds.setdefault(kind(subspace) if joint else i, []).append(i)
     room = max(x.grad.size for x in matrices.values())
     found: list[list[int]] = []
@@ -132,6 +130,7 @@ class _Leaf(NamedTuple):
     """The arrays of a matrix that may be renewed, see `Matrix`."""
 
     due: jax.Array
+    unset: jax.Array
     grad: jax.Array
     own: Own
     seed: Seed
@@ -149,44 +148,49 @@ def _renew(parts, step, leaves):
         for d, x in zip(due, old, strict=True)
     ]
 
-    def new():
-        found = _new(group, known, step, leaves)
+    def new(subspace):
+        found = _new(group, subspace, known, step, leaves)
         each = zip(due, found, old, strict=True)
         return [tree_where(d, x, y) for d, x, y in each]
 
-    calls = due if len(group) == 1 else list(map(_calls, group, leaves))
-    called = functools.reduce(jnp.logical_or, calls)
-    found = jax.lax.cond(called, new, lambda: old)
-    return tree_where(called, found, old) if _tied(group, leaves) else found
+    called, subspace = _called(group, leaves, due), group[0].subspace
+    each = [functools.partial(new, x) for x in phases(subspace)]
+    if is_phased(subspace):
+        which = jnp.where(called, 1 + subspace.phase(step), 0)
+        found = jax.lax.switch(which, [lambda: old, *each])
+    else:
+        found = jax.lax.cond(called, *each, lambda: old)
+    # On a mesh the new is to lie where the old does. XLA's GPU compiler has what a
+    # conditional returns whole on each device, unless it meets what is not.
+    on_mesh = any(meshes.split_axes(x.grad) for x in leaves)
+    return tree_where(called, found, old) if on_mesh else found
 
 
-def _tied(group: Sequence[Parts], leaves: Sequence[_Leaf]) -> bool:
-    """Whether what is new is to lie on a mesh where the old is.
+def _called(
+    group: Sequence[Parts], leaves: Sequence[_Leaf], due: Sequence[jax.Array]
+) -> jax.Array:
+    """Whether a group is searched for those that are due.
 
-    XLA's GPU compiler has what a conditional returns whole on each device, and what
-    that is made of, unless it meets what lies elsewhere. Stacks alone: what they
-    exchange is much. A leaf by itself may have moments that are decoded, whole on each
-    device; a gradient would be gathered for these.
+    Not for leaves alone that wait for their first gradient, perhaps for ever: all
+    others would be searched with them at every step. While one waits, the gradients of
+    its group are looked at.
     """
-    stacked = any(p.view.batch_shape for p in group)
-    return len(group) > 1 and stacked and any(split_axes(x.grad) for x in leaves)
-
-
-def _calls(parts: Parts, leaf: _Leaf) -> jax.Array:
-    """Whether a leaf that is due has a group searched.
-
-    One that waits for its first gradient, perhaps for ever, must not have all others
-    searched with it at every step. It alone is looked at for that.
-    """
-    due = any_of(leaf.due)
+    if len(group) == 1:
+        return due[0]
 
     def look():
-        grad = parts.matrix(exchange.mean(leaf.grad), leaf.own)
-        return jnp.any(_usable(magnitude(grad)))
+        sizes = meshes.at_once(
+            magnitude(p.matrix(exchange.mean(x.grad), x.own))
+            for p, x in zip(group, leaves, strict=True)
+        )
+        return [jnp.any(_usable(x)) for x in sizes]
 
     with jax.named_scope("waits"):
-        waits = due & is_unset(leaf.own.basis)
-        return jax.lax.cond(waits, look, lambda: due)
+        waits = [d & x.unset for d, x in zip(due, leaves, strict=True)]
+        looks = functools.reduce(jnp.logical_or, waits)
+        usable = jax.lax.cond(looks, look, lambda: due)
+    each = zip(due, waits, usable, strict=True)
+    return functools.reduce(jnp.logical_or, [d & (~w | u) for d, w, u in each])
 
 
 def _usable(largest: jax.Array) -> jax.Array:
@@ -196,6 +200,7 @@ def _usable(largest: jax.Array) -> jax.Array:
 
 def _new(
     group: Sequence[Parts],
+    subspace: Subspace,
     known: tuple[tuple[str, Known], ...],
     step: jax.Array,
     leaves: Sequence[_Leaf],
@@ -205,10 +210,15 @@ def _new(
         p.matrix(exchange.mean(x.grad), x.own)
         for p, x in zip(group, leaves, strict=True)
     ]
-    usable = [_usable(magnitude(grad)) for grad in grads]
     olds = [p.basis(x.own, x.seed) for p, x in zip(group, leaves, strict=True)]
+    columns = [magnitude(old, axis=-2) for old in olds]
+    sizes = meshes.at_once([*map(magnitude, grads), *columns])
+    usable = list(map(_usable, sizes[: len(group)]))
+    used = [x > 0 for x in sizes[len(group) :]]
     if is_stored(group[0].subspace):
-        kept = bases = _select(group, step, leaves, grads, olds, usable)
+        found = _select(group, subspace, step, leaves, grads, olds)
+        each = zip(found, olds, used, usable, strict=True)
+        kept = bases = [_fitting(*of_one) for of_one in each]
     else:
         kept = [jnp.asarray(step, x.own.basis.dtype) for x in leaves]
         bases = [
@@ -216,12 +226,13 @@ def _new(
             for p, x, at in zip(group, leaves, kept, strict=True)
         ]
     found = []
-    for p, x, at, basis, old, fine in zip(
-        group, leaves, kept, bases, olds, usable, strict=True
+    for p, x, at, basis, old, columns, fine in zip(
+        group, leaves, kept, bases, olds, used, usable, strict=True
     ):
         overlap = matmul(basis.mT, old)
         # Where no gradient was usable nothing was chosen, and there is no overlap.
-        share = jnp.sum(overlap**2, axis=(-2, -1)) / jnp.maximum(used_columns(old), 1)
+        count = jnp.maximum(jnp.sum(columns, axis=(-2, -1)), 1)
+        share = jnp.sum(overlap**2, axis=(-2, -1)) / count
         share = jnp.where(fine[..., 0, 0], share, 0.0).astype(jnp.float32)
         carried = p.transfer.carry(x.moments, overlap, dict(known))
         # Carried in float32 and stored as they were.
@@ -247,13 +258,13 @@ def _of_due(due: jax.Array, new: Renewal, old: Renewal) -> Renewal:
 
 def _select(
     group: Sequence[Parts],
+    subspace: Subspace,
     step: jax.Array,
     leaves: Sequence[_Leaf],
     grads: Sequence[jax.Array],
     olds: Sequence[jax.Array],
-    usable: Sequence[jax.Array],
 ) -> list[jax.Array]:
-    """New bases of a group, see `_fitting`."""
+    """New bases of a group, of arbitrary signs."""
     batches = [p.view.batch_shape for p in group]
     keys, wholes = matrix_keys_each([x.seed for x in leaves], step, batches), []
     for p, old in zip(group, olds, strict=True):
@@ -261,23 +272,28 @@ def _select(
         # shrunk basis has the same columns as a whole one.
         pad = [(0, 0)] * (old.ndim - 1) + [(0, p.rank - old.shape[-1])]
         wholes.append(jnp.pad(old, pad))
-    found = select_each(group[0].subspace, keys, grads, wholes, step)
-    return list(map(_fitting, found, wholes, olds, usable))
+    found = select_each(subspace, keys, grads, wholes, step)
+    return [new[..., : old.shape[-1]] for new, old in zip(found, olds, strict=True)]
 
 
 def _fitting(
-    new: jax.Array, whole: jax.Array, old: jax.Array, usable: jax.Array
+    new: jax.Array, old: jax.Array, used: jax.Array, usable: jax.Array
 ) -> jax.Array:
     """A new basis with the signs of the old one, or of a fixed matrix at the start.
 
     An unusable gradient keeps the old basis, and so does a search that fails.
+
+    Args:
+      new, old: ``(*batch, m, r)``.
+      used: which columns of ``old`` are not zero, ``(*batch, 1, r)``.
+      usable: whether the gradient is, ``(*batch, 1, 1)``.
     """
     # The signs of singular vectors are arbitrary.
-    known = jnp.any(whole != 0, axis=-2, keepdims=True)
-    signs = jnp.where(known, whole, fixed_signs(*whole.shape[-2:]).astype(old.dtype))
-    flipped = jnp.sum(new * signs, axis=-2, keepdims=True) < 0
-    new = jnp.where(flipped, -new, new)[..., : old.shape[-1]]
-    usable &= jnp.all(jnp.isfinite(new), axis=(-2, -1), keepdims=True)
+    signs = fixed_signs(*old.shape[-2:]).astype(old.dtype)
+    along = jnp.sum(new * jnp.where(used, old, signs), axis=-2, keepdims=True)
+    new = jnp.where(along < 0, -new, new)
+    # What is not finite is not in a sum either.
+    usable &= jnp.all(jnp.isfinite(along), axis=-1, keepdims=True)
     if old.ndim > 2:
         # In a stack of which others start, a matrix without a usable gradient starts
         # too, anywhere: with a basis of zero it would stand still until the next

@@ -11,6 +11,7 @@ from lowrank_optax._src.linalg.factor import (
     orthonormalize_each as orthonormalize_each,
 )
 from lowrank_optax._src.linalg.factor import range_basis as range_basis
+from lowrank_optax._src.linalg.factor import singular_factors as singular_factors
 from lowrank_optax._src.linalg.factor import whitening as whitening
 from lowrank_optax._src.linalg.lapack import eigh as eigh
 from lowrank_optax._src.linalg.lapack import inverse_root as inverse_root

@@ -7,7 +7,7 @@ float32 at least, at the highest matmul precision.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -48,13 +48,14 @@ def _grams(ys: Sequence[Array]) -> list[Array]:
 
 
 def cholesky_pass_each(arrays: Sequence[Array]) -> list[Array]:
-    """``y R^-1`` of each y near one, with ``R^T R = y^T y + shift``.
+    """``y R^-1`` of each y, with ``R^T R = y^T y + shift``.
 
     It spans the same, and is far better conditioned. Small problems are common calls.
+    Squares of y must be in the range of floats.
     """
     stacks = thin.Stacks([(a,) for a in arrays], None)
-    ys = _near_one_each(stacks.stack(arrays))
-    inverses = thin.across(_shifted_inverse, _grams(ys))
+    ys = stacks.stack(arrays)
+    inverses = thin.across(_relative_inverse, _grams(ys))
     return stacks.unstack([matmul(y, t) for y, t in zip(ys, inverses, strict=True)])
 
 
@@ -65,13 +66,20 @@ def eigenvectors_each(squares: Sequence[Array]) -> list[Array]:
     return [x.reshape(a.shape) for x, a in zip(found, squares, strict=True)]
 
 
-def _shifted_inverse(square: Array) -> Array:
-    r = square.shape[-1]
-    # The absolute floor is for the zero matrix, which must come out zero.
+def _relative_inverse(square: Array) -> Array:
+    """`_shifted_inverse` on the scale of the longest column."""
     largest = magnitude(jnp.diagonal(square, axis1=-2, axis2=-1), axis=-1)
-    shift = 2 * r * _eps(square) * largest + 1e-30
+    # The absolute floor is for the zero matrix, which must come out zero.
+    return _shifted_inverse(square, largest[..., None], 1e-30)
+
+
+def _shifted_inverse(
+    square: Array, scale: Array | float = 1.0, floor: float = 0.0
+) -> Array:
+    """``R^-1`` with ``R^T R = square + shift``, a little more than it is precise to."""
+    r = square.shape[-1]
     eye = jnp.eye(r, dtype=square.dtype)
-    return inverse_root(square + shift[..., None] * eye).mT
+    return inverse_root(square + (2 * r * _eps(square) * scale + floor) * eye).mT
 
 
 def orthonormalize(a: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
@@ -111,17 +119,21 @@ def orthonormalize_each(arrays: Sequence[Array], count: Array | None) -> list[Ar
                 f"cannot be orthonormal in {m} dimensions. Pass at most {m} columns."
             )
     stacks = thin.Stacks([(a,) for a in arrays], count)
-    ys = _filled_each(stacks.stack(arrays))
+    ys = _filled_each(map(meshes.whole_single, stacks.stack(arrays)))
     for _ in range(max((_passes(a.shape[-1]) for a in arrays), default=0)):
+        # The longest column has norm one, or all are filled in and short.
         inverses = thin.across(_shifted_inverse, _grams(ys))
         ys = [matmul(y, t) for y, t in zip(ys, inverses, strict=True)]
-    return stacks.unstack(_polish_each(_polish_each(ys)))
+    ys = _polish_each(_polish_each(ys))
+    return stacks.unstack(list(map(meshes.whole_single, ys)))
 
 
-def _filled_each(arrays: Sequence[Array]) -> list[Array]:
+def _filled_each(arrays: Iterable[Array]) -> list[Array]:
     """Unit columns, with a little of a fixed matrix in general position."""
     # A column's own scale carries no information about the span, and costs accuracy.
-    ys = _near_one_each(arrays, axis=-2)
+    ys = list(map(at_least_float32, arrays))
+    sizes = meshes.at_once(magnitude(y, axis=-2) for y in ys)
+    ys = [unit_scale(y, size)[0] for y, size in zip(ys, sizes, strict=True)]
     squares = meshes.at_once(jnp.sum(y * y, axis=-2, keepdims=True) for y in ys)
     return [y + _filler(y) for y in map(of_unit_length, ys, squares)]
 
@@ -129,15 +141,6 @@ def _filled_each(arrays: Sequence[Array]) -> list[Array]:
 def _filler(y: Array) -> Array:
     m, r = y.shape[-2:]
     return 2e-6 * m**-0.5 * random.fixed_uniform(m, r).astype(y.dtype)
-
-
-def _near_one_each(
-    arrays: Sequence[Array], axis: int | tuple[int, ...] = (-2, -1)
-) -> list[Array]:
-    """Each matrix, or each of its columns, with its largest magnitude near one."""
-    ys = list(map(at_least_float32, arrays))
-    sizes = meshes.at_once(magnitude(y, axis) for y in ys)
-    return [unit_scale(y, size)[0] for y, size in zip(ys, sizes, strict=True)]
 
 
 def _passes(r: int) -> int:
@@ -270,24 +273,33 @@ def gram_eigh(
     Returns:
       ``(u, s)`` of shapes ``(*batch, m, rank)`` and ``(*batch, rank)``, descending.
     """
+    left, turn, values = singular_factors(a, rank)
+    return left if turn is None else matmul(left, turn), values
+
+
+def singular_factors(
+    a: Float[Array, "*b m n"], rank: int | None = None
+) -> tuple[Float[Array, "*b m s"], Float[Array, "*b s r"] | None, Float[Array, "*b r"]]:
+    """``(w, t, values)`` of `gram_eigh`, whose vectors are ``w t``, or w without t.
+
+    For what takes a few of all vectors: it multiplies no others.
+    """
     m, n = a.shape[-2:]
     rank = min(m, n) if rank is None else min(rank, m, n)
-    find = functools.partial(_gram_eigh, rank=rank)
+    find = functools.partial(_singular_factors, rank=rank)
     return meshes.shared_out(find, a)
 
 
-def _gram_eigh(a: Array, rank: int) -> tuple[Array, Array]:
+def _singular_factors(a: Array, rank: int) -> tuple[Array, Array | None, Array]:
     a, scale = unit_scale(a)
     m, n = a.shape[-2:]
     wide = meshes.whole_columns(a if m <= n else a.mT)
-    vectors = eigh(gram(wide.mT))[1]
+    vectors = meshes.gathered(eigh(gram(wide.mT))[1])
     rows = matmul(vectors.mT, wide)
     values, turn = _separated(gram(rows.mT), rank)
-    if m <= n:
-        vectors = matmul(vectors, turn)
-    else:
-        vectors = orthonormalize(matmul(rows.mT, turn))
-    return vectors, jnp.sqrt(jnp.maximum(values, 0.0)) * scale[..., 0]
+    if m > n:
+        vectors, turn = orthonormalize(matmul(rows.mT, turn)), None
+    return vectors, turn, jnp.sqrt(jnp.maximum(values, 0.0)) * scale[..., 0]
 
 
 # Of squares, relative to the largest: so far down one eigendecomposition tells apart.

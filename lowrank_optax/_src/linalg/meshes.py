@@ -53,6 +53,15 @@ def whole_product(x: Array) -> Array:
     return gathered(jax.lax.optimization_barrier(x)) if split_axes(x) else x
 
 
+def whole_single(y: Float[Array, "b m k"]) -> Float[Array, "b m k"]:
+    """A thin matrix whole on each device, see `whole_product`; stacks stay split.
+
+    All sums over its rows are local then, where those of a split one are as many
+    collectives. Of a stack of layers it would be as large as a weight.
+    """
+    return whole_product(y) if len(y) == 1 else y
+
+
 def whole_each(arrays: Sequence[Array]) -> list[Array]:
     """`gathered` of thin arrays of one leaf, those of equal shapes by one collective.
 

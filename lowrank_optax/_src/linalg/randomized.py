@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from lowrank_optax._src import linalg
-from lowrank_optax._src.linalg import random
+from lowrank_optax._src.linalg import meshes, random
 from lowrank_optax._src.linalg.products import matmul, unit_scale
 
 
@@ -37,7 +37,7 @@ def range_finder(
     """
     a = linalg.at_least_float32(a)
     starts = None if start is None else [start]
-    units = [thin_scale(a)]
+    units = thin_scales([a])
     return _range_finder_each([key], [a], units, [size], power_iters, starts)[0]
 
 
@@ -82,13 +82,14 @@ def _omega(key: Array, a: Array, size: int, start: Array | None) -> Array:
     return jnp.concatenate([start, omega], axis=-1)
 
 
-def thin_scale(a: Float[Array, "*b m n"]) -> Float[Array, "*b 1 1"]:
-    """A power of two by which a thin factor is multiplied instead of a large ``a``.
+def thin_scales(arrays: Sequence[Array]) -> list[Array]:
+    """Powers of two, (*b, 1, 1), by which thin factors are multiplied, not large ones.
 
-    So the product is of the size that it has with an ``a`` of largest entry about 1, or
-    is far from both ends of the range of floats; and no scaled copy of ``a`` is made.
+    So a product is of the size that it has with a matrix of largest entry about 1, or
+    is far from both ends of the range of floats; and no scaled copy is made.
     """
-    return jnp.clip(linalg.power_of_two(linalg.magnitude(a))[0], 2.0**-100, 2.0**100)
+    sizes = meshes.at_once(map(linalg.magnitude, arrays))
+    return [jnp.clip(linalg.power_of_two(x)[0], 2.0**-100, 2.0**100) for x in sizes]
 
 
 def leading_singular(
@@ -118,13 +119,15 @@ def leading_singular_each(
     and ``U^T B``, with U the leading eigenvectors of ``B B^T``, ``B = Q^T a``.
     """
     arrays = list(map(linalg.at_least_float32, arrays))
-    units = list(map(thin_scale, arrays))
+    units = thin_scales(arrays)
     if starts is not None:
         starts = _sketches([a.mT for a in arrays], starts, units)
     sizes = [rank + oversample for rank in ranks]
     bases = _range_finder_each(keys, arrays, units, sizes, iters, starts)
-    each = zip(bases, arrays, units, strict=True)
-    coeffs = [linalg.project(basis * unit, a) for basis, a, unit in each]
+    wide = [
+        meshes.gathered(basis * unit) for basis, unit in zip(bases, units, strict=True)
+    ]
+    coeffs = list(map(linalg.project, wide, arrays))
     turns = linalg.eigenvectors_each([matmul(b, b.mT) for b in coeffs])
     turns = [
         turn[..., : min(rank, *a.shape[-2:])]

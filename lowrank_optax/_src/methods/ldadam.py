@@ -182,9 +182,10 @@ class LDAdam:
         nu = b2 * nu + (1 - b2) * r**2
         direction = mu / (1 - b1**t) / (jnp.sqrt(nu / (1 - b2**t)) + self.eps)
         update = grad.of(grad.order(matmul(basis, direction)))
-        # All belongs together. What would spoil a number of the error is seen in its
-        # column of R, and a size that would overflow in the square of that.
-        new, told_by = LDAdamState(basis, error, mu, nu), (basis, mu, nu)
+        # All belongs together. What would spoil a number of the basis is seen in a row
+        # of R, and one of the error in a column, and a size that would overflow in the
+        # square of that.
+        new, told_by = LDAdamState(basis, error, mu, nu), (mu, nu)
         return update, accept_together(new, state, update.array, told_by)
 
     def finish(self, found, states, count):
@@ -210,7 +211,7 @@ class LDAdam:
 
     def unset(self, state):
         """Whether there is none yet; a gradient that is not finite leaves none."""
-        return jnp.all(state.basis == 0)
+        return jnp.all(state.basis[..., 0] == 0)
 
 
 def ldadamw(

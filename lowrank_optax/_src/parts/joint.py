@@ -1,8 +1,10 @@
-"""Subspaces that choose for many matrices at once, see `Subspace`."""
+"""Subspaces that choose for many matrices at once, or are others by the step."""
 
+import functools
 from collections.abc import Sequence
 from typing import Protocol, TypeGuard
 
+import jax
 from jaxtyping import Array
 
 from lowrank_optax._src.parts.laws import Step, Subspace
@@ -35,6 +37,35 @@ def is_joint(subspace: Subspace) -> TypeGuard[Joint]:
     # By the type: what wraps a subspace may pass all other attributes on.
     has = hasattr(type(subspace), "select_each")
     return has and getattr(subspace, "together", False)
+
+
+class Phased(Subspace, Protocol):
+    """A subspace that is one of several ``phases``, by the step.
+
+    An engine decides which before anything is made of a gradient: what a conditional
+    takes is stored.
+    """
+
+    @property
+    def phases(self) -> tuple[Subspace, ...]: ...
+
+    def phase(self, step: Step) -> Array:
+        """Which of them it is, an integer."""
+        ...
+
+    def select(self, key, grad, old, step):
+        each = [functools.partial(x.select, key, grad, old, step) for x in self.phases]
+        return jax.lax.switch(self.phase(step), each)
+
+
+def is_phased(subspace: Subspace) -> TypeGuard[Phased]:
+    # What is derived and has a ``select`` of its own is asked for that.
+    return getattr(type(subspace), "select", None) is Phased.select
+
+
+def phases(subspace: Subspace) -> tuple[Subspace, ...]:
+    """All that a subspace is, at one step or another."""
+    return subspace.phases if is_phased(subspace) else (subspace,)
 
 
 def select_each(

@@ -12,8 +12,8 @@ from lowrank_optax._src.leaves.matrix import MatrixView
 from lowrank_optax._src.linalg import random, randomized
 from lowrank_optax._src.parts import compatible
 from lowrank_optax._src.parts.checks import check_choice, check_range, check_rank
-from lowrank_optax._src.parts.joint import Joint, is_joint, select_each
-from lowrank_optax._src.parts.laws import Subspace
+from lowrank_optax._src.parts.joint import Joint, Phased, is_joint, select_each
+from lowrank_optax._src.parts.laws import Step, Subspace
 
 Method = Literal["svd", "gram_eigh", "rsvd", "subspace_iteration", "warm"]
 
@@ -114,20 +114,18 @@ class ImportanceSampled:
         rank = old.shape[-1]
         sketch_key, key = random.split(key)
         if self.pool is None:
-            vectors, values = linalg.gram_eigh(grad)
+            left, turn, values = linalg.singular_factors(grad)
         else:
             size = max(self.pool, rank)
-            within = randomized.range_finder(sketch_key, grad, size + 8, power_iters=1)
-            coeff = linalg.matmul(within.mT, grad)
-            vectors, values = linalg.gram_eigh(coeff, size)
-            vectors = linalg.matmul(within, vectors)
+            left = randomized.range_finder(sketch_key, grad, size + 8, power_iters=1)
+            turn, values = linalg.gram_eigh(linalg.matmul(left.mT, grad), size)
         # The largest k of log w + Gumbel noise are k draws without replacement.
         known = values > _NULL * values[..., :1]
         logs = self.weight_power * jnp.log(jnp.where(known, values, 1.0))
         weights = jnp.where(known, logs, _NULL_WEIGHT)
         # In float32 whatever the values are in: the same draws in every precision.
         noise = random.draw(jax.random.gumbel, key, values.shape, jnp.float32)
-        return _take(vectors, weights + noise, rank)
+        return _take(left, turn, weights + noise, rank)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,10 +152,10 @@ class Hybrid:
         return self.leading
 
     def select(self, key, grad, old, step):
-        vectors, values = linalg.gram_eigh(grad)
+        left, turn, values = linalg.singular_factors(grad)
         score = random.draw(jax.random.uniform, key, values.shape, jnp.float32)
         first = jnp.arange(values.shape[-1]) < self.leading
-        return _take(vectors, jnp.where(first, 2.0, score), old.shape[-1])
+        return _take(left, turn, jnp.where(first, 2.0, score), old.shape[-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,10 +172,15 @@ class UniformSampled:
         return Hybrid(0).select(key, grad, old, step)
 
 
-def _take(vectors, score, rank):
-    """The columns of the highest scores, in their order; ties go to the first."""
-    chosen = jnp.sort(jax.lax.top_k(score, rank)[1], axis=-1)
-    return jnp.take_along_axis(vectors, chosen[..., None, :], axis=-1)
+def _take(left: Array, turn: Array | None, score: Array, rank: int) -> Array:
+    """The vectors of the highest scores, in their order; ties go to the first.
+
+    For ``left`` and ``turn`` see `linalg.singular_factors`.
+    """
+    chosen = jnp.sort(jax.lax.top_k(score, rank)[1], axis=-1)[..., None, :]
+    if turn is None:
+        return jnp.take_along_axis(left, chosen, axis=-1)
+    return linalg.matmul(left, jnp.take_along_axis(turn, chosen, axis=-1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +205,7 @@ class RandomOrthonormal(Joint):
 
 
 @dataclasses.dataclass(frozen=True)
-class Switch:
+class Switch(Phased):
     """One subspace up to a step, another one from then on.
 
     Args:
@@ -219,18 +222,18 @@ class Switch:
     after: Subspace
 
     @property
+    def phases(self) -> tuple[Subspace, ...]:
+        return self.before, self.after
+
+    def phase(self, step: Step) -> Array:
+        return (jnp.asarray(step) >= self.step).astype(jnp.int32)
+
+    @property
     def lacks(self) -> tuple[str, ...]:
         before, after = (getattr(x, "lacks", ()) for x in (self.before, self.after))
         chosen = compatible.CHOSEN  # by one of them is enough
         return tuple(
             x for x in {*before, *after} if x != chosen or x in before and x in after
-        )
-
-    def select(self, key, grad, old, step):
-        return jax.lax.cond(
-            step >= self.step,
-            lambda: self.after.select(key, grad, old, step),
-            lambda: self.before.select(key, grad, old, step),
         )
 
 
