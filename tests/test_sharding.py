@@ -148,6 +148,29 @@ def test_types_are_kept_on_explicit_axes(name):
             assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, before)
 
 
+@pytest.mark.parametrize("name", [*METHODS, "two rates"])
+def test_a_training_from_its_start_is_one_compilation_on_explicit_axes(name):
+    tx = (METHODS | {"two rates": TWO_RATES})[name]
+
+    def trained(params):
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(params, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, tx.init(params)), length=2)[0][0]
+
+    mesh = two_devices(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        params = place(random_like(SHAPES, 0), mesh)
+        found, expected = jax.jit(trained)(params), params
+        update, state = jax.jit(tx.update), tx.init(params)
+        for _ in range(2):
+            updates, state = update(expected, state, expected)
+            expected = optax.apply_updates(expected, updates)
+    assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 # Placements, on a mesh of 4 x 2
 
 BIG = AbstractMesh((4, 2), ("fsdp", "tp"))

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -26,6 +26,7 @@ from lowrank_optax._src.leaves.box import (
     value_of,
 )
 
+T = TypeVar("T")
 Split = Literal["all", "own"]
 
 _split = jax.make_user_context(default_value="all")
@@ -276,10 +277,35 @@ def varying(x: Any) -> frozenset[str]:
 
 def with_auto_axes(run: Any, *args: Any) -> Any:
     """``run(*args)``, its two results sharded as the first two arguments came in."""
-    shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, args[:2])
-    if any(explicit_axes(s.mesh) for s in jax.tree.leaves(shardings)):
-        run = jax.sharding.auto_axes(run, out_sharding=shardings)
+    mesh = _explicit_mesh(args[:2])
+    if mesh is not None:
+        places = jax.tree.map(lambda x: _sharding_on(mesh, x), args[:2])
+        run = jax.sharding.auto_axes(run, out_sharding=places)
     return run(*args)
+
+
+def beside(tree: T, params: Any) -> T:
+    """What was made without a mesh, on that of the parameters if its axes are Explicit.
+
+    As an update gives it: the types of a state stay, also within one compilation.
+    """
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params))
+    mesh = _explicit_mesh(params) if traced else None
+    if mesh is None:
+        return tree
+    return jax.tree.map(lambda x: jax.sharding.reshard(x, _sharding_on(mesh, x)), tree)
+
+
+def _explicit_mesh(tree: Any) -> Any:
+    """The mesh with Explicit axes on which a tree has arrays, if there is one."""
+    meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(tree))
+    return next(filter(explicit_axes, meshes), None)
+
+
+def _sharding_on(mesh: Any, x: Any) -> Any:
+    """The sharding of an array; whole on each device if it has none."""
+    found = jax.typeof(x).sharding
+    return found if explicit_axes(found.mesh) else NamedSharding(mesh, PartitionSpec())
 
 
 def explicit_axes(mesh: Any) -> bool:

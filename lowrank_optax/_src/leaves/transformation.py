@@ -19,6 +19,7 @@ from lowrank_optax._src.leaves.paths import (
     path_parts,
 )
 from lowrank_optax._src.leaves.placing import (
+    beside,
     varying,
     with_auto_axes,
     with_whole_specs,
@@ -45,7 +46,7 @@ def transformation(
     def init_fn(params):
         params = empty(params)
         check_arrays(params)
-        return init(with_whole_specs(params))
+        return beside(init(with_whole_specs(params)), params)
 
     def update_fn(updates, state, params=None, **extra):
         given, old, weights, extra = map(unbox, (updates, state, params, extra))
