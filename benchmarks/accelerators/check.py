@@ -39,6 +39,7 @@ _TARGETS = ("h100", "v5e")
 # Sums of all leaves in one collective, gathers that a TPU would have apart, and stacks
 # that stay where they are.
 _MESHES = (
+    "galore_adamw|h100|7b|both",
     "galore_adamw|h100|7b-stacked|layers",
     "galore_adamw|h100|7b-stacked|rows",
     "mlorc_adamw|h100|7b|rows",

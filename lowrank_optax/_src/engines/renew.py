@@ -211,20 +211,20 @@ def _new(
         for p, x in zip(group, leaves, strict=True)
     ]
     olds = [p.basis(x.own, x.seed) for p, x in zip(group, leaves, strict=True)]
-    columns = [magnitude(old, axis=-2) for old in olds]
-    sizes = meshes.at_once([*map(magnitude, grads), *columns])
-    usable = list(map(_usable, sizes[: len(group)]))
-    used = [x > 0 for x in sizes[len(group) :]]
+    usable = list(map(_usable, meshes.at_once(map(magnitude, grads))))
     if is_stored(group[0].subspace):
         found = _select(group, subspace, step, leaves, grads, olds)
-        each = zip(found, olds, used, usable, strict=True)
+        seen = _seen(found, olds)
+        each = zip(found, olds, seen, usable, strict=True)
         kept = bases = [_fitting(*of_one) for of_one in each]
+        used = [x.used for x in seen]
     else:
         kept = [jnp.asarray(step, x.own.basis.dtype) for x in leaves]
         bases = [
             p.basis(x.own._replace(basis=at), x.seed)
             for p, x, at in zip(group, leaves, kept, strict=True)
         ]
+        used = [jnp.ones_like(old[..., :1, :], bool) for old in olds]
     found = []
     for p, x, at, basis, old, columns, fine in zip(
         group, leaves, kept, bases, olds, used, usable, strict=True
@@ -276,23 +276,44 @@ def _select(
     return [new[..., : old.shape[-1]] for new, old in zip(found, olds, strict=True)]
 
 
+class _Seen(NamedTuple):
+    """What is seen of a new basis beside the old one, (*batch, 1, r) each.
+
+    Attributes:
+      along: positive where a column has the sign of the old one, or of a fixed matrix
+        where there is none. It is not finite where the column is not.
+      used: whether the old column is not zero.
+    """
+
+    along: jax.Array
+    used: jax.Array
+
+
+def _seen(news: Sequence[jax.Array], olds: Sequence[jax.Array]) -> list[_Seen]:
+    """Of all matrices of a group, by sums that are one collective on a mesh."""
+
+    def sums(new, old):
+        signs = fixed_signs(*old.shape[-2:]).astype(old.dtype)
+        products = new * old, new * signs, old * old
+        return jnp.stack([jnp.sum(x, axis=-2) for x in products])[..., None, :]
+
+    found = []
+    for with_old, with_signs, square in meshes.at_once(map(sums, news, olds)):
+        used = square > 0
+        found.append(_Seen(jnp.where(used, with_old, with_signs), used))
+    return found
+
+
 def _fitting(
-    new: jax.Array, old: jax.Array, used: jax.Array, usable: jax.Array
+    new: jax.Array, old: jax.Array, seen: _Seen, usable: jax.Array
 ) -> jax.Array:
     """A new basis with the signs of the old one, or of a fixed matrix at the start.
 
-    An unusable gradient keeps the old basis, and so does a search that fails.
-
-    Args:
-      new, old: ``(*batch, m, r)``.
-      used: which columns of ``old`` are not zero, ``(*batch, 1, r)``.
-      usable: whether the gradient is, ``(*batch, 1, 1)``.
+    An unusable gradient, ``(*batch, 1, 1)``, keeps the old basis, and so does a search
+    that fails.
     """
-    # The signs of singular vectors are arbitrary.
-    signs = fixed_signs(*old.shape[-2:]).astype(old.dtype)
-    along = jnp.sum(new * jnp.where(used, old, signs), axis=-2, keepdims=True)
+    along = seen.along  # the signs of singular vectors are arbitrary
     new = jnp.where(along < 0, -new, new)
-    # What is not finite is not in a sum either.
     usable &= jnp.all(jnp.isfinite(along), axis=-1, keepdims=True)
     if old.ndim > 2:
         # In a stack of which others start, a matrix without a usable gradient starts
