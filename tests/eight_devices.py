@@ -31,6 +31,17 @@ METHODS = {
     "galore": lro.galore_project(
         optax.scale_by_adam(), rank=2, update_every=1, matrices=MATRICES
     ),
+    # Heads that devices share, and single entries.
+    "heads": lro.project_gradients(
+        optax.scale_by_adam(),
+        rank=4,
+        subspace=lro.CrossHead(8),
+        side="left",
+        refresh=lro.Every(1),
+        transfer=lro.Rotate(),
+        recovery=lro.SparseResidual(0.1, warmup=1),
+        matrices=MATRICES,
+    ),
     "mlorc": lro.mlorc_scale_by_lion(2, matrices=MATRICES),
     "adafactor": lro.scale_by_adafactor(),
 }

@@ -117,10 +117,11 @@ _TRIED = """
   2.8 words less, and Adafactor's factors could be multiplied into the projection:
   neither is written yet, as both would tie the two transformations together.
 - **Launches of a refresh**: a basis of rank 128 takes fifteen calls of cuSOLVER and
-  cuBLAS, as many for all leaves that are renewed at once. Where each leaf has a time of
-  its own (AdaRankGrad, Q-GaLore, `Staggered`), it has calls of its own. So it has with
-  GoLore, whose conditional of the subspace would keep copies of the gradients of all
-  leaves that are renewed at once (481 MiB instead of 184, for 425 launches of 886).
+  cuBLAS, and some 90 launches, the most of them as many for all leaves that are renewed
+  at once. Where each leaf has a time of its own (AdaRankGrad, Q-GaLore, `Staggered`),
+  it has calls of its own. GoLore's were its own, too, 886 launches, as a conditional
+  of the subspace within that of a refresh stored the gradients that it took; one of
+  three branches takes them as they lie.
   GaLore+ sorts the entries of its residual in eight blocks, 64 launches a leaf; in
   blocks of 50 rows there were 656.
 - **Launches of MLorc-AdamW, XLA**: 15 a leaf, and 170 for what all have in common, 48

@@ -47,8 +47,12 @@ _WHY = """
   device: which are split alike is not known when an update is traced, only on which
   mesh they are; so only k x k matrices are. What the leaves sum over the devices at the
   same place of their chains stands behind one barrier (`linalg.meshes.at_once`), and
-  XLA makes one collective of it: one layer of LLaMA-7B on split rows has 42 of a
-  refresh of GaLore for 60 before.
+  XLA makes one collective of it.
+- The sketch of which a basis is made is whole on each device while it is made
+  orthonormal, by seven Gram matrices one after the other, so that only its products
+  with the gradient and what is compared with the old basis are exchanged. Of a stack
+  it would be as large as a weight, and stays split. Split, a refresh of GaLore had 66
+  collectives on both axes, with more bytes.
 - MLorc's codes are whole on each device for the time of a step, those of all leaves by
   one exchange at its start, and so are its sketches; what is made of them is local
   then. That is memory which no mesh divides: of LLaMA-7B's 224 matrices at rank 4,
@@ -58,14 +62,13 @@ _WHY = """
   are 21 collectives on split rows for 41 before, and 39 on both axes for 75, of 7.5 MB
   for 13.1. Both moments' codes go together, as XLA's TPU compiler joins no gathers.
 - A collective that XLA's TPU compiler takes in steps, within other work, is one.
-- XLA's GPU compiler has what a conditional returns whole on each device. The bases and
-  moments of stacks that are renewed together lie where the old ones do, as there is a
-  choice between both once more; and stacks of Gram matrices narrower than 512 are not
-  dealt out, as XLA deals out the gradients with them. (Simulated devices, whose library
-  takes one matrix at a time, have the k x k numbers of all layers then.) A refresh of
-  GaLore on 32 stacked layers moved 10.8 GB on split rows, with 3.2 GB of temporaries,
-  for 3.8 and 1.2; and on split layers 2.3 GB, with 2.1 of temporaries, for nothing and
-  0.3.
+- XLA's GPU compiler has what a conditional returns whole on each device. New bases and
+  moments lie where the old ones do, as there is a choice between both once more; and
+  stacks of Gram matrices narrower than 512 are not dealt out, as XLA deals out the
+  gradients with them. (Simulated devices, whose library takes one matrix at a time,
+  have the k x k numbers of all layers then.) Without the choice a refresh of GaLore
+  moved 185 MB for 114 of one layer, with 69 MiB of temporaries for 43; and of 32
+  stacked layers 10.8 GB for 3.8 on split rows, and 2.3 GB for nothing on split layers.
 - `optax.contrib.galore` gathers gradients, at each step and for its SVD.
 - MLorc-AdamW scales its sketches by what is known of its moments, as the largest entry
   of a sketch may be a sum over the devices; its codes are accepted by numbers that all
@@ -76,18 +79,19 @@ _WHY = """
 - A refresh of GaLore's kind is a chain of products and Gram matrices, each of which
   needs the one before: one chain for all leaves that `Every` renews together. Where
   each leaf has a time of its own (AdaRankGrad, Q-GaLore, `Staggered`), it has a chain
-  of its own. It is one step in 200.
+  of its own, of some eleven collectives. Only at the first step are all due.
+- I3S and LDAdam's first step look for all singular vectors of one leaf after the other,
+  by five collectives each, and one more where the columns that are shared out lie by
+  the axes of the mesh in another order than XLA has them.
+- Of 32 stacked layers a sketch is 71 MB or more, and XLA joins no two of that size:
+  seven leaves have four exchanges each of their own.
 - MLorc-AdamW on a v5e with both axes split: 14 gathers of sketches, that of M and that
   of V of each leaf. Both in one would have V made before it is known how G is scaled,
   so that it could not be made in the pass that writes the weights, which would read G
   and V once more, for seven collectives less. The small sums at the end of a step are
   two collectives each there, as the columns of `down_proj` lie by the axes of the mesh
-  in another order.
-- Bases and moments of leaves that have a time of their own (Q-GaLore, AdaRankGrad) are
-  not tied to their places: where decoded 8-bit moments are whole on each device (11008
-  has 43 blocks of 256), XLA gathered the gradient of one leaf of seven for them at each
-  ordinary step. Of leaves that are no stacks, ties save a third of a refresh, and cost
-  an ordinary step a quarter on both axes.
+  in another order. Left factors that are whole at the end too save two on an H100, and
+  on a v5e have eleven more gathers.
 - An eigenproblem of one leaf that is no stack is solved by each device. Those of
   several leaves would have to wait for one another to be dealt out, and hold their Gram
   matrices meanwhile.

@@ -11,7 +11,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 T = TypeVar("T")
 
@@ -105,6 +105,24 @@ def whole_columns(a: Float[Array, "*b m n"]) -> Float[Array, "*b m n"]:
         return a
     spec = PartitionSpec(*(None,) * (a.ndim - 1), axes)
     return jax.lax.with_sharding_constraint(a, _placed(a, spec))
+
+
+def taken(
+    x: Float[Array, "*b m h w"], chosen: Int[Array, "*b d"]
+) -> Float[Array, "*b m d w"]:
+    """Some entries of an axis that devices may share, none twice.
+
+    As a sum of all, of which each device has its part, where the whole array would be
+    gathered for a choice.
+    """
+    if not split_axes(x):
+        return jnp.take_along_axis(x, chosen[..., None, :, None], axis=-2)
+    places = jnp.arange(x.shape[-2])
+    parts = []
+    for i in range(chosen.shape[-1]):
+        mine = (places == chosen[..., i, None])[..., None, :, None]
+        parts.append(jnp.sum(jnp.where(mine, x, 0.0), axis=-2, keepdims=True))
+    return jnp.concatenate(parts, axis=-2)
 
 
 def shape_of(function: Callable[[T], Array], x: T) -> jax.ShapeDtypeStruct:

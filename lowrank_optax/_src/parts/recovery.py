@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax._src.linalg import matmul
+from lowrank_optax._src.linalg.meshes import gathered, whole_product
 from lowrank_optax._src.parts import compatible
 from lowrank_optax._src.parts.bounds import cut_off
 from lowrank_optax._src.parts.checks import check_choice, check_range
@@ -324,6 +325,8 @@ def _entries_of_product(left, right, row, col):
     """``(left @ right)[row, col]``, so many at a time that m n / 8 numbers suffice."""
     *batch, count = row.shape
     (m, r), n = left.shape[-2:], right.shape[-1]
+    # Of factors that are split, each block would be a sum over the devices.
+    left, right = gathered(left), whole_product(right)
     blocks = -(-8 * r * count // (m * n))
     size = -(-count // blocks)
 

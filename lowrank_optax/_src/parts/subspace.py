@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from lowrank_optax._src import linalg
 from lowrank_optax._src.leaves.matrix import MatrixView
-from lowrank_optax._src.linalg import random, randomized
+from lowrank_optax._src.linalg import meshes, random, randomized
 from lowrank_optax._src.parts import compatible
 from lowrank_optax._src.parts.checks import check_choice, check_range, check_rank
 from lowrank_optax._src.parts.joint import Joint, Phased, is_joint, select_each
@@ -375,6 +375,6 @@ class CrossHead(Joint):
         heads = self.num_heads
         drawn = min(heads, -(-rank * heads // n))
         score = random.draw(jax.random.uniform, key, (*batch, heads), jnp.float32)
-        chosen = jax.lax.top_k(score, drawn)[1][..., None, :, None]
+        chosen = jax.lax.top_k(score, drawn)[1]
         blocks = grad.reshape(*batch, m, heads, n // heads)
-        return jnp.take_along_axis(blocks, chosen, axis=-2).reshape(*batch, m, -1)
+        return meshes.taken(blocks, chosen).reshape(*batch, m, -1)
