@@ -34,15 +34,10 @@ WIDE = {"columns": (256, 768), "both": (256, 768)}
 SIGNS = lro.mlorc_lion(rank=8, **_RATE)
 # Whose bases are renewed at once, and one by one.
 RENEWED = {"galore": lro.galore_adamw(rank=8, **_RATE), "i3s": METHODS["i3s"]}
-# Heads, and single entries, that lie on several devices.
-HEADS = {
-    "subspace": lro.project_gradients(
-        optax.scale_by_adam(), rank=8, subspace=lro.CrossHead(16), side="left"
-    ),
-    "recovery": lro.project_gradients(
-        optax.scale_by_adam(), rank=8, recovery=lro.SparseResidual(0.05)
-    ),
-}
+# Single entries that lie on several devices.
+ENTRIES = lro.project_gradients(
+    optax.scale_by_adam(), rank=8, recovery=lro.SparseResidual(0.05)
+)
 # Decoded anew at each step: what is made of a code lies where the code does.
 CODED = lro.q_galore_project(optax.scale_by_adam(), rank=16, matrices=MATRICES)
 
@@ -148,9 +143,7 @@ def main():
             name: [refreshes(tx, mesh, n) for n in (1, 4)]
             for name, tx in RENEWED.items()
         },
-        "heads": {
-            name: moved(tx, mesh, {"both": (256, 768)}) for name, tx in HEADS.items()
-        },
+        "entries": moved(ENTRIES, mesh, {"both": (256, 768)})[0],
         "coded basis": moved(CODED, mesh, {"both": (512, 1376)}),
         "slabs": {split: slabs_of(split, mesh) for split in SPECS},
         "codes": codes(mesh),

@@ -80,11 +80,9 @@ def test_no_gradient_is_moved_to_where_thin_arrays_are(found):
         assert 0 < moved["largest"] <= ROOM * 24 * 1376 < 512 * 1376 // 8
 
 
-def test_heads_and_entries_on_several_devices_are_not_gathered(found):
-    most = ROOM * (8 + 8) * 768
-    assert 0 < found["heads"]["subspace"][1]["largest"] <= most
+def test_entries_of_a_product_on_several_devices_are_found_on_each(found):
     # Which entries are kept is found once, of all.
-    assert 0 < found["heads"]["recovery"][0]["largest"] <= most
+    assert 0 < found["entries"]["largest"] <= ROOM * (8 + 8) * 768
 
 
 def test_blocks_on_several_devices_have_the_codes_of_one(found):
