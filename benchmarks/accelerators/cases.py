@@ -61,10 +61,10 @@ def _galore(learning_rate: float, **options: Any) -> optax.GradientTransformatio
 
 
 def _staggered(
-    learning_rate: float, matrices: lro.MatrixAxes | None = None
+    learning_rate: float, rank: int, matrices: lro.MatrixAxes | None = None
 ) -> optax.GradientTransformation:
-    parts = {"rank": 128, "subspace": lro.TopSingular(), "refresh": lro.Staggered(200)}
-    return _galore(learning_rate, matrices=matrices, **parts)
+    parts = {"subspace": lro.TopSingular(), "refresh": lro.Staggered(200)}
+    return _galore(learning_rate, rank=rank, matrices=matrices, **parts)
 
 
 def _adafactor(
@@ -100,7 +100,7 @@ CASES: dict[str, Case] = {
     "galore_adamw": Case(lro.galore_adamw, _R),
     "galore_adamw_8bit": Case(lro.galore_adamw_8bit, _R),
     "galore_plus_adamw": Case(lro.galore_plus_adamw, _R),
-    "galore_staggered": Case(_staggered),
+    "galore_staggered": Case(_staggered, _R),
     "golore_adamw": Case(lro.golore_adamw, _R | {"switch_step": 8000}),
     "i3s_adamw": Case(lro.i3s_adamw, _R),
     "ldadamw": Case(lro.ldadamw, _R),
