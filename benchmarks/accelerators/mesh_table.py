@@ -92,6 +92,9 @@ _WHY = """
   two collectives each there, as the columns of `down_proj` lie by the axes of the mesh
   in another order. Left factors that are whole at the end too save two on an H100, and
   on a v5e have eleven more gathers.
+- GaLore+ chooses its single entries once in a training, of parts of a product that are
+  whole on each device: 16 collectives of each kernel of queries or keys, of 3.4 times
+  as many numbers as are allowed. In smaller parts there would be more of them.
 - An eigenproblem of one leaf that is no stack is solved by each device. Those of
   several leaves would have to wait for one another to be dealt out, and hold their Gram
   matrices meanwhile.
