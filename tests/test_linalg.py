@@ -389,6 +389,22 @@ def test_range_finder_finds_a_low_rank_range(shape):
     assert range_finder(jax.random.key(0), a, 99).shape == (shape[0], 16)
 
 
+@pytest.mark.parametrize(
+    "dtype, scales",
+    [("float32", (1e-30, 1e30)), ("float64", (1e-280, 1e-60, 1e160, 1e280))],
+)
+def test_range_finder_works_at_any_scale(dtype, scales):
+    rng = np.random.default_rng(0)
+    u, v = (np.linalg.qr(rng.normal(size=(n, 40)))[0] for n in (40, 60))
+    a = (u * 10.0 ** -np.linspace(0, 6, 40)) @ v.T
+    with jax.enable_x64(dtype == "float64"):
+        for scale in scales:
+            scaled = jnp.asarray(scale * a, dtype)
+            q = np.asarray(linalg.range_finder(jax.random.key(0), scaled, 12, 2))
+            outside = u[:, :4] - q @ (q.T @ u[:, :4])
+            assert np.linalg.norm(outside, 2) < 1e-4, scale
+
+
 def test_range_finder_starts_warm():
     a = spectrum(24, 16, SPECTRA["root"][:16]).astype(np.float32)
     u, _, vt = np.linalg.svd(a.astype(np.float64))

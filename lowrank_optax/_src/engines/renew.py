@@ -154,12 +154,12 @@ def _renew(parts, step, leaves):
         return [tree_where(d, x, y) for d, x, y in each]
 
     called, subspace = _called(group, leaves, due), group[0].subspace
-    each = [functools.partial(new, x) for x in phases(subspace)]
     if is_phased(subspace):
+        each = [functools.partial(new, x) for x in phases(subspace)]
         which = jnp.where(called, 1 + subspace.phase(step), 0)
         found = jax.lax.switch(which, [lambda: old, *each])
     else:
-        found = jax.lax.cond(called, *each, lambda: old)
+        found = jax.lax.cond(called, lambda: new(subspace), lambda: old)
     # On a mesh the new is to lie where the old does. XLA's GPU compiler has what a
     # conditional returns whole on each device, unless it meets what is not.
     on_mesh = any(meshes.split_axes(x.grad) for x in leaves)
@@ -171,9 +171,9 @@ def _called(
 ) -> jax.Array:
     """Whether a group is searched for those that are due.
 
-    Not for leaves alone that wait for their first gradient, perhaps for ever: all
-    others would be searched with them at every step. While one waits, the gradients of
-    its group are looked at.
+    It is not where these wait for their first gradient, perhaps for ever, and there is
+    none yet: all others would be searched with them at every step. While one waits, the
+    gradients of its group are looked at.
     """
     if len(group) == 1:
         return due[0]
@@ -213,11 +213,11 @@ def _new(
     olds = [p.basis(x.own, x.seed) for p, x in zip(group, leaves, strict=True)]
     usable = list(map(_usable, meshes.at_once(map(magnitude, grads))))
     if is_stored(group[0].subspace):
-        found = _select(group, subspace, step, leaves, grads, olds)
-        seen = _seen(found, olds)
-        each = zip(found, olds, seen, usable, strict=True)
+        chosen = _select(group, subspace, step, leaves, grads, olds)
+        compared = _compared(chosen, olds)
+        each = zip(chosen, olds, compared, usable, strict=True)
         kept = bases = [_fitting(*of_one) for of_one in each]
-        used = [x.used for x in seen]
+        used = [x.used for x in compared]
     else:
         kept = [jnp.asarray(step, x.own.basis.dtype) for x in leaves]
         bases = [
@@ -276,8 +276,8 @@ def _select(
     return [new[..., : old.shape[-1]] for new, old in zip(found, olds, strict=True)]
 
 
-class _Seen(NamedTuple):
-    """What is seen of a new basis beside the old one, (*batch, 1, r) each.
+class _Compared(NamedTuple):
+    """What a new basis is beside the old one, (*batch, 1, r) each.
 
     Attributes:
       along: positive where a column has the sign of the old one, or of a fixed matrix
@@ -289,7 +289,7 @@ class _Seen(NamedTuple):
     used: jax.Array
 
 
-def _seen(news: Sequence[jax.Array], olds: Sequence[jax.Array]) -> list[_Seen]:
+def _compared(news: Sequence[jax.Array], olds: Sequence[jax.Array]) -> list[_Compared]:
     """Of all matrices of a group, by sums that are one collective on a mesh."""
 
     def sums(new, old):
@@ -300,19 +300,19 @@ def _seen(news: Sequence[jax.Array], olds: Sequence[jax.Array]) -> list[_Seen]:
     found = []
     for with_old, with_signs, square in meshes.at_once(map(sums, news, olds)):
         used = square > 0
-        found.append(_Seen(jnp.where(used, with_old, with_signs), used))
+        found.append(_Compared(jnp.where(used, with_old, with_signs), used))
     return found
 
 
 def _fitting(
-    new: jax.Array, old: jax.Array, seen: _Seen, usable: jax.Array
+    new: jax.Array, old: jax.Array, beside: _Compared, usable: jax.Array
 ) -> jax.Array:
     """A new basis with the signs of the old one, or of a fixed matrix at the start.
 
     An unusable gradient, ``(*batch, 1, 1)``, keeps the old basis, and so does a search
     that fails.
     """
-    along = seen.along  # the signs of singular vectors are arbitrary
+    along = beside.along  # the signs of singular vectors are arbitrary
     new = jnp.where(along < 0, -new, new)
     usable &= jnp.all(jnp.isfinite(along), axis=-1, keepdims=True)
     if old.ndim > 2:

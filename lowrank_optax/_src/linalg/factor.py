@@ -51,7 +51,7 @@ def cholesky_pass_each(arrays: Sequence[Array]) -> list[Array]:
     """``y R^-1`` of each y, with ``R^T R = y^T y + shift``.
 
     It spans the same, and is far better conditioned. Small problems are common calls.
-    Squares of y must be in the range of floats.
+    Squares of y must be in the range of floats; smaller ones are taken for zero.
     """
     stacks = thin.Stacks([(a,) for a in arrays], None)
     ys = stacks.stack(arrays)
@@ -70,13 +70,18 @@ def _relative_inverse(square: Array) -> Array:
     """`_shifted_inverse` on the scale of the longest column."""
     largest = magnitude(jnp.diagonal(square, axis1=-2, axis2=-1), axis=-1)
     # The absolute floor is for the zero matrix, which must come out zero.
-    return _shifted_inverse(square, largest[..., None], 1e-30)
+    floor = float(jnp.finfo(square.dtype).tiny)
+    return _shifted_inverse(square, largest[..., None], floor)
 
 
 def _shifted_inverse(
     square: Array, scale: Array | float = 1.0, floor: float = 0.0
 ) -> Array:
-    """``R^-1`` with ``R^T R = square + shift``, a little more than it is precise to."""
+    """``R^-1`` with ``R^T R = square + shift``, see `cholesky_pass_each`.
+
+    The shift is above the rounding errors of a Gram matrix whose largest number is
+    ``scale``.
+    """
     r = square.shape[-1]
     eye = jnp.eye(r, dtype=square.dtype)
     return inverse_root(square + (2 * r * _eps(square) * scale + floor) * eye).mT
@@ -87,7 +92,7 @@ def orthonormalize(a: Float[Array, "*b m r"]) -> Float[Array, "*b m r"]:
 
     Columns are orthonormal to 1e-5 for every finite input: linearly dependent,
     badly scaled or zero columns are replaced by directions of a fixed matrix in
-    general position. Shifted Cholesky-QR, repeated; a relative shift alone leaves the
+    general position. Shifted Cholesky-QR, repeated; a shift alone leaves the
     columns of a rank-deficient matrix dependent, hence the filler of relative size
     1e-6. For full-rank input, the first ``k`` columns span those of ``a``.
 

@@ -89,7 +89,12 @@ def thin_scales(arrays: Sequence[Array]) -> list[Array]:
     is far from both ends of the range of floats; and no scaled copy is made.
     """
     sizes = meshes.at_once(map(linalg.magnitude, arrays))
-    return [jnp.clip(linalg.power_of_two(x)[0], 2.0**-100, 2.0**100) for x in sizes]
+    found = []
+    for x in sizes:
+        # A thin factor times that must not overflow: 2^100 in float32.
+        most = 2.0 ** (jnp.finfo(x.dtype).maxexp - 28)
+        found.append(jnp.clip(linalg.power_of_two(x)[0], 1 / most, most))
+    return found
 
 
 def leading_singular(

@@ -64,7 +64,7 @@ def is_phased(subspace: Subspace) -> TypeGuard[Phased]:
 
 
 def phases(subspace: Subspace) -> tuple[Subspace, ...]:
-    """All that a subspace is, at one step or another."""
+    """What a subspace is at one step or another; one of these may be phased again."""
     return subspace.phases if is_phased(subspace) else (subspace,)
 
 
