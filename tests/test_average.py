@@ -137,21 +137,29 @@ def test_a_rule_that_looks_at_norms_is_shown_their_mean(measure):
     assert_close(state.refresh, other.refresh, rtol=1e-4, atol=1e-5)
 
 
+def exchanged(update, tx, params, refresh):
+    """Bytes of a step, with all bases renewed or none."""
+    grads = jax.tree.map(lambda x: jnp.stack([x, x]), params)
+    lowered = jax.jit(update).lower(grads, tx.init(params), params)
+    return meshes.moves(hlo.parse(lowered.compile().as_text()), refresh).bytes
+
+
 def test_between_refreshes_coefficients_alone_are_exchanged():
     params, tx = random_like({"w": (64, 96), "bias": (96,)}, 0), project()
-    grads = jax.tree.map(lambda x: jnp.stack([x, x]), params)
-
-    def count(update, refresh):
-        lowered = jax.jit(update).lower(grads, tx.init(params), params)
-        module = hlo.parse(lowered.compile().as_text())
-        return meshes.moves(module, refresh).bytes
-
     whole, thin = 4 * (64 * 96 + 96), 4 * (RANK * 96 + 96)
     for refresh in (False, True):
-        assert count(local(averaged(tx)), refresh) == whole
+        assert exchanged(local(averaged(tx)), tx, params, refresh) == whole
     ours = local(lro.average_gradients(tx, "x"))
-    assert count(ours, False) == thin
-    assert count(ours, True) == thin + 4 * 64 * 96
+    assert exchanged(ours, tx, params, False) == thin
+    assert exchanged(ours, tx, params, True) == thin + 4 * 64 * 96
+
+
+def test_a_gradient_that_is_waited_for_is_exchanged_as_one_number():
+    # Of leaves that are renewed together; they may wait at every step.
+    params, tx = random_like(dict.fromkeys("abc", (64, 96)), 0), project()
+    ours = local(lro.average_gradients(tx, "x"))
+    thin = exchanged(ours, tx, params, False)
+    assert exchanged(ours, tx, params, True) == thin + 3 * 4 * (64 * 96 + 1)
 
 
 @pytest.mark.long

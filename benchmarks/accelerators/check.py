@@ -42,6 +42,7 @@ _MESHES = (
     "galore_adamw|h100|7b|both",
     "galore_adamw|h100|7b-stacked|layers",
     "galore_adamw|h100|7b-stacked|rows",
+    "galore_plus_adamw|h100|7b|both",
     "mlorc_adamw|h100|7b|rows",
     "mlorc_lion|v5e|7b|rows",
 )

@@ -51,8 +51,8 @@ _WHY = """
 - The sketch of which a basis is made is whole on each device while it is made
   orthonormal, by seven Gram matrices one after the other, so that only its products
   with the gradient and what is compared with the old basis are exchanged. Of a stack
-  it would be as large as a weight, and stays split. Split, a refresh of GaLore had 66
-  collectives on both axes, with more bytes.
+  it would be as large as a weight, and stays split. Split, a refresh of GaLore has 45
+  collectives on both axes for 27, of as many bytes.
 - MLorc's codes are whole on each device for the time of a step, those of all leaves by
   one exchange at its start, and so are its sketches; what is made of them is local
   then. That is memory which no mesh divides: of LLaMA-7B's 224 matrices at rank 4,
@@ -81,8 +81,8 @@ _WHY = """
   each leaf has a time of its own (AdaRankGrad, Q-GaLore, `Staggered`), it has a chain
   of its own, of some eleven collectives. Only at the first step are all due.
 - I3S and LDAdam's first step look for all singular vectors of one leaf after the other,
-  by five collectives each, and one more where the columns that are shared out lie by
-  the axes of the mesh in another order than XLA has them.
+  by four to six collectives each, one of them where the columns that are shared out
+  lie by the axes of the mesh in another order than XLA has them.
 - Of 32 stacked layers a sketch is 71 MB or more, and XLA joins no two of that size:
   seven leaves have four exchanges each of their own.
 - MLorc-AdamW on a v5e with both axes split: 14 gathers of sketches, that of M and that

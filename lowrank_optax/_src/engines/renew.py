@@ -43,6 +43,7 @@ def renew_due(
     `Layout`, for ``first`` see `Matrix.is_due`.
     """
     due = {i: x.is_due(refresh, step, first) for i, x in matrices.items()}
+    # Not asked within the conditional: on a mesh it is a sum that has been taken.
     unset = {i: x.unset for i, x in matrices.items()}
     looks = {
         i: first & rule.ready(x.own.recovery)

@@ -37,7 +37,7 @@ def range_finder(
     """
     a = linalg.at_least_float32(a)
     starts = None if start is None else [start]
-    units = thin_scales([a])
+    units = _thin_scales([a])
     return _range_finder_each([key], [a], units, [size], power_iters, starts)[0]
 
 
@@ -82,7 +82,7 @@ def _omega(key: Array, a: Array, size: int, start: Array | None) -> Array:
     return jnp.concatenate([start, omega], axis=-1)
 
 
-def thin_scales(arrays: Sequence[Array]) -> list[Array]:
+def _thin_scales(arrays: Sequence[Array]) -> list[Array]:
     """Powers of two, (*b, 1, 1), by which thin factors are multiplied, not large ones.
 
     So a product is of the size that it has with a matrix of largest entry about 1, or
@@ -124,7 +124,7 @@ def leading_singular_each(
     and ``U^T B``, with U the leading eigenvectors of ``B B^T``, ``B = Q^T a``.
     """
     arrays = list(map(linalg.at_least_float32, arrays))
-    units = thin_scales(arrays)
+    units = _thin_scales(arrays)
     if starts is not None:
         starts = _sketches([a.mT for a in arrays], starts, units)
     sizes = [rank + oversample for rank in ranks]
